@@ -1,0 +1,3 @@
+"""Prefect flows."""
+
+import tasks  # noqa: F401  it sets what Prefect reads at its own import

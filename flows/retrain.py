@@ -1,0 +1,93 @@
+"""The retraining flow: bring every stage of the DVC graph up to date, register the model, promote it if it is better.
+
+It computes nothing itself. `rlhf run` runs it in the current folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, runtime
+from prefect.futures import PrefectFuture, wait
+from prefect.task_runners import ThreadPoolTaskRunner
+
+import tasks.registry
+import tasks.report
+from rlhf import config, tracking
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from tasks import graph
+from tasks.stage import run_stage, stop_all
+
+REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
+
+
+@flow(name="retrain", log_prints=True, task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]
+def retrain(root: Path | None = None) -> dict[str, Any]:
+    """Retrain, register and decide.
+
+    Args:
+        root: the workspace; None: the current folder.
+
+    Returns:
+        What happened: `stages` (name → "up to date" or "done"), `version`, `champion`, `promoted`, `lines` to show.
+
+    Raises:
+        UserError: params.yaml, an input or the graph is wrong, a stage failed, or another flow is running in this workspace.
+    """
+    root = (root or Path.cwd()).resolve()
+    with lock(root, "flow", refuse=f"{root}: another retraining flow is running in this workspace"):
+        params = check(root)
+        stages = run_stages(root)
+        tracking.send_waiting(root)
+        version = tasks.registry.register(root, params, str(runtime.flow_run.id))
+        decision = tasks.registry.promote(version, root, params)
+        tasks.report.publish(decision, root)
+    return {
+        "stages": stages,
+        "version": version.number,
+        "champion": decision.champion,
+        "promoted": decision.is_champion,
+        "lines": decision.lines,
+    }
+
+
+def check(root: Path) -> config.Params:
+    """Params.yaml and the files that it names, before anything is started.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    params = config.load(root / "params.yaml")
+    for number, source in enumerate(params.data.sources):
+        path = getattr(source, "path", None)
+        if path and not (root / path).exists():
+            raise UserError(f"data.sources.{number}.path: {path}: no such file or folder", remedy="bring it with `rlhf use`, or `dvc pull`")
+    return params
+
+
+def run_stages(root: Path) -> dict[str, str]:
+    """Bring all stages up to date, independent ones side by side; stages after a failed one do not run.
+
+    Raises:
+        UserError: the graph is wrong, or stages failed: their last lines.
+    """
+    stages = [stage for stage in graph.read(root) if not (stage.is_data and stage.current)]
+    environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}
+    futures: dict[str, PrefectFuture[Any]] = {}
+    try:
+        for stage in stages:
+            before = [futures[name] for name in stage.after if name in futures]
+            one = run_stage.with_options(retries=stage.retries)
+            futures[stage.name] = one.submit(stage, root, environment, return_state=False, wait_for=before)
+        wait(list(futures.values()))
+    finally:
+        stop_all()
+    failures = [
+        future.state.result(raise_on_failure=False) for future in futures.values() if future.state.is_failed() or future.state.is_crashed()
+    ]
+    if failures:
+        raise UserError("; ".join(getattr(failure, "what", str(failure)) for failure in failures), remedy=REMEDY)
+    get_run_logger().info("%d of %d stages were up to date", sum(stage.current for stage in stages), len(stages))
+    return {stage.name: "up to date" if stage.current else "done" for stage in stages}

@@ -1,0 +1,146 @@
+"""The command line and environment of a stage: devices, port, threads, DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rlhf import config
+from rlhf.errors import UserError
+from rlhf.locks import lock
+
+DRIVER = Path("/dev/nvidiactl")
+
+PRIVATE = {
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+def find_gpus(accelerator: str) -> list[int]:
+    """The GPUs to choose from, by their number on this machine; none means that stages run on the CPU.
+
+    Raises:
+        UserError: params.yaml asks for a GPU, and there is none.
+    """
+    # torch costs seconds to load, and cannot see a GPU where the driver's device is missing
+    if accelerator == "cpu" or (accelerator == "auto" and not DRIVER.exists()):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0 and accelerator == "cuda":
+        raise UserError(
+            "params.yaml: launch.accelerator is cuda, but torch sees no GPU", remedy="set it to cpu or auto, or install torch for CUDA"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [int(number) for number in visible.split(",")][:count] if visible and count else list(range(count))
+
+
+@contextmanager
+def hold_gpus(root: Path, stage: str, gpus: list[int], wanted: int) -> Iterator[list[int]]:
+    """Hold `wanted` of the GPUs, waiting until so many are free.
+
+    Raises:
+        UserError: the machine has fewer.
+    """
+    if wanted > len(gpus):
+        raise UserError(
+            f"params.yaml: launch.jobs.{stage}.processes is {wanted}, but there are {len(gpus)} GPUs here",
+            remedy=f"set it to at most {len(gpus)}",
+        )
+    said = False
+    while True:
+        with ExitStack() as locks:
+            held = []
+            for number in gpus:
+                try:
+                    locks.enter_context(lock(root, f"gpu-{number}", refuse="busy"))
+                    held.append(number)
+                except UserError:
+                    continue
+                if len(held) == wanted:
+                    yield held
+                    return
+        # those held are let go meanwhile: two stages that each wait with half of the GPUs would wait for ever
+        if not said:
+            print(f"{stage}: waiting for {wanted} free GPUs", flush=True)
+            said = True
+        time.sleep(2)
+
+
+def choose_port(port: int) -> int:
+    """The rendezvous port; 0 stands for any free one.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"params.yaml: launch.port {port} cannot be used: {error.strerror}", remedy="free it, or set launch.port to 0"
+            ) from None
+        return listener.getsockname()[1]
+
+
+def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> list[str]:
+    """What runs the stage: DeepSpeed's launcher; plain Python for prepare, which computes nothing on tensors.
+
+    Raises:
+        UserError: the port is taken, or the hostfile missing.
+    """
+    if stage == "prepare":
+        return [sys.executable, "-u", "-m", module]
+    settings = params.launch
+    hostfile = settings.hostfile
+    if hostfile and not Path(hostfile).is_file():
+        raise UserError(f"params.yaml: launch.hostfile {hostfile}: no such file", remedy="write it, or set launch.hostfile to null")
+    if gpus and not hostfile:
+        layout = ["--include", f"localhost:{','.join(map(str, gpus))}"]
+    else:
+        layout = ["--num_gpus", str(getattr(settings.jobs, stage).processes)]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        *("--hostfile", hostfile or os.devnull),  # else DeepSpeed takes /job/hostfile, where there is one
+        *layout,
+        *("--master_port", str(choose_port(settings.port))),
+        *("--log_level", "critical"),  # the launcher's own lines: the exit code and the stage's lines say it all
+        *("--no_local_rank", "--module", module),
+    ]
+
+
+def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
+    """The environment of the stage's processes."""
+    threads = "1" if stage == "prepare" else str(getattr(params.launch.jobs, stage).threads)
+    own = PRIVATE | {
+        "RLHF_JOB_DIR": str(folder),
+        "RLHF_ROOT": str(root),
+        "RLHF_DEVICE": device,
+        "DS_ACCELERATOR": device,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONHASHSEED": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    # DeepSpeed loads mlflow wherever it can, in each of its processes, at a second apiece
+    hidden = folder / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "mlflow.py").write_text('raise ImportError("stages do not use mlflow: the launcher does")\n')
+    own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(hidden), str(root), os.environ.get("PYTHONPATH")]))
+    # DeepSpeed passes these on to the other nodes of a hostfile
+    exported = folder / "environment"
+    exported.write_text("".join(f"{name}={value}\n" for name, value in own.items()))
+    return os.environ | own | {"DS_ENV_FILE": str(exported)}

@@ -1,0 +1,80 @@
+"""What a row must hold to be used. A row that fails goes to quarantine with the reason given here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+
+from rlhf.data.formats import Quarantined, Row, Turns
+
+
+class Checker:
+    """Checks rows one after another; knows all earlier ones, of every source, so that it sees repetitions."""
+
+    def __init__(self, max_characters: int) -> None:
+        self.max_characters = max_characters
+        self._seen: dict[bytes, str] = {}
+
+    def divide(self, rows: Iterable[Row | Quarantined]) -> tuple[list[Row], list[Quarantined]]:
+        """The rows to use, and those to keep in quarantine."""
+        good: list[Row] = []
+        bad: list[Quarantined] = []
+        for row in rows:
+            if isinstance(row, Quarantined):
+                bad.append(row)
+            elif reason := self.problem(row):
+                bad.append(Quarantined(row.source, row.file, row.line, reason, row.content))
+            else:
+                good.append(row)
+        return good, bad
+
+    def problem(self, row: Row) -> str | None:
+        """Why the row cannot be used, or None."""
+        return self._text_problem(row) or self._repetition(row)
+
+    def _text_problem(self, row: Row) -> str | None:
+        texts = {"text": row.text, "chosen": row.chosen, "rejected": row.rejected}
+        for name, text in texts.items():
+            if text is not None and not text.strip():
+                return f"empty: {name}"
+        if row.kind != "text" and (reason := turns_problem(row.prompt)):
+            return reason
+        if row.chosen is not None and row.chosen == row.rejected:
+            return "chosen equals rejected"
+        longest = sum(len(turn["content"]) for turn in row.prompt) + max(len(text or "") for text in texts.values())
+        return f"over-long: {longest} characters, at most {self.max_characters}" if longest > self.max_characters else None
+
+    def _repetition(self, row: Row) -> str | None:
+        digest = _digest(row)
+        if earlier := self._seen.get(digest):
+            return f"duplicate: same as {earlier}"
+        if row.rejected is not None and (earlier := self._seen.get(_digest(replace(row, chosen=row.rejected, rejected=row.chosen)))):
+            return f"contradiction: prefers the opposite of {earlier}"
+        self._seen[digest] = f"line {row.line} of {row.file}"
+        return None
+
+
+def turns_problem(prompt: Turns) -> str | None:
+    """Why these turns cannot stand before an answer, or None.
+
+    Right is: a system turn or none, then user and assistant in alternation, a user turn last.
+    """
+    for number, turn in enumerate(prompt, start=1):
+        if turn["role"] not in ("system", "user", "assistant"):
+            return f"malformed: turn {number} has role '{turn['role']}', not system, user or assistant"
+        if not turn["content"].strip():
+            return f"empty: turn {number} ({turn['role']})"
+    offset = int(bool(prompt) and prompt[0]["role"] == "system")
+    for number, turn in enumerate(prompt[offset:]):
+        expected = ("user", "assistant")[number % 2]
+        if turn["role"] != expected:
+            return f"malformed: turn {number + offset + 1} is of role '{turn['role']}' where '{expected}' must stand"
+    if len(prompt) == offset or prompt[-1]["role"] != "user":
+        return "malformed: no user turn before the answer"
+    return None
+
+
+def _digest(row: Row) -> bytes:
+    return hashlib.blake2b(json.dumps([row.kind, row.content], ensure_ascii=False).encode(), digest_size=16).digest()

@@ -1,0 +1,75 @@
+"""The ranks of a job: start-up, sums over them, and the rows that each one takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from deepspeed.accelerator import get_accelerator
+
+from rlhf.errors import UserError
+from rlhf.job import Job
+
+T = TypeVar("T")
+
+
+def start(job: Job) -> torch.device:
+    """Join the job's process group and make the arithmetic repeatable. Returns the rank's device."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(job.seed("torch"))
+    cuda = job.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(job.local_rank)
+    else:
+        # DeepSpeed would compile its shared-memory collectives at the first start; gloo needs no compiler, and a fresh machine may have none
+        deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", job.local_rank) if cuda else torch.device("cpu")
+
+
+def share(rows: Sequence[T], job: Job, name: str) -> list[T]:
+    """This rank's part of a global batch.
+
+    Raises:
+        UserError: the batch cannot be dealt evenly to the ranks.
+    """
+    if len(rows) % job.world_size:
+        raise UserError(
+            f"{name}: a batch of {len(rows)} rows cannot be dealt evenly to {job.world_size} processes",
+            remedy=f"make it a multiple of {job.world_size}, or change launch.jobs.{job.stage}.processes",
+        )
+    return list(rows[job.rank :: job.world_size])
+
+
+def micro_batches(rows: Sequence[T], size: int) -> list[list[T]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def accumulation(batch_size: int, job: Job) -> int:
+    """Micro-batches that one rank passes per optimiser step."""
+    return -(-(batch_size // job.world_size) // layout(job).micro_batch_size)
+
+
+def layout(job: Job):  # noqa: ANN201 - the type is config.JobLayout
+    return getattr(job.params.launch.jobs, job.stage)
+
+
+def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Each number added up over the ranks, in double precision."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def gather(rows: Sequence[T], job: Job) -> list[T]:
+    """The rows that every rank took as ``all_rows[rank::world_size]``, back in their order, on each rank."""
+    parts: list[list[T] | None] = [None] * job.world_size
+    dist.all_gather_object(parts, list(rows))
+    every: list[T | None] = [None] * sum(len(part or []) for part in parts)
+    for rank, part in enumerate(parts):
+        every[rank :: job.world_size] = part or []
+    return every  # type: ignore[return-value]

@@ -1,0 +1,96 @@
+"""What a stage reads and writes, as dvc.yaml says, and the fingerprint of its inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of dvc.yaml."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    metrics: tuple[str, ...]
+    plots: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Every path that the stage writes."""
+        return (*self.outputs, *self.metrics, *self.plots)
+
+
+def read_graph(root: Path) -> dict[str, Node]:
+    """The stages of dvc.yaml.
+
+    Raises:
+        UserError: dvc.yaml is missing, or holds no stages.
+    """
+    path = root / "dvc.yaml"
+    try:
+        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        return {name: _node(name, entry) for name, entry in stages.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", remedy="run in the folder of the project") from None
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a DVC graph with a map `stages`: {reason}", remedy=f"restore it: git checkout {path.name}") from None
+
+
+def _node(name: str, entry: Mapping[str, Any]) -> Node:
+    def paths(key: str) -> tuple[str, ...]:
+        return tuple(_options(entry.get(key, [])))
+
+    return Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+
+
+def _options(entries: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    # DVC writes an entry as `path`, or as `path: {options}`
+    pairs = [(entry, {}) if isinstance(entry, str) else next(iter(entry.items())) for entry in entries]
+    return {path: dict(options or {}) for path, options in pairs}
+
+
+def check_inputs(root: Path, stage: str, graph: Mapping[str, Node]) -> None:
+    """Check that every input of a stage is there.
+
+    Raises:
+        UserError: names the input that is missing, and the stage that makes it.
+    """
+    for path in graph[stage].inputs:
+        if not (root / path).exists():
+            makers = [node.name for node in graph.values() if any(path == out or path.startswith(f"{out}/") for out in node.written)]
+            remedy = f"run `dvc repro {makers[0]}`, which makes it" if makers else "bring it back: `git checkout` or `dvc pull`"
+            raise UserError(f"{path}: input of stage {stage}, no such file or folder", remedy=remedy)
+
+
+def hash_inputs(root: Path, inputs: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of every file of the inputs, by path; compiled Python is left out."""
+    hashes = {}
+    for name in inputs:
+        path = root / name
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".pyc":
+                with file.open("rb") as content:
+                    hashes[(Path(name) / file.relative_to(path)).as_posix()] = hashlib.file_digest(content, "sha256").hexdigest()
+    return hashes
+
+
+def fingerprint(stage: str, params: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """One short hash of all that a stage's result depends on."""
+    content = json.dumps({"stage": stage, "params": params, "inputs": inputs}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The files that were changed, added or removed."""
+    return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))

@@ -1,0 +1,126 @@
+"""What a stage's process knows of its run: the params, where to write, and where its metrics go.
+
+The launcher (rlhf/launch.py) sets the environment; `docs/architecture.md`, "Between launcher and stage", is the contract.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf import config
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage under way, seen from inside its process (one of several where it has ranks)."""
+
+    stage: str
+    params: config.Params
+    root: Path
+    folder: Path
+    device: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls, stage: str) -> Job:
+        try:
+            root, folder, device = Path(os.environ["RLHF_ROOT"]), Path(os.environ["RLHF_JOB_DIR"]), os.environ["RLHF_DEVICE"]
+        except KeyError as missing:
+            raise UserError(f"{missing} is not set", remedy=f"start the stage with `rlhf launch {stage}`") from None
+        ranks = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
+        params = config.load(root / "params.yaml")
+        return cls(stage, params, root, folder, device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"])
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone writes files."""
+        return self.rank == 0
+
+    def input(self, path: str) -> Path:
+        """An input, by its path in dvc.yaml."""
+        return self.root / path
+
+    def output(self, path: str) -> Path:
+        """Where to write an output, by its path in dvc.yaml. The launcher moves it there once the stage has succeeded."""
+        place = self.folder / "out" / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def random(self, *purpose: object) -> random.Random:
+        """A generator of its own for each purpose, all from the one seed."""
+        return random.Random("/".join(map(str, (self.params.seed, self.stage, *purpose))))
+
+    def seed(self, *purpose: object) -> int:
+        """A seed for torch, numpy and the like, for each purpose its own."""
+        return self.random(*purpose).getrandbits(63)
+
+    def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step (rank 0): a JSON line for MLflow, a plain line for people."""
+        if not self.is_main:
+            return
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "total": total, "metrics": dict(metrics)}) + "\n")
+        print(f"{self.stage} {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in metrics.items()), flush=True)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(f"{self.stage}: {text}", flush=True)
+
+    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Write metrics/STAGE.json. Nothing in it may differ between two runs of the same inputs."""
+        self.output(f"metrics/{self.stage}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+    def write_plot(self, path: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a table that DVC and MLflow draw."""
+        rows = list(rows)
+        with self.output(path).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def run(stage: str, main: Callable[[Job], None]) -> None:
+    """Run a stage's main function; a UserError becomes one line on standard error and exit code 1."""
+    try:
+        job = Job.from_environment(stage)
+        main(job)
+        if job.is_main:
+            (job.folder / "FINISHED").touch()
+    except UserError as error:
+        print(f"error: {error.what}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file.
+
+    Raises:
+        UserError: a line is not JSON.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error.msg})", remedy="run `dvc repro prepare`, which writes it"
+                ) from None
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

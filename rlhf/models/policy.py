@@ -1,0 +1,71 @@
+"""Language models: the tiny Llama that is built here, and loading and saving of any causal model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import BuiltBase
+from rlhf.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention and random weights, for a tokenizer."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=params.hidden_size,
+            intermediate_size=params.intermediate_size,
+            num_hidden_layers=params.layers,
+            num_attention_heads=params.heads,
+            num_key_value_heads=params.kv_heads,
+            max_position_embeddings=params.context_tokens,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def load_policy(folder: Path, precision: str) -> PreTrainedModel:
+    """A causal language model, dropout off.
+
+    Raises:
+        UserError: the folder is missing or holds no such model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no causal language model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder") from None
+    disable_dropout(model)
+    model.config.use_cache = False
+    return model
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Every log-probability of a run must be a function of weights and tokens alone."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "activation_dropout", "layerdrop"):
+        for part in model.modules():
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer with chat template, generation config."""
+    model.config.use_cache = True
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.config.use_cache = False

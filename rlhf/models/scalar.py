@@ -1,0 +1,70 @@
+"""Models with one number per token: the reward model (read at an answer's last token) and the critic (read at every token)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models.policy import DTYPES, disable_dropout
+
+
+class ScalarModel(nn.Module):
+    """A backbone with a linear head without bias, in Hugging Face's sequence-classification form, scored at every position.
+
+    Its own ``forward`` would look for the last token by ``ids != pad``, which is wrong where pad is the end token: here positions come from
+    lengths.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) → one value per token (B, T), fp32."""
+        hidden = self.model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self.model.score(hidden).squeeze(-1).float()
+
+    @property
+    def mean(self) -> float:
+        """Mean score of held-out answers, stored with the reward model."""
+        return self.model.config.reward_mean
+
+    @property
+    def std(self) -> float:
+        return self.model.config.reward_std
+
+
+def at_last_token(values: Tensor, lengths: Tensor) -> Tensor:
+    """Values (B, T) at each row's last real token → (B,). Rows are padded on the right."""
+    return values.gather(1, (lengths - 1)[:, None]).squeeze(1)
+
+
+def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str) -> ScalarModel:
+    """A reward model or critic from a folder; a causal model's folder gives its backbone, the head being new.
+
+    Raises:
+        UserError: the folder is missing or its architecture has no sequence-classification form.
+    """
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=DTYPES[precision], pad_token_id=tokenizer.pad_token_id
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no reward model can be made of it ({str(error).splitlines()[0]})", remedy="choose another base.model") from None
+    disable_dropout(model)
+    model.config.use_cache = False
+    return ScalarModel(model)
+
+
+def initialise_head(scalar: ScalarModel, seed: int) -> None:
+    """Head ~ N(0, 1/√(d+1)) (arXiv 2009.01325, appendix B.1)."""
+    weight = scalar.model.score.weight
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        noise = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1)
+        weight.copy_(noise)

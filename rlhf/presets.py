@@ -1,0 +1,167 @@
+"""`rlhf use`: a preset with overrides becomes params.yaml, and the files that it names come into the workspace.
+
+A preset is a whole params.yaml, not an overlay: what a run uses is read in one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel
+
+from rlhf import config
+from rlhf.errors import UserError
+
+RAW = Path("data/raw")
+
+
+def names(root: Path) -> list[str]:
+    """The presets that the workspace has."""
+    return sorted(path.stem for path in (root / "presets").glob("*.yaml"))
+
+
+def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
+    """Write params.yaml from a preset, by name or as a YAML file, and `key=value` overrides. Nothing is written unless all is right.
+
+    Returns:
+        What was done, in lines for people.
+
+    Raises:
+        UserError: unknown preset or key, a value out of bounds, a data file that does not exist, or one that DVC refuses.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"unknown preset '{preset}'{_nearest(preset, names(root))}", remedy=f"use one of {', '.join(names(root))}, or a YAML file"
+        )
+    origin = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+    raw = config.read(path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
+        _set(raw, key, _parse(value), origin)
+    try:
+        params = config.validate(raw, origin)
+    except UserError as error:
+        raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
+    done, changed = [], bool(overrides)
+    for number, source in enumerate(params.data.sources):
+        if isinstance(source, config.FileSource) and source.path is not None:
+            place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
+            raw["data"]["sources"][number]["path"] = place
+            changed = changed or place != source.path
+            done += lines
+    text = path.read_text(encoding="utf-8")  # a preset taken as it is keeps its comments
+    if changed:
+        head = f"# Written by `rlhf use {preset}` with values of its own; docs/params.md explains each key.\n"
+        text = head + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=140)
+    _write(root / "params.yaml", text)
+    return [*done, f"wrote params.yaml from {origin}"]
+
+
+def _set(raw: Any, key: str, value: object, origin: str) -> None:
+    """Set a dotted key; a number is a place in a list. The schema decides which keys there are."""
+    holder = raw
+    models: list[type[BaseModel]] = [config.Params]
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth]) or origin
+        if isinstance(holder, list):
+            if not (part.isdecimal() and int(part) < len(holder)):
+                raise UserError(
+                    f"unknown key '{key}': {where} has {len(holder)} entries", remedy=f"give a number from 0 to {len(holder) - 1}"
+                )
+            place: Any = int(part)
+        elif isinstance(holder, dict):
+            known = {name: field for model in models for name, field in model.model_fields.items()}
+            if part not in known:
+                raise UserError(f"unknown key '{key}'{_nearest(part, list(known))}", remedy="see docs/params.md for every key")
+            place = part
+            models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
+            holder.setdefault(part, {})
+        else:
+            raise UserError(f"unknown key '{key}': {where} is not a section", remedy="see docs/params.md for every key")
+        if depth == len(parts) - 1:
+            holder[place] = value
+        else:
+            holder = holder[place]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _parse(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean '{close[0]}'?" if close else ""
+
+
+def _bring(root: Path, key: str, value: str, source: str) -> tuple[str, list[str]]:
+    """Have a source's file or folder under data/raw, versioned by DVC; returns its path there and what was done."""
+    given = Path(value).expanduser()
+    found = next((path.resolve() for path in (given, root / given) if path.exists()), None)
+    if found is None:
+        raise UserError(f"{key}: no such file: '{value}'", remedy="give the path of a data file, relative to this folder or absolute")
+    raw = (root / RAW).resolve()
+    done = []
+    if not found.is_relative_to(raw):
+        target = raw / source / found.name
+        if not _same(found, target):
+            _copy(found, target)
+            done.append(f"copied {value} to {RAW / source / found.name}")
+        found = target
+    inside = found.relative_to(raw)
+    return str(RAW / inside), [*done, _version(root, RAW / inside.parts[0])]
+
+
+def _same(one: Path, other: Path) -> bool:
+    if one.is_dir() and other.is_dir():
+        files = [sorted(path.relative_to(top) for path in top.rglob("*") if path.is_file()) for top in (one, other)]
+        return files[0] == files[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in files[0])
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+def _copy(origin: Path, target: Path) -> None:
+    """Copy beside, then rename: DVC may have made the old file a link into its cache, which must not be written through."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        beside = Path(scratch) / target.name
+        (shutil.copytree if origin.is_dir() else shutil.copyfile)(origin, beside)
+        if target.is_dir():
+            shutil.rmtree(target)
+        beside.replace(target)
+
+
+def _version(root: Path, path: Path) -> str:
+    if not (root / ".dvc").is_dir():
+        return f"{path} is not versioned: this folder is no DVC repository (`dvc init`)"
+    command = [str(Path(sys.executable).with_name("dvc")), "add", "--quiet", str(path)]
+    result = subprocess.run(command, cwd=root, env=os.environ | {"DVC_NO_ANALYTICS": "1"}, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"`dvc add {path}` failed: {' '.join(result.stderr.split())}", remedy="see to that, then repeat `rlhf use`")
+    return f"versioned {path} with DVC: commit {path}.dvc"
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

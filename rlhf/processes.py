@@ -1,0 +1,141 @@
+"""The processes of a stage: one group, which ends with its launcher, however that ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, NoReturn
+
+import psutil
+
+GRACE_SECONDS = 20
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT came."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Have SIGTERM and SIGINT raise Stopped, so that everything on the way is tidied up."""
+
+    def stop(number: int, _frame: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_with_dvc() -> None:
+    """Send this process SIGTERM once the dvc that runs it has ended.
+
+    A killed dvc leaves the shell between the two alive, so that no signal of a parent's death would come here.
+    """
+    if "DVC_STAGE" in os.environ:
+        for ancestor in psutil.Process().parents():
+            if "dvc" in (Path(part).name for part in ancestor.cmdline()[:3]):
+                threading.Thread(target=_await_end, args=(ancestor.pid,), daemon=True).start()
+
+
+def _await_end(pid: int) -> None:
+    # a pidfd becomes readable when its process ends
+    select.select([os.pidfd_open(pid)], [], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def group() -> Iterator[int]:
+    """A process group that is stopped on the way out, and also when this process is killed by SIGKILL.
+
+    A forked guard leads the group and reads from a pipe that only this process holds open. When the pipe closes, the guard stops
+    what is left. The guard also inherits this process's locks, which are thus held for as long as something of the group is alive.
+    """
+    reading, writing = os.pipe()
+    # no signal may reach the fork before it is a guard, else two processes would unwind the same stack
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    guard = os.fork()
+    if guard == 0:
+        _guard(reading, writing)
+    os.setpgid(guard, guard)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    os.close(reading)
+    try:
+        yield guard
+    finally:
+        os.close(writing)
+        os.waitpid(guard, 0)
+
+
+def _guard(reading: int, writing: int) -> NoReturn:
+    os.setpgid(0, 0)
+    try:
+        os.close(writing)
+        os.read(reading, 1)
+        # its own SIGTERM is blocked since before the fork
+        os.killpg(0, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while _others_live() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def _others_live() -> bool:
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == os.getpid() != process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return False
+
+
+def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float, on_line: Callable[[str], None]) -> int:
+    """Run a command in a group of its own, giving each line that it writes to `on_line`; its exit code.
+
+    Raises:
+        subprocess.TimeoutExpired: it ran longer than `seconds`, and was stopped.
+        Stopped: this process was told to stop, and stopped the command.
+    """
+    with ExitStack() as afterwards, group() as leader:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            process_group=leader,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        assert process.stdout
+        reader = threading.Thread(target=_read, args=(process.stdout, on_line), daemon=True)
+        reader.start()
+        # bounded: a process that left the group may hold the pipe open
+        afterwards.callback(reader.join, 5)
+        afterwards.callback(process.wait)
+        return process.wait(seconds)
+
+
+def _read(stream: IO[str], on_line: Callable[[str], None]) -> None:
+    with stream:
+        for line in stream:
+            on_line(line.rstrip("\n"))

@@ -1,0 +1,92 @@
+"""Stage base: the model that everything starts from.
+
+`base.source: build` trains a byte-level BPE tokenizer and a tiny Llama on the text slice; `pretrained` pins a given model, so that every
+later stage reads one local copy with safe weights, a chat template and a known end of turn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.config import BuiltBase, PretrainedBase
+from rlhf.data.batches import pack
+from rlhf.engine.distributed import start
+from rlhf.errors import UserError
+from rlhf.job import Job, read_lines, run
+from rlhf.models.policy import build_policy, save_model
+from rlhf.models.tokenizer import build_tokenizer, end_of_turn, template
+from rlhf.stages.language_model import fit, perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def main(job: Job) -> None:
+    device = start(job)
+    params = job.params.base
+    if isinstance(params, BuiltBase):
+        model, tokenizer, history = build(job, params)
+    else:
+        model, tokenizer = pin(params)
+        history = []
+    held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
+    if job.is_main:
+        rows = pack(held_out, tokenizer, 128)
+        metrics = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": len(tokenizer),
+            "loss": history[-1]["loss"] if history else None,
+            "heldout_perplexity": perplexity(model.to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
+        }
+        save_model(model, tokenizer, job.output("models/base"))
+        job.write_metrics(metrics)
+        job.write_plot("plots/base.csv", history)
+
+
+def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict[str, float]]]:
+    """Tokenizer and model from nothing, pretrained on packed text."""
+    texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
+    tokenizer = build_tokenizer(texts, params.vocab_size, params.context_tokens)
+    rows = pack(texts, tokenizer, params.max_tokens)
+    if not rows:
+        raise UserError(
+            f"data/prepared/text.jsonl: {len(texts)} passages do not fill one row of {params.max_tokens} tokens",
+            remedy="give more text (data.sources with split.text above 0) or lower base.max_tokens",
+        )
+    model = build_policy(params, tokenizer, job.seed("weights"))
+    job.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows):,} rows of {params.max_tokens} tokens")
+    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params, tokenizer.pad_token_id)
+    return model, tokenizer, history
+
+
+def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The given model and tokenizer, with what later stages rely on: chat template, pad token, end of turn.
+
+    Raises:
+        UserError: it cannot be found or read, or lacks a chat template that base.chat_template says to keep.
+    """
+    options = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(params.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", **options)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",
+            remedy="give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached",
+        ) from None
+    if params.chat_template == "turns":
+        tokenizer.chat_template = template("turns")
+    elif tokenizer.chat_template is None:
+        raise UserError(f"base.model '{params.model}': its tokenizer has no chat template", remedy="set base.chat_template: turns")
+    tokenizer.eos_token = end_of_turn(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+if __name__ == "__main__":
+    run("base", main)

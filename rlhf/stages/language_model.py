@@ -1,0 +1,72 @@
+"""The loop that base and sft share: next-token loss on rows of tokens, and perplexity."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.algorithms.language_model import next_token_loss
+from rlhf.config import BuiltBase, Sft
+from rlhf.data.batches import Order, collate, pad_rows
+from rlhf.engine import checkpoints
+from rlhf.engine.distributed import accumulation, layout, micro_batches, share, sum_over_ranks
+from rlhf.engine.setup import backward, train_engine
+from rlhf.job import Job
+
+Row = tuple[list[int], list[int]]  # token ids and loss mask
+
+
+def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase | Sft, pad_id: int) -> list[dict[str, float]]:
+    """Train `model` in place; returns a row per step for the plot."""
+    order = Order(len(rows), params.batch_size, job.seed("order"))
+    total = order.steps(params.epochs)
+    engine = train_engine(model, params.optimizer, job, params.batch_size, total)
+    state = checkpoints.load(job, {"model": engine})
+    history: list[dict[str, float]] = state.get("history", [])
+    for step in range(state["step"], total):
+        started = time.perf_counter()
+        batch = [rows[i] for i in order.batch(step)]
+        counted = sum(sum(mask[1:]) for _, mask in batch)  # of the global batch: every rank sees it whole
+        mine = sorted(share(batch, job, f"{job.stage}.batch_size"), key=lambda row: len(row[0]))
+        loss_sum = 0.0
+        for micro in padded_micro_batches(mine, job, params.batch_size):
+            data = collate([ids for ids, _ in micro], pad_id, engine.device)
+            mask = pad_rows([mask for _, mask in micro], 0, engine.device)
+            logits = engine(input_ids=data.ids, attention_mask=data.attention_mask).logits
+            loss = next_token_loss(logits, data.ids, mask, counted)
+            backward(engine, loss)
+            engine.step()
+            loss_sum += loss.item()
+        loss_mean = sum_over_ranks({"loss": loss_sum}, engine.device)["loss"]
+        history.append({"step": step + 1, "loss": loss_mean})
+        seconds = time.perf_counter() - started
+        rate = {"learning_rate": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+        job.log(step + 1, total, {"loss": loss_mean, **rate, "tokens_per_second": sum(len(ids) for ids, _ in batch) / seconds})
+        if (step + 1) % params.checkpoint_every == 0 and step + 1 < total:
+            checkpoints.save(job, step + 1, {"model": engine}, {"history": history})
+    return history
+
+
+def padded_micro_batches(rows: list, job: Job, batch_size: int) -> list[list]:
+    """Exactly as many micro-batches as the engine accumulates."""
+    parts = micro_batches(rows, layout(job).micro_batch_size)
+    assert len(parts) == accumulation(batch_size, job)
+    return parts
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, rows: Sequence[list[int]], pad_id: int, batch_size: int) -> float:
+    """exp of the mean next-token loss over all tokens of the rows but each row's first."""
+    model.eval()
+    device = next(model.parameters()).device
+    counted = sum(len(row) - 1 for row in rows)
+    loss = 0.0
+    for part in micro_batches(sorted(rows, key=len), batch_size):
+        data = collate(part, pad_id, device)
+        logits = model(input_ids=data.ids, attention_mask=data.attention_mask).logits
+        loss += next_token_loss(logits, data.ids, data.attention_mask, counted).item()
+    return math.exp(loss)

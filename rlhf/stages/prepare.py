@@ -1,0 +1,177 @@
+"""Stage prepare: read every source, put bad rows in quarantine, deal the others to slices, write what the stages read.
+
+Makes data/prepared and metrics/prepare.json. Every random choice derives from params.seed and the name of the source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import SLICES, Params
+from rlhf.data.formats import Quarantined, Row, Turns, read
+from rlhf.data.split import deal, key_of, shuffled, without_leaks
+from rlhf.data.validate import Checker
+from rlhf.errors import UserError
+from rlhf.job import Job, run, write_lines
+
+Slices = dict[str, list[Row]]
+
+
+def main(job: Job) -> None:
+    """Run the stage.
+
+    Raises:
+        UserError: a source cannot be read, loses too many rows to quarantine, or a slice that a stage needs is empty.
+    """
+    sources = job.params.data.sources
+    checker = Checker(job.params.prepare.max_characters)
+    good: dict[str, list[Row]] = {}
+    bad: dict[str, list[Quarantined]] = {}
+    for number, source in enumerate(sources):
+        key, seed = f"data.sources.{number}", job.seed("sandbox", source.name)
+        good[source.name], bad[source.name] = checker.divide(read(source, key, job.root, seed))
+        job.say(f"{source.name}: {len(good[source.name])} rows, {len(bad[source.name])} in quarantine")
+    check_quarantine(job, good, bad)
+
+    dealt: Slices = {name: [] for name in SLICES}
+    for source in sources:
+        for name, rows in deal(good[source.name], source.split, job.random("split", source.name)).items():
+            dealt[name] += rows
+    slices, leaked = without_leaks({name: shuffled(rows, job.random("order", name)) for name, rows in dealt.items()})
+    job.say(", ".join(f"{name} {len(rows)}" for name, rows in slices.items()) + f"; {len(leaked)} training rows removed as held out")
+
+    files = files_of(slices)
+    check_needs(job.params, files)
+    for name, lines in files.items():
+        write_lines(job.output(f"data/prepared/{name}.jsonl"), lines)
+    write_quarantine(job.output("data/prepared/quarantine.jsonl"), bad)
+    job.write_metrics(summary(good, bad, slices, leaked, files))
+
+
+def files_of(slices: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
+    """The lines of each file of data/prepared but the quarantine's."""
+    held_out = slices["heldout"]
+    first_of_prompt: dict[tuple[str, ...], Row] = {}
+    for row in held_out:
+        if row.kind != "text":
+            first_of_prompt.setdefault(key_of(row), row)
+    passages = [row for row in held_out if row.kind == "text"] or [row for row in held_out if row.chosen is not None]
+    contents: dict[str, tuple[Iterable[Row], Callable[[Row], dict[str, Any]]]] = {
+        "text": (slices["text"], as_text),
+        "sft": (slices["sft"], lambda row: {"messages": dialogue(row)}),
+        "reward": (slices["reward"], as_pair),
+        "ppo": (slices["ppo"], as_prompt),
+        "judge": (slices["judge"], as_pair),
+        "heldout_text": (passages, as_text),
+        "heldout_pairs": ((row for row in held_out if row.kind == "pairs"), as_pair),
+        "heldout_prompts": (first_of_prompt.values(), as_prompt),
+    }
+    return {name: [render(row) for row in rows] for name, (rows, render) in contents.items()}
+
+
+def dialogue(row: Row) -> Turns:
+    """The prompt and the (better) answer."""
+    return (*row.prompt, {"role": "assistant", "content": row.chosen or ""})
+
+
+def as_text(row: Row) -> dict[str, Any]:
+    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
+    return {"text": row.text or "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in dialogue(row))}
+
+
+def as_pair(row: Row) -> dict[str, Any]:
+    return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
+
+
+def as_prompt(row: Row) -> dict[str, Any]:
+    return {"prompt": row.prompt, "gold": row.gold}
+
+
+def check_quarantine(job: Job, good: Mapping[str, Sequence[Row]], bad: Mapping[str, Sequence[Quarantined]]) -> None:
+    """Refuse sources that lose too large a share of their rows.
+
+    Raises:
+        UserError: names each such source, its share and its commonest reasons, and where the rows can be read.
+    """
+    limit = job.params.prepare.max_quarantined_share
+    complaints = []
+    for name, rows in bad.items():
+        total = len(rows) + len(good[name])
+        if len(rows) > limit * total:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(row.category for row in rows).most_common(3))
+            places = ", ".join(f"{row.file}:{row.line}" for row in rows[:3])
+            complaints.append(
+                f"source '{name}' has {len(rows)} bad rows of {total} ({len(rows) / total:.1%}): {reasons}; the first: {places}"
+            )
+    if complaints:
+        path = job.folder / "quarantine.jsonl"
+        write_quarantine(path, bad)
+        raise UserError(
+            f"{'; '.join(complaints)}. prepare.max_quarantined_share allows {limit:.1%}",
+            remedy=f"see each bad row and its reason in {path}; correct the data, or raise prepare.max_quarantined_share in params.yaml",
+        )
+
+
+def check_needs(params: Params, files: Mapping[str, Sequence[object]]) -> None:
+    """Refuse to go on where a stage would find no rows.
+
+    Raises:
+        UserError: names the slice, and the keys that feed it.
+    """
+    needed = {"sft": "sft", "reward": "reward", "ppo": "ppo", "heldout_pairs": "heldout"}
+    if params.base.source == "build" or params.ppo.mixture_coefficient > 0:
+        needed["text"] = "text"
+    if not params.data.has_gold:
+        needed["judge"] = "judge"
+    for name, slice_name in needed.items():
+        if not files[name]:
+            feeding = [source for source in params.data.sources if source.split.uses(slice_name)]
+            raise UserError(
+                f"{name}.jsonl would be empty: no row of {', '.join(source.name for source in feeding)} was left for split.{slice_name} "
+                "after quarantine and removal of held-out prompts",
+                remedy=f"give these sources more rows, or a larger split.{slice_name} in params.yaml",
+            )
+
+
+def write_quarantine(path: Path, bad: Mapping[str, Sequence[Quarantined]]) -> None:
+    # backslashreplace writes what UTF-8 cannot say as \udcXX, which JSON reads back as it was
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for rows in bad.values():
+            file.writelines(json.dumps(vars(row), ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def summary(
+    good: Mapping[str, Sequence[Row]],
+    bad: Mapping[str, Sequence[Quarantined]],
+    slices: Mapping[str, Sequence[Row]],
+    leaked: Sequence[Row],
+    files: Mapping[str, Sequence[object]],
+) -> dict[str, Any]:
+    """Where every row went: per source, rows = quarantined + leaked + its slices."""
+    leaked_of = Counter(row.source for row in leaked)
+    sources = {}
+    for name, rows in good.items():
+        total = len(rows) + len(bad[name])
+        sources[name] = {
+            "rows": total,
+            "quarantined": len(bad[name]),
+            "quarantined_share": len(bad[name]) / total,
+            "reasons": dict(sorted(Counter(row.category for row in bad[name]).items())),
+            "leaked": leaked_of[name],
+            "slices": {slice_name: sum(row.source == name for row in part) for slice_name, part in slices.items()},
+        }
+    return {
+        "rows": sum(source["rows"] for source in sources.values()),
+        "quarantined": sum(len(rows) for rows in bad.values()),
+        "leaked": len(leaked),
+        "files": {name: len(lines) for name, lines in files.items()},
+        "sources": sources,
+    }
+
+
+if __name__ == "__main__":
+    run("prepare", main)

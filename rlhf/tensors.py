@@ -1,0 +1,45 @@
+"""Small tensor functions that every algorithm shares: torch only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Rows whose logits are turned to fp32 at a time: bounds the peak of the log-softmax.
+CHUNK_TOKENS = 4096
+
+
+def mask_from_lengths(lengths: Tensor, width: int, start: Tensor | int = 0) -> Tensor:
+    """1 where ``start ≤ position < lengths``. Lengths (B,) → mask (B, width), float.
+
+    Masks come from lengths, never from ``ids != pad``: where the pad token is the end-of-text token, the real end must count.
+    """
+    positions = torch.arange(width, device=lengths.device)[None, :]
+    begin = start[:, None] if isinstance(start, Tensor) else start
+    return ((positions >= begin) & (positions < lengths[:, None])).float()
+
+
+def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target token in fp32. Logits (N, V), targets (N,) → (N,).
+
+    The log-softmax runs over chunks of rows, so that a full fp32 copy of the logits never exists.
+    """
+    parts = []
+    for rows, wanted in zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        scaled = rows.float() / temperature
+        parts.append(scaled.gather(-1, wanted[:, None]).squeeze(-1) - scaled.logsumexp(-1))
+    return torch.cat(parts)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of each row's distribution. Logits (N, V) → (N,)."""
+    parts = []
+    for rows in logits.split(CHUNK_TOKENS):
+        log_probs = (rows.float() / temperature).log_softmax(-1)
+        parts.append(-(log_probs.exp() * log_probs).sum(-1))
+    return torch.cat(parts)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values where mask is 1; any shape → scalar."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,144 @@
+"""Run one DVC stage as a Prefect task: in a process group of its own, its lines in the run's log, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from rlhf.errors import UserError
+from tasks.graph import Stage
+
+PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
+LAST_LINES = 8
+RETRY_DELAY_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Something that happened to a stage. `step` and `total` stand still at 0 until it has logged its first step."""
+
+    stage: str
+    state: str  # running, up to date, done, failed
+    text: str = ""
+    step: int = 0
+    total: int = 0
+
+
+Watcher = Callable[[Progress], None]
+_watchers: list[Watcher] = []
+_running: set[subprocess.Popen[str]] = set()
+
+
+class StageError(UserError):
+    """A stage ended with an exit code other than 0.
+
+    `lasting`: it would fail again, as it said itself what the user has to mend, or it was stopped from outside.
+    """
+
+    def __init__(self, stage: str, code: int, lines: list[str]) -> None:
+        starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+        self.lasting = bool(starts) or code < 0
+        cause = lines[starts[-1] :][:2] if starts else lines
+        super().__init__(f"stage {stage} failed with exit code {code}: " + " | ".join(cause), remedy="see its log")
+
+
+def watch(watcher: Watcher) -> None:
+    """Call `watcher` with each Progress of each stage from now on, from the stages' threads."""
+    _watchers.append(watcher)
+
+
+def stop_all() -> None:
+    """Kill the process groups of all stages that are running."""
+    for process in list(_running):
+        _kill(process)
+
+
+def _worth_retrying(_task: object, _task_run: object, state: State[Any]) -> bool:
+    return not getattr(state.result(raise_on_failure=False), "lasting", False)
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{stage.name}", retry_delay_seconds=RETRY_DELAY_SECONDS, retry_condition_fn=_worth_retrying)
+def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[Any] | None:
+    """Bring one stage up to date.
+
+    Raises:
+        StageError: its command failed.
+    """
+    if stage.current:
+        _tell(Progress(stage.name, "up to date"))
+        return Completed(name="Cached", message="up to date")
+    log = get_run_logger()
+    _tell(Progress(stage.name, "running"))
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    process = _start(stage, root, environment)
+    _running.add(process)
+    try:
+        assert process.stdout
+        for raw in process.stdout:
+            if line := raw.rstrip():
+                log.info(line)
+                if not line.startswith("ERROR: failed to reproduce"):
+                    lines.append(line)
+                _tell(_progress(stage.name, line))
+        code = process.wait()
+    finally:
+        _kill(process)
+        _running.discard(process)
+    if code:
+        failure = StageError(stage.name, code, list(lines))
+        _tell(Progress(stage.name, "failed", failure.what))
+        raise failure
+    _tell(Progress(stage.name, "done"))
+    return None
+
+
+def _start(stage: Stage, root: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    programs = Path(sys.executable).parent
+    quiet = {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true"}
+    # --wait-for-lock: a stage that ends while another one commits would be lost without it
+    return subprocess.Popen(
+        [str(programs / "dvc"), "--wait-for-lock", "repro", "--single-item", stage.name],
+        cwd=root,
+        env=os.environ | quiet | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _progress(stage: str, line: str) -> Progress:
+    match = PROGRESS.fullmatch(line)
+    if match and match["stage"] == stage:
+        return Progress(stage, "running", match["metrics"], int(match["step"]), int(match["total"]))
+    return Progress(stage, "running", line)
+
+
+def _tell(progress: Progress) -> None:
+    for watcher in _watchers:
+        watcher(progress)

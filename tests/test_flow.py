@@ -1,0 +1,180 @@
+"""The flow on real, tiny DVC workspaces, whose stages are shell commands."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.testing.utilities import prefect_test_harness
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.retrain import retrain, run_stages
+from rlhf import registry
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from tasks import report, stage
+
+PROJECT = Path(__file__).parents[1]
+DVC = str(Path(sys.executable).with_name("dvc"))
+METRICS = {
+    "gold": None,
+    "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "second reward model"},
+    "reward_model": {"accuracy": 0.9, "n": 500},
+    "kl": 12.0,
+    "perplexity": {"sft": 10.0, "ppo": 10.5, "ratio": 1.05},
+    "eos_rate": {"sft": 0.95, "ppo": 0.99},
+    "answer_tokens": {"sft": 20.0, "ppo": 22.0},
+    "heldout": "abc",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    subprocess.run([DVC, "init", "--quiet"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[stage.Progress]:
+    seen: list[stage.Progress] = []
+    monkeypatch.setattr(stage, "_watchers", [seen.append])
+    return seen
+
+
+def pipeline(root: Path, stages: dict[str, dict[str, Any]]) -> None:
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+
+
+@flow
+def walk(root: Path) -> dict[str, str]:
+    return run_stages(root)
+
+
+def test_branches_run_side_by_side_and_a_second_run_has_nothing_to_do(root: Path, told: list[stage.Progress]) -> None:
+    def meeting(own: str, other: str) -> dict[str, Any]:
+        # each waits for the other: one after the other, the first would give up
+        wait = f"for i in $(seq 200); do [ -e {other}.here ] && break; sleep 0.1; done"
+        command = f"touch {own}.here; {wait}; [ -e {other}.here ] && cp start {own}"
+        return {"cmd": command, "deps": ["start"], "outs": [own]}
+
+    pipeline(
+        root,
+        {
+            "prepare": {"cmd": "echo $RLHF_FLOW_RUN_ID > flow.txt; echo data > start", "outs": ["start"]},
+            "sft": meeting("left", "right"),
+            "reward": meeting("right", "left"),
+            "ppo": {"cmd": "echo 'ppo 3/9 reward=0.5 kl=2'; cat left right > joined", "deps": ["left", "right"], "outs": ["joined"]},
+        },
+    )
+    assert walk(root) == dict.fromkeys(("prepare", "sft", "reward", "ppo"), "done")
+    assert (root / "joined").read_text() == "data\ndata\n"
+    assert len((root / "flow.txt").read_text().strip()) == 36
+    assert stage.Progress("ppo", "running", "reward=0.5 kl=2", 3, 9) in told
+    assert [event.state for event in told if event.stage == "ppo"][-1] == "done"
+
+    (root / "left.here").unlink()
+    assert set(walk(root).values()) == {"up to date"}
+    assert not (root / "left.here").exists()
+
+
+def test_a_failed_stage_is_named_with_its_reason_and_nothing_after_it_runs(root: Path) -> None:
+    mistake = "echo x >> tries; echo 'error: row 7: no prompt' >&2; echo '  remedy: give one' >&2; exit 1"
+    pipeline(
+        root,
+        {
+            "prepare": {"cmd": mistake, "outs": ["start"], "meta": {"retries": 2}},
+            "sft": {"cmd": "touch ran; touch out", "deps": ["start"], "outs": ["out"]},
+        },
+    )
+    with pytest.raises(UserError) as caught:
+        walk(root)
+    assert caught.value.what.startswith("stage prepare failed with exit code ")
+    assert caught.value.what.endswith("error: row 7: no prompt |   remedy: give one")
+    assert "sft" not in caught.value.what
+    assert not (root / "ran").exists()
+    # what the user has to mend is not tried again
+    assert (root / "tries").read_text() == "x\n"
+
+
+def test_a_stage_that_breaks_down_is_tried_again(root: Path) -> None:
+    pipeline(root, {"base": {"cmd": "[ -e tried ] || { touch tried; exit 9; }; echo ok > out", "outs": ["out"], "meta": {"retries": 1}}})
+    assert walk(root) == {"base": "done"}
+
+
+def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(event: stage.Progress) -> None:
+        if event.text == "started":
+            stage.stop_all()
+
+    monkeypatch.setattr(stage, "_watchers", [stop])
+    pipeline(root, {"base": {"cmd": "echo $$ > pid; echo started; sleep 300; touch out", "outs": ["out"], "meta": {"retries": 3}}})
+    with pytest.raises(UserError, match="stage base failed with exit code -15"):
+        walk(root)
+    shell = Path("/proc") / (root / "pid").read_text().strip() / "stat"
+    assert not shell.exists() or shell.read_text().split()[2] == "Z"
+
+
+def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
+    made = root / "made"
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(made)
+    (made / "lineage.json").write_text(json.dumps({"fingerprint": "f00d"}))
+    (root / "evaluate.json").write_text(json.dumps(METRICS))
+    (root / "samples.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a|b"}], "sft": "x", "ppo": "y"}) + "\n")
+    (root / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
+    copying = "mkdir -p metrics data; cp evaluate.json metrics/; cp samples.jsonl data/"
+    pipeline(
+        root,
+        {
+            "ppo": {"cmd": "mkdir -p models && cp -r made models/ppo", "deps": ["made"], "outs": ["models/ppo"]},
+            "evaluate": {
+                "cmd": copying,
+                "deps": ["models/ppo"],
+                "outs": ["data/samples.jsonl"],
+                "metrics": [{"metrics/evaluate.json": {"cache": False}}],
+            },
+        },
+    )
+    first = retrain(root)
+    assert first["stages"] == {"ppo": "done", "evaluate": "done"}
+    assert (first["version"], first["champion"], first["promoted"]) == (1, 1, True)
+    second = retrain(root)
+    assert set(second["stages"].values()) == {"up to date"}
+    assert (second["version"], second["champion"], second["promoted"]) == (1, 1, True)
+
+    params = registry.tracking.config.load(root / "params.yaml")
+    [version] = registry.versions(root, params)
+    assert version.tags["md5.models/ppo"].endswith(".dir")
+    page = report.markdown(registry.promote(version, root, params), root)
+    assert "| user: a\\|b | x | y |" in page
+    assert "| min_win_rate | yes |" in page
+
+    with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
+        retrain(root)
+
+
+def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path) -> None:
+    params = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    columns = dict.fromkeys(("prompt", "chosen", "rejected", "messages", "question", "answer", "text"), "x")
+    split = {"text": 0, "sft": 1, "reward": 1, "ppo": 1, "judge": 0, "heldout": 1}
+    source = {"name": "mine", "format": "pairs", "path": "data/raw/mine.jsonl", "hub": None, "revision": None, "hub_split": None}
+    params["data"]["sources"].append(source | {"columns": columns, "split": split | {"judge": 1}})
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    pipeline(root, {"prepare": {"cmd": "touch ran"}})
+    with pytest.raises(UserError, match=r"data\.sources\.\d+\.path: data/raw/mine\.jsonl: no such file"):
+        retrain(root)
+    assert not (root / "ran").exists()

@@ -1,0 +1,235 @@
+"""Versions, gates and promotion, with a real MLflow database and a real (tiny) model."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf import config, gates, registry
+from rlhf.errors import UserError
+
+PROJECT = Path(__file__).parents[1]
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+GOOD: dict[str, Any] = {
+    "gold": {"sft": 0.4, "ppo": 0.7, "difference": 0.3, "ci95": [0.25, 0.35]},
+    "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "gold"},
+    "reward_model": {"accuracy": 0.9, "n": 500},
+    "kl": 12.0,
+    "perplexity": {"sft": 10.0, "ppo": 10.5, "ratio": 1.05},
+    "eos_rate": {"sft": 0.95, "ppo": 0.99},
+    "answer_tokens": {"sft": 20.0, "ppo": 22.0},
+    "heldout": "abc",
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    metrics = json.loads(json.dumps(GOOD))
+    *parents, last = path.split(".")
+    place = metrics
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return metrics
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokens.train_from_iterator(
+        ["hello there"], trainers.BpeTrainer(vocab_size=260, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<pad>", chat_template=TEMPLATE)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1, bos_token_id=None, **sizes))
+    llama.generation_config.max_new_tokens = 8
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "lineage.json").write_text(json.dumps({"fingerprint": "f00d"}))
+    return folder
+
+
+@pytest.fixture
+def params(request: pytest.FixtureRequest) -> config.Params:
+    # the tests share a database; each has a registered model of its own
+    shipped = config.load(PROJECT / "params.yaml")
+    return shipped.model_copy(update={"promote": shipped.promote.model_copy(update={"model": request.node.name})})
+
+
+Evaluate = Callable[[Mapping[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture
+def root(model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for folder in ("models", "metrics"):
+        shutil.rmtree(workspace / folder, ignore_errors=True)
+    shutil.copytree(model, workspace / "models" / "ppo")
+    (workspace / "metrics").mkdir()
+    stage = {"cmd": "true", "deps": [], "outs": ["models/ppo"]}
+    (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ppo": stage}}))
+    lock = {"ppo": {"cmd": "true", "outs": [{"path": "models/ppo", "hash": "md5", "md5": "0123.dir"}]}}
+    (workspace / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lock}))
+    return workspace
+
+
+@pytest.fixture
+def evaluate(root: Path) -> Evaluate:
+    def write(metrics: Mapping[str, Any]) -> None:
+        (root / "metrics" / "evaluate.json").write_text(json.dumps(metrics))
+
+    return write
+
+
+def decide(root: Path, params: config.Params) -> registry.Decision:
+    return registry.promote(registry.register(root, params, "flow-1"), root, params)
+
+
+def test_a_version_that_passes_is_in_service_and_answers(root: Path, params: config.Params, evaluate: Evaluate) -> None:
+    evaluate(GOOD)
+    decision = decide(root, params)
+    assert (decision.version.number, decision.champion, decision.is_champion) == (1, 1, True)
+    assert all(gate.passed for gate in decision.gates)
+    assert registry.aliases(root, params) == {"champion": 1}
+
+    tags = decision.version.tags
+    assert tags["md5.models/ppo"] == "0123.dir"
+    assert tags["fingerprint.ppo"] == "f00d"
+    assert tags["flow_run"] == "flow-1"
+    assert tags["evaluate.gold.ppo"] == "0.7"
+    assert tags["git.revision"] == "none"
+    assert tags["gates"] == "passed"
+
+    # the version keeps its files when the stage's output is replaced
+    uri = f"models:/{params.promote.model}@champion"
+    folder = registry.model_folder(uri, root, params)
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").samefile(root / "models/ppo/model.safetensors")
+    shutil.rmtree(root / "models")
+    served = mlflow.pyfunc.load_model(uri)
+    dialogue = [{"role": "user", "content": "hello"}]
+    answers = served.predict(["hello", dialogue])
+    assert len(answers) == 2
+    assert answers[0] == answers[1] == served.predict(dialogue)[0]
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+
+
+def test_the_same_again_changes_nothing(root: Path, params: config.Params, evaluate: Evaluate) -> None:
+    evaluate(GOOD)
+    first = decide(root, params)
+    second = decide(root, params)
+    assert second.version.number == first.version.number
+    assert second.lines[-1] == "version 1 is champion already"
+    assert [version.number for version in registry.versions(root, params)] == [1]
+    assert registry.aliases(root, params) == {"champion": 1}
+
+
+def test_registered_by_two_at_once_it_is_one_version(root: Path, params: config.Params, evaluate: Evaluate) -> None:
+    evaluate(GOOD)
+    with ThreadPoolExecutor(2) as pool:
+        numbers = list(pool.map(lambda _: registry.register(root, params).number, range(2)))
+    assert numbers == [1, 1]
+
+
+def test_champions_candidates_and_a_champion_put_back_by_hand(root: Path, params: config.Params, evaluate: Evaluate) -> None:
+    evaluate(GOOD)
+    decide(root, params)
+    worse = changed("answer_tokens.ppo", 45.0)
+    evaluate(worse)
+    failed = decide(root, params)
+    assert not failed.is_champion
+    assert registry.aliases(root, params) == {"champion": 1, "candidate": 2}
+    assert failed.version.tags["gates"] == "failed: max_answer_tokens"
+    assert failed.version.tags["gate.max_answer_tokens"].endswith("45, over 40 by 5")
+    assert failed.lines[-1] == "version 2 is candidate, champion is version 1; failed: max_answer_tokens"
+
+    # looser gates let the same version pass
+    looser = params.model_copy(update={"promote": params.promote.model_copy(update={"max_answer_tokens": 50.0})})
+    assert decide(root, looser).is_champion
+    assert registry.aliases(root, params) == {"champion": 2, "previous": 1}
+    assert registry.versions(root, params)[0].aliases == ("champion",)
+
+    mlflow.MlflowClient().set_registered_model_alias(params.promote.model, "champion", "1")
+    again = decide(root, looser)
+    assert again.champion == 1
+    assert registry.aliases(root, params)["champion"] == 1
+    assert again.lines[-1] == "version 2 was champion before: alias champion stays with version 1"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "name", "distance"),
+    [
+        ("gold.ci95", [0.04, 0.2], "min_gold_difference", "short of 0.1 by 0.06"),
+        ("win_rate.ci95", [0.5, 0.6], "min_win_rate", "short of 0.55 by 0.05"),
+        ("reward_model.accuracy", 0.6, "min_reward_accuracy", "short of 0.7 by 0.1"),
+        ("kl", 41.0, "max_kl", "over 40 by 1"),
+        ("kl", float("nan"), "max_kl", "over 40 by nan"),
+        ("perplexity.ratio", 1.25, "max_perplexity_ratio", "over 1.15 by 0.1"),
+        ("eos_rate.ppo", 0.8, "min_eos_rate", "short of 0.9 by 0.1"),
+        ("answer_tokens.ppo", 44.0, "max_answer_tokens", "over 40 by 4"),
+    ],
+)
+def test_each_gate(params: config.Params, path: str, value: Any, name: str, distance: str) -> None:
+    failed = [gate for gate in gates.check(changed(path, value), params.promote, None) if not gate.passed]
+    assert [gate.name for gate in failed] == [name]
+    assert failed[0].text.endswith(distance)
+
+
+def test_regression_is_measured_on_the_same_heldout_set_only(params: config.Params) -> None:
+    def regression(metrics: Mapping[str, Any], champion: Mapping[str, str] | None) -> gates.Gate:
+        return gates.check(metrics, params.promote, champion)[-1]
+
+    better = {"evaluate.heldout": "abc", "evaluate.gold.ppo": "0.75", "evaluate.win_rate.value": "0.9"}
+    assert regression(GOOD, None).passed
+    failed = regression(GOOD, better)
+    assert not failed.passed
+    assert failed.text == "gold.ppo of the champion − of this version: 0.05, over 0.02 by 0.03"
+    assert regression(GOOD, better | {"evaluate.gold.ppo": "0.71"}).passed
+    elsewhere = regression(GOOD, better | {"evaluate.heldout": "other"})
+    assert elsewhere.passed
+    assert "not comparable" in elsewhere.text
+    assert regression(changed("gold", None), better).value == pytest.approx(0.1)
+
+
+def test_without_gold_score_the_win_rate_decides(params: config.Params) -> None:
+    names = [gate.name for gate in gates.check(changed("gold", None), params.promote, None)]
+    assert "min_gold_difference" not in names
+    assert "min_win_rate" in names
+
+
+def test_what_is_missing_is_named(root: Path, params: config.Params, evaluate: Evaluate) -> None:
+    with pytest.raises(UserError, match=r"metrics/evaluate\.json: no such file"):
+        registry.register(root, params)
+    with pytest.raises(UserError, match=r"no number at eos_rate\.ppo"):
+        gates.check(changed("eos_rate", 0.9), params.promote, None)
+    evaluate(GOOD)
+    assert registry.versions(root, params) == []
+    uri = f"models:/{params.promote.model}@champion"
+    with pytest.raises(UserError, match=uri):
+        registry.model_folder(uri, root, params)
+    (root / "models/ppo/model.safetensors").unlink()
+    with pytest.raises(UserError, match="models/ppo: no model"):
+        registry.register(root, params)

@@ -1,0 +1,174 @@
+"""MLflow runs of the stages, in databases of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf import config, tracking
+from rlhf.fingerprint import Node
+from rlhf.processes import Stopped
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PARAMS = config.load(REPOSITORY / "params.yaml")
+NODE = Node("sft", (), ("models/sft",), ("metrics/sft.json",), {"plots/sft.csv": {"x": "step", "y": "loss"}})
+AWAY = "http://127.0.0.1:9"
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    # a busy machine must not make these tests fail
+    monkeypatch.setattr(tracking, "SECONDS_AT_THE_END", 60)
+    (tmp_path / "params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def tracked(root: Path) -> Callable[..., Path]:
+    """Track a run of sft that logs these steps; its folder."""
+
+    def tracked(fingerprint: str, *steps: int, error: BaseException | None = None) -> Path:
+        folder = root / "runs" / "sft" / fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        tracker = tracking.Tracker(root, PARAMS, NODE, fingerprint, folder)
+        tracker.__enter__()
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, "total": 9, "metrics": {"loss": 1 / step, "lr": 0.1}}) + "\n" for step in steps)
+        tracker.__exit__(type(error) if error else None, error, None)
+        return folder
+
+    return tracked
+
+
+def history(root: Path, run: str, name: str) -> list[tuple[int, float]]:
+    return sorted((metric.step, metric.value) for metric in tracking.client(root, PARAMS).get_metric_history(run, name))
+
+
+def state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "tracking.json").read_text())
+
+
+def test_a_run_that_went_on_from_a_checkpoint_has_each_step_once(root: Path, tracked: Callable[..., Path]) -> None:
+    folder = tracked("resumed", 1, 2, 3, error=Stopped(15))
+    first = state(folder)["run"]
+    assert tracking.client(root, PARAMS).get_run(first).info.status == "KILLED"
+    tracked("resumed", 2, 3, 4)
+    assert state(folder)["run"] == first
+    assert history(root, first, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+    assert tracking.client(root, PARAMS).get_run(first).info.status == "FINISHED"
+
+
+def test_a_run_says_what_it_was(root: Path, tracked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHF_FLOW_RUN_ID", "flow-7")
+    monkeypatch.setenv("RLHF_PARENT_RUN", "parent-7")
+    for command in (["init"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=root, check=True, capture_output=True)
+    run = tracking.client(root, PARAMS).get_run(state(tracked("said"))["run"])
+    assert run.info.run_name == "sft"
+    assert run.data.tags["fingerprint"] == "said"
+    assert run.data.tags["flow_run_id"] == "flow-7"
+    assert run.data.tags["mlflow.parentRunId"] == "parent-7"
+    # params.yaml is not in the commit
+    assert run.data.tags["git_revision"].endswith("+dirty")
+    assert run.data.params["sft.optimizer.learning_rate"] == str(PARAMS.sft.optimizer.learning_rate)
+    assert run.data.params["seed"] == str(PARAMS.seed)
+
+
+def test_what_waited_for_mlflow_is_sent_whole(
+    root: Path, tracked: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    results = root / "runs/sft/waited/results"
+    for name in ("metrics", "plots"):
+        (results / name).mkdir(parents=True)
+    (results / "metrics/sft.json").write_text(json.dumps({"rate": {"value": 0.5, "ci95": [0.4, 0.6]}, "note": "text", "gold": None}))
+    (results / "plots/sft.csv").write_text("step,loss\n1,0.5\n2,\n3,0.25\n")
+    folder = tracked("waited", 1, 2)
+    assert "the metrics wait in" in capfd.readouterr().err
+    assert tracking.waiting(root) == [folder]
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    tracking.send_waiting(root)
+    assert tracking.waiting(root) == []
+    run = state(folder)["run"]
+    assert tracking.run_of("waited", root, PARAMS) == run
+    assert history(root, run, "loss") == [(1, 1.0), (2, 0.5)]
+    assert [history(root, run, f"final/rate/{name}") for name in ("value", "ci95/0", "ci95/1")] == [[(2, 0.5)], [(2, 0.4)], [(2, 0.6)]]
+    artifacts = tracking.client(root, PARAMS).list_artifacts(run, "plots")
+    assert {Path(artifact.path).name for artifact in artifacts} == {"sft.csv", "sft.png"}
+
+
+def test_sending_twice_sends_nothing_twice(root: Path, tracked: Callable[..., Path]) -> None:
+    folder = tracked("twice", 1)
+    run = state(folder)["run"]
+    tracking.send_waiting(root)
+    (folder / "tracking.json").write_text(json.dumps(state(folder) | {"sent": False}))
+    tracking.send_waiting(root)
+    assert history(root, run, "loss") == [(1, 1.0)]
+
+
+def test_a_run_whose_launcher_was_killed_is_ended(root: Path, tracked: Callable[..., Path]) -> None:
+    folder = tracked("orphan", 1)
+    run = state(folder)["run"]
+    tracking.client(root, PARAMS).update_run(run, status="RUNNING")
+    (folder / "tracking.json").write_text(json.dumps(state(folder) | {"sent": False, "status": "RUNNING", "ended": None}))
+    tracking.send_waiting(root)
+    assert tracking.client(root, PARAMS).get_run(run).info.status == "KILLED"
+
+
+def test_a_run_under_way_is_left_alone(root: Path) -> None:
+    folder = root / "runs/sft/live"
+    folder.mkdir(parents=True)
+    with tracking.Tracker(root, PARAMS, NODE, "live", folder):
+        tracking.send_waiting(root)
+        assert state(folder)["status"] == "RUNNING"
+
+
+def test_a_line_under_way_waits_for_its_end(root: Path, tracked: Callable[..., Path]) -> None:
+    folder = tracked("partial", 1)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "total": 9, "metr')
+    tracked("partial")
+    assert history(root, state(folder)["run"], "loss") == [(1, 1.0)]
+
+
+def test_a_run_that_mlflow_has_lost_is_sent_anew(root: Path, tracked: Callable[..., Path]) -> None:
+    folder = tracked("lost", 1)
+    first = state(folder)["run"]
+    tracking.client(root, PARAMS).delete_run(first)
+    tracked("lost", 2)
+    assert state(folder)["run"] != first
+    assert history(root, state(folder)["run"], "loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_run_of_finds_the_latest_finished_run(root: Path, tracked: Callable[..., Path]) -> None:
+    assert tracking.run_of("wanted", root, PARAMS) is None
+    folder = tracked("wanted", 1, error=ValueError())
+    assert tracking.run_of("wanted", root, PARAMS) is None
+    tracked("wanted", 2)
+    assert tracking.run_of("wanted", root, PARAMS) == state(folder)["run"]
+
+
+def test_two_that_initialise_side_by_side_agree(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    # what a launcher left that was killed as it created the database
+    (root / "mlruns").mkdir()
+    (root / "mlruns/mlflow.new").write_text("half a database")
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(tracking.initialise, root, PARAMS) for _ in range(2)]
+    assert both[0].result() == both[1].result()
+    assert (root / "mlruns/mlflow.db").exists()
+    experiment = tracking.client(root, PARAMS).get_experiment(both[0].result())
+    assert experiment.artifact_location.endswith("mlruns/artifacts")
