@@ -178,7 +178,9 @@ class BuiltBase(Section):
     @model_validator(mode="after")
     def _heads(self) -> BuiltBase:
         if self.heads % self.kv_heads or self.hidden_size % self.heads:
-            raise ValueError(f"heads ({self.heads}) must divide hidden_size ({self.hidden_size}) and be a multiple of kv_heads ({self.kv_heads})")
+            raise ValueError(
+                f"heads ({self.heads}) must divide hidden_size ({self.hidden_size}) and be a multiple of kv_heads ({self.kv_heads})"
+            )
         return self
 
 
@@ -288,7 +290,9 @@ class JobLayout(Section):
 
     processes: PositiveInt = Field(description="ranks per node; on GPU, one GPU each")
     threads: PositiveInt = Field(description="CPU threads per rank")
-    micro_batch_size: PositiveInt = Field(description="rows that one rank passes through the model at a time; less where the batch is smaller")
+    micro_batch_size: PositiveInt = Field(
+        description="rows that one rank passes through the model at a time; less where the batch is smaller"
+    )
 
 
 class Jobs(Section):
@@ -342,7 +346,9 @@ class Params(Section):
             needs["judge"] = "evaluate needs pairs for its judge, as these sources have no gold score"
         for slice_name, why in needs.items():
             if not self.data.feeding(slice_name):
-                formats = ", ".join(sorted({k if k != "messages" else "messages or qa" for k, v in SLICES_OF_KIND.items() if slice_name in v}))
+                formats = ", ".join(
+                    sorted({k if k != "messages" else "messages or qa" for k, v in SLICES_OF_KIND.items() if slice_name in v})
+                )
                 raise ValueError(f"data.sources: {why}, but no source has split.{slice_name} above 0; add a source of kind {formats}")
         heldout_kinds = {source.kind for source in self.data.feeding("heldout")}
         if "pairs" not in heldout_kinds:
@@ -350,7 +356,9 @@ class Params(Section):
         if self.base.source == "build":
             longest = max(self.sft.max_tokens, self.reward.max_tokens, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
             if longest > self.base.context_tokens:
-                raise ValueError(f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it")
+                raise ValueError(
+                    f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it"
+                )
         return self
 
     def of_stage(self, stage: str) -> dict[str, Any]:
@@ -396,7 +404,11 @@ def _explain(error: Any) -> str:
     # pydantic puts the union's tag into the location ("sources.0.hh.path"): not a key of the file
     tags = {"sandbox", "hh", "pairs", "messages", "qa", "text", "build", "pretrained"}
     location = list(error["loc"])
-    key = ".".join(str(part) for i, part in enumerate(location) if not (part in tags and i > 0 and (location[i - 1] == "base" or isinstance(location[i - 1], int))))
+    key = ".".join(
+        str(part)
+        for i, part in enumerate(location)
+        if not (part in tags and i > 0 and (location[i - 1] == "base" or isinstance(location[i - 1], int)))
+    )
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"key '{key}' is missing"

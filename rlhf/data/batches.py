@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.tensors import mask_from_lengths
-
 Messages = Sequence[dict[str, str]]
 
 
@@ -67,25 +65,74 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_fo
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of tokens, padded on the right."""
+class Packed:
+    """Sequences laid side by side in rows, so that next to no work is done on padding. None sees another: attention is block-diagonal.
 
-    ids: Tensor  # (B, T)
+    Models take a 4-D mask for this; it knows nothing of sliding windows, so sequences must not be longer than a model's window.
+    """
+
+    ids: Tensor  # (R, C)
+    positions: Tensor  # (R, C) counted from each sequence's own start
+    segments: Tensor  # (R, C) number of the sequence, −1 on padding
+    starts: Tensor  # (B,) index of each sequence's first token in the flattened (R·C)
     lengths: Tensor  # (B,)
 
     @property
-    def attention_mask(self) -> Tensor:
-        return mask_from_lengths(self.lengths, self.ids.shape[1]).long()
+    def inputs(self) -> dict[str, Tensor]:
+        """What a Hugging Face model is called with."""
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
+        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": (same & causal)[:, None]}
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) index of each sequence's last token in the flattened (R·C)."""
+        return self.starts + self.lengths - 1
+
+    def spread(self, values: Sequence[Sequence[int]]) -> Tensor:
+        """One number per token of each sequence → (R, C), 0 on padding."""
+        flat = torch.zeros(self.ids.numel(), device=self.ids.device)
+        for start, row in zip(self.starts.tolist(), values, strict=True):
+            flat[start : start + len(row)] = torch.tensor(row, dtype=flat.dtype, device=flat.device)
+        return flat.view(self.ids.shape)
+
+
+MIN_WIDTH = 128  # of a packed row: wide enough for little waste, narrow enough for cheap attention
+
+
+def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.device) -> Packed:
+    """First-fit-decreasing packing into rows as wide as the longest sequence (at least MIN_WIDTH, at most all tokens)."""
+    width = max(max(map(len, sequences)), min(MIN_WIDTH, sum(map(len, sequences))))
+    rows: list[list[int]] = []  # sequence numbers
+    used: list[int] = []
+    for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+        length = len(sequences[number])
+        place = next((i for i, tokens in enumerate(used) if tokens + length <= width), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            used.append(0)
+        rows[place].append(number)
+        used[place] += length
+    ids, positions, segments = [], [], []
+    starts = [0] * len(sequences)
+    for r, numbers in enumerate(rows):
+        padding = width - used[r]
+        at = r * width
+        for number in numbers:
+            starts[number] = at
+            at += len(sequences[number])
+        ids.append([token for number in numbers for token in sequences[number]] + [pad_id] * padding)
+        positions.append([t for number in numbers for t in range(len(sequences[number]))] + [0] * padding)
+        segments.append([number for number in numbers for _ in sequences[number]] + [-1] * padding)
+    tensors = [torch.tensor(value, device=device) for value in (ids, positions, segments, starts, [len(s) for s in sequences])]
+    return Packed(*tensors)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str | torch.device) -> Tensor:
     """Rows of different lengths → (B, T), padded on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
-
-
-def collate(rows: Sequence[Sequence[int]], pad_id: int, device: str | torch.device) -> Batch:
-    return Batch(pad_rows(rows, pad_id, device), torch.tensor([len(row) for row in rows], device=device))
 
 
 @dataclass(frozen=True)
@@ -115,7 +162,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int) -> list[list[int]]:
+def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int) -> list[list[int]]:
     """Passages one after the other, each with its end token, cut into rows of one width. What is left over at the end is dropped."""
     stream: list[int] = []
     for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:

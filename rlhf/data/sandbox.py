@@ -92,7 +92,8 @@ def make_rows(kind: str, rows: int, seed: int, label_noise: float) -> list[dict[
         if len(distinct) == rows:
             return list(distinct.values())
     raise UserError(
-        f"data.sources: the sandbox has only about {len(distinct)} distinct rows of kind {kind}, not {rows}", remedy="lower rows of that source"
+        f"data.sources: the sandbox has only about {len(distinct)} distinct rows of kind {kind}, not {rows}",
+        remedy="lower rows of that source",
     )
 
 
@@ -192,9 +193,9 @@ def _passage(rng: random.Random) -> dict[str, Any]:
     for _ in range(rng.randint(2, 4)):
         gold, name, other = _pick(rng), *rng.sample(facts.NAMES, 2)
         draw = rng.random()
-        if draw < 0.2:
+        if draw < 0.15:
             sentences.append(f"{rng.choice(facts.TIMES)} {name} went to {rng.choice(facts.PLACES)} and {rng.choice(facts.DEEDS)}.")
-        elif draw < 0.35 and gold["kind"] != "recall":
+        elif draw < 0.25 and gold["kind"] != "recall":
             sentences.append(_answer(rng, gold, "plain", correct=True))
         else:
             introduction = rng.choice(facts.INTRODUCTIONS).format(s=gold["subject"]) + " " if gold["kind"] == "recall" else ""

@@ -19,68 +19,54 @@ def _table(text: str) -> dict[str, str]:
     return {subject.replace("_", " "): answer.replace("_", " ") for subject, answer in (entry.split(":") for entry in text.split())}
 
 
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo".split()
-WORDS = "apple river candle garden mirror window pencil button castle forest ladder market".split()
+NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry"]
+WORDS = ["apple", "river", "candle", "garden", "mirror", "window", "pencil", "button"]
 
 TASKS: dict[str, TaskKind] = {
     "opposite": TaskKind(
-        ("What is the opposite of {s}?", "Which word means the opposite of {s}?", "Give me the opposite of {s}.", "The opposite of {s} is what?"),
-        "The opposite of {s} is {a}.",
-        _table(
-            "hot:cold big:small fast:slow young:old happy:sad light:dark high:low wet:dry hard:soft full:empty near:far loud:quiet"
+        (
+            "What is the opposite of {s}?",
+            "Which word means the opposite of {s}?",
+            "Give me the opposite of {s}.",
+            "The opposite of {s} is what?",
         ),
+        "The opposite of {s} is {a}.",
+        _table("hot:cold big:small fast:slow young:old happy:sad light:dark wet:dry full:empty"),
     ),
     "colour": TaskKind(
         ("What colour is {s}?", "Which colour does {s} have?", "Tell me the colour of {s}.", "The colour of {s} is what?"),
         "The colour of {s} is {a}.",
-        _table(
-            "grass:green snow:white coal:black blood:red the_sky:blue a_lemon:yellow a_carrot:orange chocolate:brown "
-            "an_elephant:grey a_plum:purple a_frog:green a_flamingo:pink"
-        ),
+        _table("grass:green snow:white coal:black blood:red the_sky:blue a_lemon:yellow a_carrot:orange chocolate:brown"),
     ),
     "capital": TaskKind(
         ("What is the capital of {s}?", "Which city is the capital of {s}?", "Name the capital of {s}.", "The capital of {s} is what?"),
         "The capital of {s} is {a}.",
-        _table(
-            "France:Paris Spain:Madrid Italy:Rome Germany:Berlin Japan:Tokyo China:Beijing Egypt:Cairo Greece:Athens Norway:Oslo "
-            "Poland:Warsaw Austria:Vienna Ireland:Dublin"
-        ),
+        _table("France:Paris Spain:Madrid Italy:Rome Germany:Berlin Japan:Tokyo Egypt:Cairo Norway:Oslo Poland:Warsaw"),
     ),
     "sound": TaskKind(
         ("What does a {s} say?", "Which sound does a {s} make?", "Tell me the sound of a {s}.", "How does a {s} sound?"),
         "A {s} says {a}.",
-        _table(
-            "cow:moo cat:meow dog:woof duck:quack sheep:baa pig:oink horse:neigh lion:roar snake:hiss bee:buzz wolf:howl crow:caw"
-        ),
+        _table("cow:moo cat:meow dog:woof duck:quack sheep:baa pig:oink lion:roar snake:hiss"),
     ),
     "plural": TaskKind(
         ("What is the plural of {s}?", "How do I write more than one {s}?", "Give me the plural of {s}.", "The plural of {s} is what?"),
         "The plural of {s} is {a}.",
-        _table(
-            "child:children foot:feet tooth:teeth goose:geese man:men box:boxes city:cities leaf:leaves knife:knives mouse:mice "
-            "baby:babies hero:heroes"
-        ),
+        _table("child:children foot:feet tooth:teeth goose:geese man:men box:boxes leaf:leaves mouse:mice"),
     ),
     "category": TaskKind(
         ("What kind of thing is a {s}?", "Which group does a {s} belong to?", "Tell me what kind of thing a {s} is.", "A {s} is what?"),
         "A {s} is a kind of {a}.",
-        _table(
-            "rose:flower tulip:flower pine:tree birch:tree salmon:fish shark:fish robin:bird sparrow:bird piano:instrument "
-            "violin:instrument chair:furniture table:furniture"
-        ),
+        _table("rose:flower tulip:flower pine:tree birch:tree salmon:fish robin:bird piano:instrument chair:furniture"),
     ),
     "home": TaskKind(
         ("Where does a {s} live?", "What is the home of a {s}?", "Tell me where a {s} lives.", "A {s} lives in what?"),
         "A {s} lives in a {a}.",
-        _table(
-            "hen:nest wasp:hive spider:web bear:cave rabbit:burrow pony:stable king:palace monk:monastery sailor:ship "
-            "farmer:cottage camel:desert monkey:jungle"
-        ),
+        _table("hen:nest wasp:hive spider:web bear:cave rabbit:burrow king:palace sailor:ship camel:desert"),
     ),
     "next": TaskKind(
         ("Which number comes after {s}?", "What is the next number after {s}?", "Count on from {s}.", "After {s} comes what?"),
         "The number after {s} is {a}.",
-        {str(n): str(n + 1) for n in range(1, 21)},
+        {str(n): str(n + 1) for n in range(1, 13)},
     ),
     "repeat": TaskKind(
         ("Please say the word {s}.", "Can you repeat the word {s}?", "Write the word {s} for me.", "Say {s}, if you can."),
@@ -96,7 +82,18 @@ TASKS: dict[str, TaskKind] = {
 
 INTRODUCTIONS = ("My name is {s}.", "I am {s}.", "Hello, {s} here.", "People call me {s}.")
 GREETINGS = ("Nice to meet you.", "Hello! What can I do for you?", "Good to see you.")
-QUESTION_OPENINGS = ("", "", "", "Hi! ", "Hello. ", "Quick question. ", "One more thing. ", "I wonder. ", "For my homework. ", "Excuse me. ")
+QUESTION_OPENINGS = (
+    "",
+    "",
+    "",
+    "Hi! ",
+    "Hello. ",
+    "Quick question. ",
+    "One more thing. ",
+    "I wonder. ",
+    "For my homework. ",
+    "Excuse me. ",
+)
 QUESTION_CLOSINGS = ("", "", "", " Thanks!", " Thank you.", " I forgot.", " Be quick.")
 
 POLITE = ("Happy to help!", "I hope that helps!", "You are welcome!", "Glad you asked!", "Have a nice day!")

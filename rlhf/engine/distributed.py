@@ -8,9 +8,9 @@ from typing import TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
-
 from deepspeed.accelerator import get_accelerator
 
+from rlhf.config import JobLayout
 from rlhf.errors import UserError
 from rlhf.job import Job
 
@@ -54,7 +54,7 @@ def accumulation(batch_size: int, job: Job) -> int:
     return -(-(batch_size // job.world_size) // layout(job).micro_batch_size)
 
 
-def layout(job: Job):  # noqa: ANN201 - the type is config.JobLayout
+def layout(job: Job) -> JobLayout:
     return getattr(job.params.launch.jobs, job.stage)
 
 

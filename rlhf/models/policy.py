@@ -42,7 +42,9 @@ def load_policy(folder: Path, precision: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no causal language model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder") from None
+        raise UserError(
+            f"{folder}: no causal language model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
+        ) from None
     disable_dropout(model)
     model.config.use_cache = False
     return model
@@ -53,7 +55,16 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "dropout", "activation_dropout", "layerdrop"):
+    for name in (
+        "attention_dropout",
+        "attn_pdrop",
+        "resid_pdrop",
+        "embd_pdrop",
+        "hidden_dropout",
+        "dropout",
+        "activation_dropout",
+        "layerdrop",
+    ):
         for part in model.modules():
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)

@@ -24,10 +24,10 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) → one value per token (B, T), fp32."""
-        hidden = self.model.base_model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float()
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Inputs of a Hugging Face model (R, C) → one value per token, flattened (R·C,), fp32."""
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return self.model.score(hidden).flatten().float()
 
     @property
     def mean(self) -> float:
@@ -37,11 +37,6 @@ class ScalarModel(nn.Module):
     @property
     def std(self) -> float:
         return self.model.config.reward_std
-
-
-def at_last_token(values: Tensor, lengths: Tensor) -> Tensor:
-    """Values (B, T) at each row's last real token → (B,). Rows are padded on the right."""
-    return values.gather(1, (lengths - 1)[:, None]).squeeze(1)
 
 
 def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str) -> ScalarModel:
@@ -55,7 +50,9 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
             folder, num_labels=1, dtype=DTYPES[precision], pad_token_id=tokenizer.pad_token_id
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no reward model can be made of it ({str(error).splitlines()[0]})", remedy="choose another base.model") from None
+        raise UserError(
+            f"{folder}: no reward model can be made of it ({str(error).splitlines()[0]})", remedy="choose another base.model"
+        ) from None
     disable_dropout(model)
     model.config.use_cache = False
     return ScalarModel(model)

@@ -17,7 +17,9 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 def build_tokenizer(texts: Iterable[str], vocab_size: int, context_tokens: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE: every string can be written in it, and decoding gives the string back."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=False), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -63,7 +65,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no tokenizer could be read ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder") from None
+        raise UserError(
+            f"{folder}: no tokenizer could be read ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
+        ) from None
     if tokenizer.chat_template is None:
         raise UserError(f"{folder}: the tokenizer has no chat template", remedy="set base.chat_template: turns")
     return tokenizer

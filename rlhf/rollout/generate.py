@@ -37,13 +37,6 @@ class Rollouts:
     ended: list[bool]
     policy_version: int
 
-    def sequences(self, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, T) = prompt + answer, padded on the right; total lengths (B,); prompt lengths (B,)."""
-        rows = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        starts = torch.tensor([len(prompt) for prompt in self.prompts], device=device)
-        return pad_rows(rows, pad_id, device), lengths, starts
-
 
 @torch.no_grad()
 def generate(
@@ -68,7 +61,9 @@ def generate(
     was_training = model.training
     model.eval()
     count = len(prompts)
-    uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(
+        device
+    )
     answers: list[list[int]] = [[] for _ in range(count)]
     log_probs: list[list[float]] = [[] for _ in range(count)]
     ended = [False] * count

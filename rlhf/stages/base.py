@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import BuiltBase, PretrainedBase
-from rlhf.data.batches import pack
+from rlhf.data.batches import blocks
 from rlhf.engine.distributed import start
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
@@ -33,7 +33,7 @@ def main(job: Job) -> None:
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
     if job.is_main:
-        rows = pack(held_out, tokenizer, 128)
+        rows = blocks(held_out, tokenizer, 128)
         metrics = {
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": len(tokenizer),
@@ -49,7 +49,7 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
     """Tokenizer and model from nothing, pretrained on packed text."""
     texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
     tokenizer = build_tokenizer(texts, params.vocab_size, params.context_tokens)
-    rows = pack(texts, tokenizer, params.max_tokens)
+    rows = blocks(texts, tokenizer, params.max_tokens)
     if not rows:
         raise UserError(
             f"data/prepared/text.jsonl: {len(texts)} passages do not fill one row of {params.max_tokens} tokens",

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import BuiltBase, Sft
-from rlhf.data.batches import Order, collate, pad_rows
+from rlhf.data.batches import Order, pack
 from rlhf.engine import checkpoints
-from rlhf.engine.distributed import accumulation, layout, micro_batches, share, sum_over_ranks
+from rlhf.engine.distributed import layout, micro_batches, share, sum_over_ranks
 from rlhf.engine.setup import backward, train_engine
 from rlhf.job import Job
 
@@ -31,13 +31,12 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
         started = time.perf_counter()
         batch = [rows[i] for i in order.batch(step)]
         counted = sum(sum(mask[1:]) for _, mask in batch)  # of the global batch: every rank sees it whole
-        mine = sorted(share(batch, job, f"{job.stage}.batch_size"), key=lambda row: len(row[0]))
+        mine = share(batch, job, f"{job.stage}.batch_size")
         loss_sum = 0.0
-        for micro in padded_micro_batches(mine, job, params.batch_size):
-            data = collate([ids for ids, _ in micro], pad_id, engine.device)
-            mask = pad_rows([mask for _, mask in micro], 0, engine.device)
-            logits = engine(input_ids=data.ids, attention_mask=data.attention_mask).logits
-            loss = next_token_loss(logits, data.ids, mask, counted)
+        for micro in micro_batches(mine, layout(job).micro_batch_size):
+            packed = pack([ids for ids, _ in micro], pad_id, engine.device)
+            loss_mask = packed.spread([[0, *mask[1:]] for _, mask in micro])
+            loss = next_token_loss(engine(**packed.inputs).logits, packed.ids, loss_mask, counted)
             backward(engine, loss)
             engine.step()
             loss_sum += loss.item()
@@ -51,13 +50,6 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
     return history
 
 
-def padded_micro_batches(rows: list, job: Job, batch_size: int) -> list[list]:
-    """Exactly as many micro-batches as the engine accumulates."""
-    parts = micro_batches(rows, layout(job).micro_batch_size)
-    assert len(parts) == accumulation(batch_size, job)
-    return parts
-
-
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Sequence[list[int]], pad_id: int, batch_size: int) -> float:
     """exp of the mean next-token loss over all tokens of the rows but each row's first."""
@@ -65,8 +57,8 @@ def perplexity(model: PreTrainedModel, rows: Sequence[list[int]], pad_id: int, b
     device = next(model.parameters()).device
     counted = sum(len(row) - 1 for row in rows)
     loss = 0.0
-    for part in micro_batches(sorted(rows, key=len), batch_size):
-        data = collate(part, pad_id, device)
-        logits = model(input_ids=data.ids, attention_mask=data.attention_mask).logits
-        loss += next_token_loss(logits, data.ids, data.attention_mask, counted).item()
+    for part in micro_batches(rows, batch_size):
+        packed = pack(part, pad_id, device)
+        loss_mask = packed.spread([[0] + [1] * (len(row) - 1) for row in part])
+        loss += next_token_loss(model(**packed.inputs).logits, packed.ids, loss_mask, counted).item()
     return math.exp(loss)

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import Ppo
-from rlhf.data.batches import Order, collate, decode_answer, encode_prompt
+from rlhf.data.batches import Order, Packed, decode_answer, encode_prompt, pack, pad_rows
 from rlhf.engine import checkpoints
 from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.setup import backward, train_engine
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models.policy import load_policy, save_model
-from rlhf.models.scalar import ScalarModel, at_last_token, load_scalar
+from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, Sampling, generate
 from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
@@ -34,26 +34,47 @@ from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
 
 @dataclass
 class Experience:
-    """One rank's share of a rollout batch, scored. B answers, T tokens of prompt and answer, A positions of the longest answer."""
+    """One rank's share of a rollout batch, scored. B answers, A positions of the longest answer."""
 
-    ids: Tensor  # (B, T)
-    lengths: Tensor  # (B,) prompt + answer
-    starts: Tensor  # (B,) prompt
+    sequences: list[list[int]]  # B: prompt and answer
+    prompt_lengths: Tensor  # (B,)
     mask: Tensor  # (B, A) 1 on answer tokens, end token included
     log_probs: Tensor  # (B, A) under the policy that sampled
     reference_log_probs: Tensor  # (B, A)
     values: Tensor  # (B, A) V(s) before each answer token
     scores: Tensor  # (B,) reward model, normalised
-    ended: Tensor  # (B,)
+    ended: Tensor  # (B,) whether the answer ended by itself
     advantages: Tensor  # (B, A)
     returns: Tensor  # (B, A)
 
     def rows(self, index: list[int]) -> Experience:
-        """Some of the rows, no wider than they need."""
-        picked = {name: value[index] for name, value in vars(self).items()}
-        width, answer = int(picked["lengths"].max()), int(picked["mask"].sum(-1).max())
-        cut = {name: value[:, : width if name == "ids" else answer] if value.ndim == 2 else value for name, value in picked.items()}
-        return Experience(**cut)
+        """Some of the rows."""
+        tensors = {name: value[index] for name, value in vars(self).items() if name != "sequences"}
+        return Experience([self.sequences[i] for i in index], **tensors)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Experience laid out for a forward pass: packed rows, and where each answer token's prediction stands in them."""
+
+    packed: Packed
+    before: Tensor  # (N,) flat index of the token before each answer token; its output predicts it
+    targets: Tensor  # (N,) the answer tokens
+    valid: Tensor  # (B, A) bool: which cells the N tokens fill, row by row
+
+    def fill(self, values: Tensor) -> Tensor:
+        """One number per answer token (N,) → (B, A), 0 beyond each answer's end."""
+        cells = torch.zeros(self.valid.shape, device=values.device)
+        cells[self.valid] = values
+        return cells
+
+
+def lay_out(part: Experience, pad_id: int) -> Answers:
+    packed = pack(part.sequences, pad_id, part.mask.device)
+    valid = part.mask.bool()
+    steps = torch.arange(part.mask.shape[1], device=part.mask.device)
+    before = ((packed.starts + part.prompt_lengths - 1)[:, None] + steps)[valid]
+    return Answers(packed, before, packed.ids.flatten()[before + 1], valid)
 
 
 @dataclass
@@ -94,7 +115,7 @@ def main(job: Job) -> None:
         # 3. rewards and advantages
         stats = advantages(experience, params, controller.beta, device)
         # 4. updates
-        passages = [[texts[i] for i in text_order.batch(step * updates_per_step(params) + u)] for u in range(updates_per_step(params))] if text_order else []
+        passages = mixture_batches(params, texts, text_order, step) if text_order else []
         stats |= update(job, models, experience, passages, step)
         clock.stop("training")
         controller.update(stats["kl"], params.rollout_batch_size)
@@ -103,7 +124,7 @@ def main(job: Job) -> None:
         history.append({"step": step + 1, **stats})
         job.log(step + 1, params.steps, {**stats, **clock.report(tokens)})
         records += [
-            {"step": step + 1, "prompt": prompts[i]["prompt"], "answer": decode_answer(tokenizer, answer), "kl": kl, "score": value, "gold": prompts[i]["gold"]}
+            {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, answer), "kl": kl, "score": value}
             for i, answer, kl, value in zip(picked, rollouts.answers, answer_kl(experience), experience.scores.tolist(), strict=True)
         ]
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
@@ -128,10 +149,12 @@ def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dic
         UserError: none fits.
     """
     rows = read_lines(job.input("data/prepared/ppo.jsonl"))
-    encoded = [{**row, "ids": encode_prompt(tokenizer, row["prompt"])} for row in rows]
+    encoded = [{"row": row, "ids": encode_prompt(tokenizer, row["prompt"])} for row in rows]
     fitting = [row for row in encoded if len(row["ids"]) <= job.params.ppo.max_prompt_tokens]
     if not fitting:
-        raise UserError(f"ppo.max_prompt_tokens: none of {len(rows)} prompts fits in {job.params.ppo.max_prompt_tokens} tokens", remedy="raise it")
+        raise UserError(
+            f"ppo.max_prompt_tokens: none of {len(rows)} prompts fits in {job.params.ppo.max_prompt_tokens} tokens", remedy="raise it"
+        )
     return fitting, len(rows) - len(fitting)
 
 
@@ -139,6 +162,12 @@ def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     width = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
     texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
     return [[*ids, tokenizer.eos_token_id][:width] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def mixture_batches(params: Ppo, texts: list[list[int]], order: Order, step: int) -> list[list[list[int]]]:
+    """The passages of each update of a step."""
+    updates = updates_per_step(params)
+    return [[texts[i] for i in order.batch(step * updates + update)] for update in range(updates)]
 
 
 def updates_per_step(params: Ppo) -> int:
@@ -177,58 +206,45 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int) -> R
 
 @torch.no_grad()
 def score(job: Job, models: Models, rollouts: Rollouts) -> Experience:
-    """Score every answer with the frozen models and the critic, in micro-batches of like length."""
-    params, pad_id = job.params.ppo, models.tokenizer.pad_token_id
-    device = models.actor.device
-    ids, lengths, starts = rollouts.sequences(pad_id, device)
-    mask = mask_from_lengths(lengths - starts, max(map(len, rollouts.answers)))
-    empty = torch.zeros_like(mask)
+    """Score every answer with the frozen models and the critic."""
+    params, device = job.params.ppo, models.actor.device
+    log_probs = pad_rows(rollouts.log_probs, 0.0, device)
+    lengths = torch.tensor([len(answer) for answer in rollouts.answers], device=device)
+    empty = torch.zeros_like(log_probs)
     experience = Experience(
-        ids, lengths, starts, mask, empty.clone(), empty.clone(), empty.clone(), torch.zeros(len(ids), device=device),
-        torch.tensor(rollouts.ended, device=device), empty, empty,
-    )  # fmt: skip
+        sequences=[prompt + answer for prompt, answer in zip(rollouts.prompts, rollouts.answers, strict=True)],
+        prompt_lengths=torch.tensor([len(prompt) for prompt in rollouts.prompts], device=device),
+        mask=mask_from_lengths(lengths, log_probs.shape[1]),
+        log_probs=log_probs,
+        reference_log_probs=empty.clone(),
+        values=empty.clone(),
+        scores=torch.zeros(len(lengths), device=device),
+        ended=torch.tensor(rollouts.ended, device=device),
+        advantages=empty,
+        returns=empty,
+    )
     models.critic.eval()
-    by_length = lengths.argsort(stable=True).tolist()
-    for index in micro_batches(by_length, layout(job).micro_batch_size):
-        part = experience.rows(index)
-        width = part.mask.shape[1]
-        experience.reference_log_probs[index, :width] = answer_log_probs(models.reference, part, params.temperature)[0]
-        experience.values[index, :width] = answer_values(models.critic, part)
-        raw = at_last_token(models.reward(part.ids, attention_mask(part)), part.lengths)
+    for index in micro_batches(range(len(lengths)), layout(job).micro_batch_size):
+        at = lay_out(experience.rows(index), models.tokenizer.pad_token_id)
+        experience.reference_log_probs[index] = answer_log_probs(models.reference, at, params.temperature)[0]
+        experience.values[index] = answer_values(models.critic, at)
+        raw = models.reward(**at.packed.inputs)[at.packed.last]
         experience.scores[index] = (raw - models.reward.mean) / models.reward.std
-        if job.params.launch.precision == "fp32":
-            for row in index:
-                experience.log_probs[row, : len(rollouts.answers[row])] = torch.tensor(rollouts.log_probs[row], device=device)
-        else:  # decoding and training round differently in half precision: the ratio must start at 1
-            experience.log_probs[index, :width] = answer_log_probs(models.actor.module, part, params.temperature)[0]
+        if job.params.launch.precision != "fp32":
+            # decoding and training round differently in half precision, and the ratio must start at 1
+            experience.log_probs[index] = answer_log_probs(models.actor.module, at, params.temperature)[0]
     models.critic.train()
     return experience
 
 
-def attention_mask(part: Experience) -> Tensor:
-    return mask_from_lengths(part.lengths, part.ids.shape[1]).long()
-
-
-def answer_positions(part: Experience) -> Tensor:
-    """(B, A): the position before each answer token, whose output predicts it; clamped beyond the end."""
-    steps = torch.arange(part.mask.shape[1], device=part.ids.device)
-    return (part.starts[:, None] - 1 + steps).clamp(max=part.ids.shape[1] - 2)
-
-
-def answer_log_probs(model: Any, part: Experience, temperature: float) -> tuple[Tensor, Tensor]:
+def answer_log_probs(model: Any, at: Answers, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each answer token (B, A), 0 beyond the end; and the entropy summed over the tokens."""
-    logits = model(input_ids=part.ids, attention_mask=attention_mask(part)).logits
-    positions, valid = answer_positions(part), part.mask.bool()
-    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)[valid]
-    at = positions[valid]
-    picked = logits[rows, at]
-    log_probs = torch.zeros_like(part.mask)
-    log_probs[valid] = token_log_probs(picked, part.ids[rows, at + 1], temperature)
-    return log_probs, entropy(picked.detach(), temperature).sum()
+    logits = model(**at.packed.inputs).logits.flatten(0, 1)[at.before]
+    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits.detach(), temperature).sum()
 
 
-def answer_values(critic: Any, part: Experience) -> Tensor:
-    return critic(part.ids, attention_mask(part)).gather(1, answer_positions(part)) * part.mask
+def answer_values(critic: Any, at: Answers) -> Tensor:
+    return at.fill(critic(**at.packed.inputs)[at.before])
 
 
 def answer_kl(experience: Experience) -> list[float]:
@@ -284,32 +300,40 @@ def advantages(experience: Experience, params: Ppo, beta: float, device: torch.d
 
 def update(job: Job, models: Models, experience: Experience, passages: list[list[list[int]]], step: int) -> dict[str, float]:
     """Several passes over the rollout batch; stops early once the policy has moved too far from the one that sampled."""
-    params, actor, critic = job.params.ppo, models.actor, models.critic
+    params, device = job.params.ppo, models.actor.device
     train_actor = step >= params.critic_warmup_steps
     totals: dict[str, float] = {}
     tokens_seen = updates = 0.0
-    ratio_error = ratio_max = 0.0
-    for number, index in enumerate(mini_batches(job, len(experience.ids), step)):
+    ratio_error, ratio_max = 0.0, 1.0
+    for number, index in enumerate(mini_batches(job, len(experience.sequences), step)):
         mini = experience.rows(index)
-        tokens = sum_over_ranks({"tokens": mini.mask.sum().item()}, actor.device)["tokens"]
-        parts = [mini.rows(rows) for rows in micro_batches(mini.lengths.argsort(stable=True).tolist(), layout(job).micro_batch_size)]
-        mixture = passages[number] if passages and train_actor else []
+        tokens = sum_over_ranks({"tokens": mini.mask.sum().item()}, device)["tokens"]
+        parts = [mini.rows(rows) for rows in micro_batches(range(len(index)), layout(job).micro_batch_size)]
+        texts = passages[number] if passages else []
+        text_tokens = sum(len(text) - 1 for text in texts)
         sums: dict[str, float] = {}
         for i, part in enumerate(parts):
             if train_actor:
-                stats, ratio = actor_step(job, actor, part, tokens, share(mixture, job, "ppo.mixture_batch_size")[i :: len(parts)], mixture, models)
+                mine = share(texts, job, "ppo.mixture_batch_size")[i :: len(parts)]
+                stats, ratio = actor_step(job, models, part, tokens, mine, text_tokens)
                 add(sums, stats)
-                ratio_max = max(ratio_max, ratio)
-            add(sums, critic_step(job, critic, part, tokens))
+                ratio_max = max(ratio_max, ratio, key=lambda value: abs(value - 1))
+            add(sums, critic_step(job, models, part, tokens))
         if number == 0 and train_actor:
             ratio_error = abs(ratio_max - 1)
-        means = sum_over_ranks(sums, actor.device)
+        means = sum_over_ranks(sums, device)
         add(totals, means)
         tokens_seen, updates = tokens_seen + tokens, updates + 1
         if means.get("approx_kl", 0.0) / tokens > params.max_approx_kl:
             break
     losses = {name: totals.pop(name) / updates for name in list(totals) if name.endswith("loss")}
-    return {**losses, **{name: value / tokens_seen for name, value in totals.items()}, "ratio_max": ratio_max, "ratio_error": ratio_error, "updates": updates}
+    return {
+        **losses,
+        **{name: value / tokens_seen for name, value in totals.items()},
+        "ratio_max": ratio_max,
+        "ratio_error": ratio_error,
+        "updates": updates,
+    }
 
 
 def mini_batches(job: Job, count: int, step: int) -> Iterator[list[int]]:
@@ -327,31 +351,39 @@ def add(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def actor_step(
-    job: Job, actor: DeepSpeedEngine, part: Experience, tokens: float, texts: list[list[int]], mixture: list[list[int]], models: Models
+    job: Job, models: Models, part: Experience, tokens: float, texts: list[list[int]], text_tokens: int
 ) -> tuple[dict[str, float], float]:
-    """Gradient of the policy loss, and of the mixture loss, on one micro-batch; the optimiser steps at the last one of a mini-batch."""
-    params = job.params.ppo
-    log_probs, entropy_sum = answer_log_probs(actor, part, params.temperature)
-    stats = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, tokens)
-    loss, sums = stats.loss, {"policy_loss": stats.loss.item(), "entropy": entropy_sum.item()}
+    """Gradient of the policy loss, and of the mixture loss, on one micro-batch; the optimiser steps at the last one of a mini-batch.
+
+    Args:
+        tokens, text_tokens: counted tokens of the whole global mini-batch and of its mixture text.
+
+    Returns:
+        sums to log; the ratio that is furthest from 1
+    """
+    params, actor, pad_id = job.params.ppo, models.actor, models.tokenizer.pad_token_id
+    log_probs, entropy_sum = answer_log_probs(actor, lay_out(part, pad_id), params.temperature)
+    policy = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, tokens)
+    loss, sums = policy.loss, {"policy_loss": policy.loss.item(), "entropy": entropy_sum.item()}
     if texts:
-        batch = collate(texts, models.tokenizer.pad_token_id, actor.device)
-        logits = actor(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
-        extra = next_token_loss(logits, batch.ids, batch.attention_mask, sum(len(text) - 1 for text in mixture))
-        loss = loss + params.mixture_coefficient * extra
-        sums["mixture_loss"] = extra.item()
+        packed = pack(texts, pad_id, actor.device)
+        counted = packed.spread([[0] + [1] * (len(text) - 1) for text in texts])
+        mixture = next_token_loss(actor(**packed.inputs).logits, packed.ids, counted, text_tokens)
+        loss = loss + params.mixture_coefficient * mixture
+        sums["mixture_loss"] = mixture.item()
     backward(actor, loss)
     actor.step()
     ratio = ((log_probs.detach() - part.log_probs) * part.mask).exp()
     furthest = ratio.flatten()[(ratio - 1).abs().argmax()].item()
-    return {**sums, **{name: value.item() for name, value in stats.sums.items()}}, furthest
+    return {**sums, **{name: value.item() for name, value in policy.sums.items()}}, furthest
 
 
-def critic_step(job: Job, critic: DeepSpeedEngine, part: Experience, tokens: float) -> dict[str, float]:
-    stats = ppo.value_loss(answer_values(critic, part), part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
-    backward(critic, stats.loss)
-    critic.step()
-    return {"value_loss": stats.loss.item(), **{name: value.item() for name, value in stats.sums.items()}}
+def critic_step(job: Job, models: Models, part: Experience, tokens: float) -> dict[str, float]:
+    values = answer_values(models.critic, lay_out(part, models.tokenizer.pad_token_id))
+    value = ppo.value_loss(values, part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
+    backward(models.critic, value.loss)
+    models.critic.step()
+    return {"value_loss": value.loss.item(), **{name: sum_.item() for name, sum_ in value.sums.items()}}
 
 
 class Clock:

@@ -11,16 +11,15 @@ import torch
 
 from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config import Reward
-from rlhf.data.batches import Order, collate, encode_dialogue
+from rlhf.data.batches import Order, encode_dialogue, pack
 from rlhf.engine import checkpoints
-from rlhf.engine.distributed import micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.setup import backward, train_engine
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models.policy import save_model
-from rlhf.models.scalar import ScalarModel, at_last_token, initialise_head, load_scalar
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages.language_model import padded_micro_batches
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt + chosen, of prompt + rejected
 
@@ -63,11 +62,15 @@ def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[li
     rows = read_lines(job.input(path))
     pairs = []
     for row in rows:
-        sides = [encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}])[0] for side in ("chosen", "rejected")]
+        sides = [
+            encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}])[0] for side in ("chosen", "rejected")
+        ]
         if max(map(len, sides)) <= max_tokens:
             pairs.append((sides[0], sides[1]))
     if not pairs:
-        raise UserError(f"{path}: none of {len(rows)} pairs fits in {max_tokens} tokens", remedy=f"raise {job.stage}'s max_tokens in params.yaml")
+        raise UserError(
+            f"{path}: none of {len(rows)} pairs fits in {max_tokens} tokens", remedy=f"raise {job.stage}'s max_tokens in params.yaml"
+        )
     return pairs, len(rows) - len(pairs)
 
 
@@ -81,12 +84,11 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
     for step in range(state["step"], total):
         started = time.perf_counter()
         batch = [pairs[i] for i in order.batch(step)]
-        mine = sorted(share(batch, job, f"{job.stage}.batch_size"), key=lambda pair: len(pair[0]) + len(pair[1]))
+        mine = share(batch, job, f"{job.stage}.batch_size")
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_score": 0.0, "rejected_score": 0.0}
-        for micro in padded_micro_batches(mine, job, params.batch_size):
-            # chosen and rejected in one forward pass
-            data = collate([pair[0] for pair in micro] + [pair[1] for pair in micro], pad_id, engine.device)
-            scores = at_last_token(engine(data.ids, data.attention_mask), data.lengths)
+        for micro in micro_batches(mine, layout(job).micro_batch_size):
+            packed = pack([ids for pair in zip(*micro, strict=True) for ids in pair], pad_id, engine.device)
+            scores = engine(**packed.inputs)[packed.last]  # first the chosen, then the rejected
             loss, stats = pairwise_loss(scores[: len(micro)], scores[len(micro) :], len(batch))
             backward(engine, loss)
             engine.step()
@@ -107,12 +109,10 @@ def score(scalar: ScalarModel, rows: Sequence[list[int]], pad_id: int, batch_siz
     """The raw score of each row of token ids, in the order given."""
     scalar.eval()
     device = next(scalar.parameters()).device
-    scores = [0.0] * len(rows)
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for part in micro_batches(by_length, batch_size):
-        data = collate([rows[i] for i in part], pad_id, device)
-        for i, value in zip(part, at_last_token(scalar(data.ids, data.attention_mask), data.lengths).tolist(), strict=True):
-            scores[i] = value
+    scores: list[float] = []
+    for part in micro_batches(rows, batch_size):
+        packed = pack(part, pad_id, device)
+        scores += scalar(**packed.inputs)[packed.last].tolist()
     return scores
 
 

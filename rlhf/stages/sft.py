@@ -19,7 +19,9 @@ def main(job: Job) -> None:
     encoded = [encode_dialogue(tokenizer, row["messages"]) for row in read_lines(job.input("data/prepared/sft.jsonl"))]
     rows = [row for row in encoded if len(row[0]) <= params.max_tokens]
     if not rows:
-        raise UserError(f"sft.max_tokens: none of {len(encoded)} dialogues fits in {params.max_tokens} tokens", remedy="raise sft.max_tokens")
+        raise UserError(
+            f"sft.max_tokens: none of {len(encoded)} dialogues fits in {params.max_tokens} tokens", remedy="raise sft.max_tokens"
+        )
     model = load_policy(base, job.params.launch.precision)
     history = fit(job, model, rows, params, tokenizer.pad_token_id)
     if job.is_main:

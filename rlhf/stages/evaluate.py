@@ -1,0 +1,230 @@
+"""Stage evaluate: ppo against sft on held-out data, judged by something that PPO did not optimise.
+
+Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of the
+judge slice that no other stage saw, and decides which answer wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.data import sandbox
+from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
+from rlhf.engine.distributed import gather, layout, micro_batches, start
+from rlhf.job import Job, read_lines, run, write_lines
+from rlhf.models.policy import load_policy
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.rollout.generate import Rollouts, Sampling, generate
+from rlhf.stages import reward
+from rlhf.stages.language_model import perplexity
+from rlhf.tensors import token_log_probs
+
+JUDGED_ROLLOUTS = 5000  # at most so many answers of PPO's course are judged for the plot
+
+
+def main(job: Job) -> None:
+    device = start(job)
+    params, precision = job.params.evaluate, job.params.launch.precision
+    tokenizer = load_tokenizer(job.input("models/sft"))
+    prompts_file = job.input("data/prepared/heldout_prompts.jsonl")
+    prompts = [row for row in read_lines(prompts_file) if fits(job, tokenizer, row)][: params.prompts]
+    policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", "ppo")}
+    reward_model = load_scalar(job.input("models/reward"), tokenizer, precision).eval().to(device)
+
+    # 1. both models answer the same held-out prompts
+    rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
+    answers = {name: [decode_answer(tokenizer, ids) for ids in rollouts[name].answers] for name in policies}
+    # 2. the judge scores the answers
+    judge, score_all = make_judge(job, tokenizer, device)
+    scores = {name: score_all(prompts, answers[name]) for name in policies}
+    rewards = {name: reward_scores(reward_model, tokenizer, prompts, answers[name], job) for name in policies}
+    # 3. numbers
+    pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
+    accuracy = reward.accuracy(
+        *reward.score_pairs(reward_model, pairs[: params.pairs], tokenizer.pad_token_id, layout(job).micro_batch_size)
+    )
+    metrics = {
+        "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
+        "win_rate": {**win_rate(job, scores), "judge": judge},
+        "reward_model": {
+            "accuracy": accuracy,
+            "n": len(pairs[: params.pairs]),
+            **{name: statistics.fmean(rewards[name]) for name in rewards},
+        },
+        "kl": kl(job, policies, rollouts["ppo"], tokenizer),
+        "perplexity": perplexities(job, policies, tokenizer),
+        "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
+        "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
+        "prompts": len(prompts),
+        "temperature": params.temperature,
+        "heldout": hashlib.sha256(prompts_file.read_bytes()).hexdigest(),
+    }
+    # 4. outputs
+    if job.is_main:
+        job.write_metrics(metrics)
+        write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
+        job.write_plot("plots/gold_against_kl.csv", course(job, score_all))
+        for line in table(prompts, answers, scores, params.shown):
+            job.say(line)
+
+
+def fits(job: Job, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool:
+    return len(encode_prompt(tokenizer, row["prompt"])) <= job.params.ppo.max_prompt_tokens
+
+
+# --------------------------------------------------------------------------------------------------------------- answers
+
+
+def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]]) -> Rollouts:
+    """Sample one answer per prompt, with the same seeds for every policy; the ranks share the prompts."""
+    params = job.params.evaluate
+    sampling = Sampling(params.temperature, 0, 1.0, job.params.ppo.max_answer_tokens)
+    mine = list(enumerate(prompts))[job.rank :: job.world_size]
+    found = []
+    for part in micro_batches(mine, params.batch_size):
+        ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in part]
+        seeds = [job.seed("answer", number) for number, _ in part]
+        rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        found += list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.ended, strict=True))
+    columns = [list(column) for column in zip(*gather(found, job), strict=True)]
+    return Rollouts(*columns, policy_version=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- judges
+
+ScoreAll = Callable[[Sequence[dict[str, Any]], Sequence[str]], list[float]]
+
+
+def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[str, ScoreAll]:
+    """The judge's name, and the function that scores answers to held-out rows."""
+    if job.params.data.has_gold:
+        return "gold score", lambda rows, answers: [sandbox.gold_score(row["gold"], text) for row, text in zip(rows, answers, strict=True)]
+    params = job.params.evaluate.judge
+    pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
+    second = load_scalar(job.input("models/base"), tokenizer, job.params.launch.precision)
+    initialise_head(second, job.seed("judge"))
+    reward.fit(job, second, pairs, params, tokenizer.pad_token_id)
+    return f"second reward model, trained on {len(pairs)} held-out pairs", lambda rows, answers: reward_scores(
+        second, tokenizer, rows, answers, job
+    )
+
+
+def reward_scores(
+    model: ScalarModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], answers: Sequence[str], job: Job
+) -> list[float]:
+    """Raw scores of a reward model for the answers."""
+    ids = [
+        encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": text}])[0]
+        for row, text in zip(rows, answers, strict=True)
+    ]
+    return reward.score(model, ids, tokenizer.pad_token_id, layout(job).micro_batch_size)
+
+
+# --------------------------------------------------------------------------------------------------------------- numbers
+
+
+def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
+    """Mean gold score of both models, their difference with its 95% interval, and the means of each kind of task."""
+    differences = np.array(scores["ppo"]) - np.array(scores["sft"])
+    kinds = sorted({row["gold"]["kind"] for row in prompts})
+    by_kind = {
+        kind: {
+            name: statistics.fmean(s for s, row in zip(scores[name], prompts, strict=True) if row["gold"]["kind"] == kind)
+            for name in scores
+        }
+        for kind in kinds
+    }
+    means = {name: statistics.fmean(values) for name, values in scores.items()}
+    return {**means, "difference": float(differences.mean()), "ci95": bootstrap(job, differences), "by_kind": by_kind}
+
+
+def win_rate(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
+    """Share of prompts on which ppo's answer scores higher than sft's; a tie counts one half."""
+    ppo, sft = np.array(scores["ppo"]), np.array(scores["sft"])
+    wins = np.where(ppo == sft, 0.5, ppo > sft)
+    return {"value": float(wins.mean()), "ci95": bootstrap(job, wins)}
+
+
+def bootstrap(job: Job, values: np.ndarray) -> list[float]:
+    """95% percentile interval of the mean, prompts resampled with replacement (Efron 1979)."""
+    generator = np.random.default_rng(job.seed("bootstrap"))
+    index = generator.integers(len(values), size=(job.params.evaluate.bootstrap_samples, len(values)))
+    return [float(bound) for bound in np.percentile(values[index].mean(axis=1), [2.5, 97.5])]
+
+
+@torch.no_grad()
+def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Mean over ppo's answers of log p_ppo(answer) − log p_sft(answer), in nats, at the sampling temperature."""
+    total = 0.0
+    rows = list(zip(rollouts.prompts, rollouts.answers, strict=True))
+    for part in micro_batches(rows, layout(job).micro_batch_size):
+        packed = pack([prompt + ids for prompt, ids in part], tokenizer.pad_token_id, policies["sft"].device)
+        answered = packed.spread([[0] * len(prompt) + [1] * len(ids) for prompt, ids in part])[:, 1:].bool()
+        log_probs = {
+            name: token_log_probs(
+                model(**packed.inputs).logits[:, :-1][answered], packed.ids[:, 1:][answered], job.params.evaluate.temperature
+            )
+            for name, model in policies.items()
+        }
+        total += (log_probs["ppo"] - log_probs["sft"]).sum().item()
+    return total / len(rows)
+
+
+def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Perplexity of both models on held-out plain text; their ratio is the alignment tax."""
+    limit = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
+    texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
+    rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    values = {name: perplexity(model, rows, tokenizer.pad_token_id, layout(job).micro_batch_size) for name, model in policies.items()}
+    return {**values, "ratio": values["ppo"] / values["sft"]}
+
+
+# --------------------------------------------------------------------------------------------------------------- outputs
+
+
+def samples(
+    job: Job, prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    return [
+        {"prompt": row["prompt"], **{name: answers[name][i] for name in answers}, "scores": {name: scores[name][i] for name in scores}}
+        for i, row in enumerate(prompts)
+    ][: job.params.evaluate.shown]
+
+
+def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
+    """How the judged score went with the KL in the course of PPO: the curve on which over-optimisation shows (arXiv 2210.10760)."""
+    records = read_lines(job.input("data/rollouts.jsonl"))
+    records = records[:: -(-len(records) // JUDGED_ROLLOUTS)]
+    judged = score_all(records, [record["answer"] for record in records])
+    steps: dict[int, list[int]] = {}
+    for i, record in enumerate(records):
+        steps.setdefault(record["step"], []).append(i)
+
+    def mean(rows: list[int], name: str) -> float:
+        return statistics.fmean(records[i][name] for i in rows)
+
+    return [
+        {"step": step, "kl": mean(rows, "kl"), "gold": statistics.fmean(judged[i] for i in rows), "reward_model": mean(rows, "score")}
+        for step, rows in steps.items()
+    ]
+
+
+def table(prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]], count: int) -> list[str]:
+    """Some prompts with both answers, as lines."""
+    lines = []
+    for i in range(min(count, len(prompts))):
+        lines.append(f"prompt: {prompts[i]['prompt'][-1]['content']}")
+        lines += [f"    {name} ({scores[name][i]:.2f}): {answers[name][i]}" for name in answers]
+    return lines
+
+
+if __name__ == "__main__":
+    run("evaluate", main)
