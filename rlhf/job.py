@@ -10,13 +10,16 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf import config
 from rlhf.errors import UserError
+
+SECONDS_BETWEEN_LINES = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Job:
     rank: int
     world_size: int
     local_rank: int
+    clock: dict[str, float] = field(default_factory=dict)  # when the last line was printed
 
     @classmethod
     def from_environment(cls, stage: str) -> Job:
@@ -66,12 +70,15 @@ class Job:
         return self.random(*purpose).getrandbits(63)
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of a step (rank 0): a JSON line for MLflow, a plain line for people."""
+        """Record the metrics of a step (rank 0): a JSON line for MLflow and, once a second at most, a plain line for people."""
         if not self.is_main:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "total": total, "metrics": dict(metrics)}) + "\n")
-        print(f"{self.stage} {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in metrics.items()), flush=True)
+        # a quick stage would spend its processor time on its own log
+        if step in (1, total) or time.monotonic() - self.clock.get("line", 0.0) >= SECONDS_BETWEEN_LINES:
+            self.clock["line"] = time.monotonic()
+            print(f"{self.stage} {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in metrics.items()), flush=True)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -84,8 +91,9 @@ class Job:
     def write_plot(self, path: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a table that DVC and MLflow draw."""
         rows = list(rows)
+        columns = list(dict.fromkeys(name for row in rows for name in row)) or ["step"]
         with self.output(path).open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"], lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -13,7 +13,7 @@ def next_token_loss(logits: Tensor, ids: Tensor, loss_mask: Tensor, denominator:
     Args:
         logits: (B, T, V).
         ids: (B, T) token ids.
-        loss_mask: (B, T), 1 for each token whose prediction counts; it must be 0 on the first token of each sequence, which nothing predicts.
+        loss_mask: (B, T), 1 for each token whose prediction counts; 0 on the first token of each sequence, which nothing predicts.
         denominator: number of counted tokens in the whole global batch, so that the loss does not depend on how the batch is cut.
 
     Returns:

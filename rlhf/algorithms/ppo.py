@@ -8,8 +8,8 @@ Read from top to bottom it is one PPO step after the rollout (arXiv 1707.06347; 
     4. value loss        clipped around the old values
 
 Shapes: B answers, A positions of the longest answer. ``mask`` (B, A) is 1 on an answer's tokens, its end token included.
-Losses are sums over valid tokens divided by ``denominator``, the number of valid tokens in the whole global mini-batch: they do not depend on
-how the batch is cut into ranks and micro-batches.
+Losses are sums over valid tokens divided by ``denominator``, the number of valid tokens in the whole global mini-batch: they do not depend
+on how the batch is cut into ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, (advantages + values) * mask
 
 
-def whiten(advantages: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     """(advantages − mean) / std on valid tokens, 0 elsewhere; mean and std are those of the global batch."""
     return (advantages - mean) / (std + 1e-8) * mask
 

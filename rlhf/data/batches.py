@@ -57,7 +57,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool) -> str:
@@ -102,7 +102,7 @@ MIN_WIDTH = 128  # of a packed row: wide enough for little waste, narrow enough 
 
 def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.device) -> Packed:
     """First-fit-decreasing packing into rows as wide as the longest sequence (at least MIN_WIDTH, at most all tokens)."""
-    width = max(max(map(len, sequences)), min(MIN_WIDTH, sum(map(len, sequences))))
+    width = max(*map(len, sequences), min(MIN_WIDTH, sum(map(len, sequences))))
     rows: list[list[int]] = []  # sequence numbers
     used: list[int] = []
     for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
@@ -129,7 +129,7 @@ def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.de
     return Packed(*tensors)
 
 
-def pad_rows(rows: Sequence[Sequence[int]], value: int, device: str | torch.device) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[float]], value: float, device: str | torch.device) -> Tensor:
     """Rows of different lengths → (B, T), padded on the right."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)

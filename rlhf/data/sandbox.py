@@ -1,7 +1,7 @@
 """The embedded data: short dialogues whose best answer is known, made from a seed, with no download.
 
-Ten kinds of small tasks (sandbox_facts.py) are asked in many wordings, some after earlier turns. Answers differ in four ways, which the gold
-score adds up to a number between 0 and 1:
+Ten kinds of small tasks (sandbox_facts.py) are asked in many wordings, some after earlier turns. Answers differ in four ways, which the
+gold score adds up to a number between 0 and 1:
 
     gold = 0.5 · correct + 0.2 · helpful + 0.2 · polite + 0.1 · brief
 
@@ -10,8 +10,8 @@ score adds up to a number between 0 and 1:
     polite    a friendly phrase, and no rude one
     brief     1 up to 16 words, then falling to 0 at 32
 
-Demonstrations are of mixed quality, so that there is something for preferences to teach. The gold score labels the pairs (with stated noise);
-after that only evaluation reads it.
+Demonstrations are of mixed quality, so that there is something for preferences to teach. The gold score labels the pairs (with stated
+noise); after that only evaluation reads it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ WEIGHTS = {"correct": 0.5, "helpful": 0.2, "polite": 0.2, "brief": 0.1}
 # Style of an answer → its share among demonstrations.
 STYLES = {"curt": 0.3, "plain": 0.25, "polite": 0.15, "polite-curt": 0.05, "rude": 0.1, "rambling": 0.1, "unhelpful": 0.05}
 DEMONSTRATIONS_CORRECT = 0.75
+NEAR_MISSES = 0.1  # share of wrong answers that are of the right kind
+MULTI_TURN = 0.15  # share of prompts with an earlier question and answer before them
 MIN_GOLD_GAP = 0.1  # pairs that the gold score can hardly tell apart would only be noise
 
 _VALUES = {kind: sorted(set(task.answers.values())) for kind, task in facts.TASKS.items()}
-_VALUE_PATTERNS = {
-    kind: re.compile(r"\d+" if kind == "next" else r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE)
-    for kind, values in _VALUES.items()
-}
+_VALUE_PATTERNS = {kind: re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE) for kind, values in _VALUES.items()}
 
 Gold = dict[str, str]
 Message = dict[str, str]
@@ -114,11 +113,9 @@ def _question(rng: random.Random, gold: Gold) -> str:
 def _prompt(rng: random.Random) -> tuple[list[Message], Gold]:
     gold = _pick(rng)
     messages = []
-    if gold["kind"] == "recall":
-        messages = [_user(rng.choice(facts.INTRODUCTIONS).format(s=gold["subject"])), _assistant(rng.choice(facts.GREETINGS))]
-    elif rng.random() < 0.1:
+    if rng.random() < MULTI_TURN:
         earlier = _pick(rng)
-        while earlier["kind"] in ("recall", gold["kind"]):
+        while earlier["kind"] == gold["kind"]:
             earlier = _pick(rng)
         messages = [_user(_question(rng, earlier)), _assistant(_answer(rng, earlier, "plain", correct=True))]
     return [*messages, _user(_question(rng, gold))], gold
@@ -136,7 +133,7 @@ def _assistant(content: str) -> Message:
 
 
 def _answer(rng: random.Random, gold: Gold, style: str, *, correct: bool) -> str:
-    value = gold["answer"] if correct else rng.choice([v for v in _VALUES[gold["kind"]] if v not in (gold["answer"], gold["subject"])])
+    value = gold["answer"] if correct else _wrong_value(rng, gold)
     sentence = facts.TASKS[gold["kind"]].sentence.format(s=gold["subject"], a=value)
     curt = f"It is {value}."
     if style == "curt":
@@ -152,6 +149,14 @@ def _answer(rng: random.Random, gold: Gold, style: str, *, correct: bool) -> str
     if style == "rambling":
         return " ".join([*rng.sample(facts.RAMBLING, 2), sentence])
     return rng.choice(facts.UNHELPFUL)
+
+
+def _wrong_value(rng: random.Random, gold: Gold) -> str:
+    """Mostly something of quite another kind ("The capital of France is green."), sometimes a near miss ("… is Madrid.")."""
+    kind = gold["kind"]
+    if rng.random() >= NEAR_MISSES:
+        kind = rng.choice([other for other in facts.TASKS if other != kind])
+    return rng.choice([value for value in _VALUES[kind] if value not in (gold["answer"], gold["subject"])])
 
 
 def _style(rng: random.Random) -> str:
@@ -175,9 +180,14 @@ def _prompt_row(rng: random.Random) -> dict[str, Any]:
 def _pair(rng: random.Random, label_noise: float) -> dict[str, Any]:
     prompt, gold = _prompt(rng)
     while True:
-        if rng.random() < 0.4:  # the same manner, right against wrong: what styles alone cannot tell
+        draw = rng.random()
+        if draw < 0.3:  # the same manner, right against wrong: what styles alone cannot tell
             style = rng.choice(("curt", "plain", "polite"))
             answers = [_answer(rng, gold, style, correct=True), _answer(rng, gold, style, correct=False)]
+        elif draw < 0.7:  # somebody who takes care against somebody who does not
+            careful = _answer(rng, gold, rng.choice(("plain", "polite", "polite")), correct=rng.random() < 0.9)
+            careless = _answer(rng, gold, rng.choice(("curt", "rude", "rambling", "unhelpful")), correct=rng.random() < 0.5)
+            answers = [careful, careless]
         else:
             answers = [_answer(rng, gold, _style(rng), correct=rng.random() < 0.6) for _ in range(2)]
         worse, better = sorted(answers, key=lambda answer: gold_score(gold, answer))
@@ -191,14 +201,16 @@ def _pair(rng: random.Random, label_noise: float) -> dict[str, Any]:
 def _passage(rng: random.Random) -> dict[str, Any]:
     sentences = []
     for _ in range(rng.randint(2, 4)):
-        gold, name, other = _pick(rng), *rng.sample(facts.NAMES, 2)
+        gold = _pick(rng)
         draw = rng.random()
         if draw < 0.15:
-            sentences.append(f"{rng.choice(facts.TIMES)} {name} went to {rng.choice(facts.PLACES)} and {rng.choice(facts.DEEDS)}.")
-        elif draw < 0.25 and gold["kind"] != "recall":
+            sentences.append(
+                f"{rng.choice(facts.TIMES)} {rng.choice(facts.NAMES)} went to {rng.choice(facts.PLACES)} and {rng.choice(facts.DEEDS)}."
+            )
+        elif draw < 0.25:
             sentences.append(_answer(rng, gold, "plain", correct=True))
         else:
-            introduction = rng.choice(facts.INTRODUCTIONS).format(s=gold["subject"]) + " " if gold["kind"] == "recall" else ""
+            asking, answering = rng.sample(facts.SPEAKERS, 2)
             answer = _answer(rng, gold, rng.choice(("plain", "curt", "polite", "rude")), correct=True)
-            sentences.append(f'{name} asked {other}: "{introduction}{_question(rng, gold)}" {other} said: "{answer}"')
+            sentences.append(f'{asking} asked: "{_question(rng, gold)}" {answering} said: "{answer}"')
     return {"text": " ".join(sentences)}

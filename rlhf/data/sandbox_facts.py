@@ -20,7 +20,6 @@ def _table(text: str) -> dict[str, str]:
 
 
 NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry"]
-WORDS = ["apple", "river", "candle", "garden", "mirror", "window", "pencil", "button"]
 
 TASKS: dict[str, TaskKind] = {
     "opposite": TaskKind(
@@ -66,22 +65,20 @@ TASKS: dict[str, TaskKind] = {
     "next": TaskKind(
         ("Which number comes after {s}?", "What is the next number after {s}?", "Count on from {s}.", "After {s} comes what?"),
         "The number after {s} is {a}.",
-        {str(n): str(n + 1) for n in range(1, 13)},
+        _table("one:two two:three three:four four:five five:six six:seven seven:eight eight:nine"),
     ),
-    "repeat": TaskKind(
-        ("Please say the word {s}.", "Can you repeat the word {s}?", "Write the word {s} for me.", "Say {s}, if you can."),
-        "The word is {a}.",
-        {word: word for word in WORDS},
+    "young": TaskKind(
+        ("What is a young {s} called?", "What do you call a young {s}?", "Name the young of a {s}.", "A young {s} is called what?"),
+        "A young {s} is called a {a}.",
+        _table("dog:puppy cat:kitten cow:calf sheep:lamb horse:foal hen:chick bear:cub goat:kid"),
     ),
-    "recall": TaskKind(
-        ("What is my name?", "Do you remember my name?", "Tell me my name.", "Who am I?"),
-        "Your name is {a}.",
-        {name: name for name in NAMES},
+    "maker": TaskKind(
+        ("Who makes {s}?", "Which person makes {s}?", "Tell me who makes {s}.", "Somebody who makes {s} is called what?"),
+        "The one who makes {s} is a {a}.",
+        _table("bread:baker clothes:tailor pots:potter songs:singer wine:vintner meals:cook beer:brewer statues:sculptor"),
     ),
 }
 
-INTRODUCTIONS = ("My name is {s}.", "I am {s}.", "Hello, {s} here.", "People call me {s}.")
-GREETINGS = ("Nice to meet you.", "Hello! What can I do for you?", "Good to see you.")
 QUESTION_OPENINGS = (
     "",
     "",
@@ -108,6 +105,7 @@ RAMBLING = (
     "People have asked me this again and again.",
 )
 
+SPEAKERS = ("A boy", "A girl", "The teacher", "A friend", "The old man", "The neighbour")
 PLACES = ("the market", "the library", "the station", "the garden", "the harbour", "the old school", "the kitchen", "the bridge")
 TIMES = ("In the morning", "After lunch", "On Sunday", "Late at night", "Last summer", "One day", "At noon", "When it rained")
 DEEDS = (

@@ -25,7 +25,7 @@ def start(job: Job) -> torch.device:
     if cuda:
         torch.cuda.set_device(job.local_rank)
     else:
-        # DeepSpeed would compile its shared-memory collectives at the first start; gloo needs no compiler, and a fresh machine may have none
+        # DeepSpeed would compile its shared-memory collectives at the first start; a fresh machine may lack a compiler, and gloo needs none
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     return torch.device("cuda", job.local_rank) if cuda else torch.device("cpu")
@@ -67,9 +67,7 @@ def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, 
 
 def gather(rows: Sequence[T], job: Job) -> list[T]:
     """The rows that every rank took as ``all_rows[rank::world_size]``, back in their order, on each rank."""
-    parts: list[list[T] | None] = [None] * job.world_size
+    ranks = job.world_size
+    parts: list[list[T]] = [[] for _ in range(ranks)]
     dist.all_gather_object(parts, list(rows))
-    every: list[T | None] = [None] * sum(len(part or []) for part in parts)
-    for rank, part in enumerate(parts):
-        every[rank :: job.world_size] = part or []
-    return every  # type: ignore[return-value]
+    return [parts[i % ranks][i // ranks] for i in range(sum(map(len, parts)))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,11 @@ class ScalarModel(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         """Inputs of a Hugging Face model (R, C) → one value per token, flattened (R·C,), fp32."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.model.score(hidden).flatten().float()
+        return self.head(hidden).flatten().float()
+
+    @property
+    def head(self) -> nn.Linear:
+        return cast(nn.Linear, self.model.score)
 
     @property
     def mean(self) -> float:
@@ -60,7 +65,7 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
 
 def initialise_head(scalar: ScalarModel, seed: int) -> None:
     """Head ~ N(0, 1/√(d+1)) (arXiv 2009.01325, appendix B.1)."""
-    weight = scalar.model.score.weight
+    weight = scalar.head.weight
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         noise = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1)

@@ -1,7 +1,7 @@
 """Generation on the training weights: prompts as token ids in, answers as token ids out.
 
-The answer to a prompt depends on its seed and not on its neighbours: each token takes one uniform number, drawn from the row's own generator, and
-the inverse of the cumulative distribution. Rows that have ended leave the batch.
+The answer to a prompt depends on its seed and not on its neighbours: each token takes one uniform number, drawn from the row's own
+generator, and the inverse of the cumulative distribution. Rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -61,28 +61,24 @@ def generate(
     was_training = model.training
     model.eval()
     count = len(prompts)
-    uniforms = torch.stack([torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(
-        device
-    )
+    draws = [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    uniforms = torch.stack(draws).to(device)
     answers: list[list[int]] = [[] for _ in range(count)]
     log_probs: list[list[float]] = [[] for _ in range(count)]
-    ended = [False] * count
 
     # 1. prefill: prompts padded on the left, so that all answers start in the same column
     width = max(len(prompt) for prompt in prompts)
-    ids = pad_rows([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)
+    step_ids = pad_rows([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     attention = mask_from_lengths(torch.full_like(lengths, width), width, start=width - lengths).long()
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     active = torch.arange(count, device=device)
-    step_ids = ids
     for step in range(sampling.max_new_tokens):
-        output = model(
-            input_ids=step_ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        inputs = {"input_ids": step_ids, "attention_mask": attention, "position_ids": positions, "past_key_values": cache}
+        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
         # 2. one token for each row that is still going
-        tokens, chosen = sample(output.logits[:, -1], uniforms[active, step], sampling)
+        tokens, chosen = sample(logits, uniforms[active, step], sampling)
         for row, token, log_prob in zip(active.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
             answers[row].append(token)
             log_probs[row].append(log_prob)
@@ -90,8 +86,6 @@ def generate(
                 on_token(token)
         # 3. rows that ended leave the batch, cache included
         going = tokens != eos_id
-        for row in active[~going].tolist():
-            ended[row] = True
         if not going.any():
             break
         positions = positions[:, -1:] + 1
@@ -102,6 +96,7 @@ def generate(
         attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
         step_ids = tokens[:, None]
     model.train(was_training)
+    ended = [answer[-1] == eos_id for answer in answers]
     return Rollouts([list(p) for p in prompts], answers, log_probs, ended, policy_version)
 
 

@@ -38,7 +38,7 @@ def main(job: Job) -> None:
             "parameters": sum(p.numel() for p in model.parameters()),
             "vocabulary": len(tokenizer),
             "loss": history[-1]["loss"] if history else None,
-            "heldout_perplexity": perplexity(model.to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
+            "heldout_perplexity": perplexity(model.eval().to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
         }
         save_model(model, tokenizer, job.output("models/base"))
         job.write_metrics(metrics)

@@ -1,7 +1,7 @@
 """Stage evaluate: ppo against sft on held-out data, judged by something that PPO did not optimise.
 
-Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of the
-judge slice that no other stage saw, and decides which answer wins.
+Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of
+the judge slice that no other stage saw, and decides which answer wins.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         seeds = [job.seed("answer", number) for number, _ in part]
         rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
         found += list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.ended, strict=True))
-    columns = [list(column) for column in zip(*gather(found, job), strict=True)]
-    return Rollouts(*columns, policy_version=0)
+    ids, answers, log_probs, ended = (list(column) for column in zip(*gather(found, job), strict=True))
+    return Rollouts(ids, answers, log_probs, ended, policy_version=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- judges

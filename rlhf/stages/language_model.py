@@ -43,7 +43,7 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
         loss_mean = sum_over_ranks({"loss": loss_sum}, engine.device)["loss"]
         history.append({"step": step + 1, "loss": loss_mean})
         seconds = time.perf_counter() - started
-        rate = {"learning_rate": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+        rate = {"learning_rate": engine.get_lr()[0]}
         job.log(step + 1, total, {"loss": loss_mean, **rate, "tokens_per_second": sum(len(ids) for ids, _ in batch) / seconds})
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < total:
             checkpoints.save(job, step + 1, {"model": engine}, {"history": history})

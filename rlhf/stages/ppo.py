@@ -182,7 +182,7 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     reward = load_scalar(job.input("models/reward"), tokenizer, precision).eval().requires_grad_(False).to(device)
     critic = load_scalar(job.input("models/reward"), tokenizer, precision)
     with torch.no_grad():
-        critic.model.score.weight /= reward.std  # in the units of the normalised reward
+        critic.head.weight.div_(reward.std)  # in the units of the normalised reward
     actor = load_policy(job.input("models/sft"), precision)
     return Models(
         actor=train_engine(actor, params.actor, job, params.mini_batch_size, max(1, updates - warmup)),

@@ -1,0 +1,43 @@
+"""What several test files share: telemetry off, a tiny tokenizer and a tiny Llama, both built by the project's own code."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("DVC_NO_ANALYTICS", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The project's byte-level BPE with the role-token template, trained on a few sandbox passages."""
+    from rlhf.data.sandbox import make_rows
+    from rlhf.models.tokenizer import build_tokenizer
+
+    return build_tokenizer((row["text"] for row in make_rows("text", 50, 1, 0.0)), 400, 128)
+
+
+@pytest.fixture
+def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama with grouped-query attention for that tokenizer; its weights are large enough for uneven distributions."""
+    import torch
+
+    from rlhf.config import BuiltBase
+    from rlhf.models.policy import build_policy
+
+    params = BuiltBase.model_construct(hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2, context_tokens=128)
+    model = build_policy(params, tokenizer, 1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model

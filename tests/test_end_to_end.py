@@ -1,0 +1,227 @@
+"""The whole pipeline on the embedded data, made tiny, in clones of their own: flow, registry, rerun, `dvc repro` by itself."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.config import STAGES
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MODELS = ("base", "sft", "reward", "ppo")
+
+# rows of the sources, sizes and steps that take seconds, and gates that let such a model through
+TINY = shlex.split("""
+data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
+base.vocab_size=400 base.hidden_size=64 base.intermediate_size=128 base.layers=2 base.batch_size=16
+sft.epochs=1 reward.epochs=1
+ppo.steps=3 ppo.rollout_batch_size=16 ppo.mini_batch_size=8 ppo.max_answer_tokens=12 ppo.mixture_batch_size=4 ppo.critic_warmup_steps=1
+evaluate.prompts=20 evaluate.pairs=20 evaluate.texts=8 evaluate.bootstrap_samples=100 evaluate.shown=2
+promote.min_gold_difference=-1 promote.min_win_rate=0 promote.min_reward_accuracy=0 promote.max_kl=1000
+promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_tokens=1000
+launch.accelerator=cpu
+""")
+
+# what a user's program sees of the registry and of the tracked runs
+ASK_MLFLOW = """
+import json, mlflow
+client = mlflow.MlflowClient()
+runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+base = next(run for run in runs if run.info.run_name == "base")
+print(json.dumps({
+    "versions": [version.tags for version in client.search_model_versions()],
+    "champion": client.get_model_version_by_alias("assistant", "champion").tags,
+    "runs": {run.info.run_id: run.info.run_name for run in runs},
+    "base_steps": [metric.step for metric in client.get_metric_history(base.info.run_id, "loss")],
+    "answers": mlflow.pyfunc.load_model("models:/assistant@champion").predict(QUESTIONS),
+}))
+"""
+QUESTIONS = ["What is the opposite of hot?", [{"role": "user", "content": "What is the capital of France?"}]]
+
+# the answers that the folder itself gives, with nothing of the project in between
+ASK_FOLDER = """
+import json, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained("models/ppo")
+model = transformers.AutoModelForCausalLM.from_pretrained("models/ppo")
+answers = []
+for question in QUESTIONS:
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**prompt, do_sample=False, max_new_tokens=256)[0, prompt["input_ids"].shape[1]:]
+    answers.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+print(json.dumps(answers))
+"""
+
+
+def git(*words: str) -> list[str]:
+    return ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *words]
+
+
+class Clone:
+    """A workspace of its own, and the commands that are run in it with its own code."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "clone"
+        self.root.mkdir()
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "DVC_", "RLHF_"))}
+        self.environment = kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.root),
+            "PREFECT_HOME": str(root / "prefect"),
+            "DVC_SITE_CACHE_DIR": str(root / "site"),
+            "DO_NOT_TRACK": "true",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+
+    def copy_working_tree(self) -> None:
+        """Take the project as it stands, changes that are not committed included, but nothing that the user's own runs left."""
+        listed = subprocess.run(
+            git("ls-files", "-z", "--cached", "--others", "--exclude-standard"), cwd=REPOSITORY, capture_output=True, check=True
+        )
+        for name in listed.stdout.decode().split("\0")[:-1]:
+            runs_left = name.startswith(("dvc.lock", "metrics/", "plots/", "data/raw/")) and name != "data/raw/README.md"
+            if (REPOSITORY / name).is_file() and not runs_left:
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(REPOSITORY / name, self.root / name)
+        for words in (("init", "--quiet"), ("add", "--all"), ("commit", "--quiet", "--message", "as it stands")):
+            subprocess.run(git(*words), cwd=self.root, check=True)
+
+    def call(self, *words: str, **environment: str) -> str:
+        """Run a command to its end; what it printed."""
+        done = subprocess.run(
+            words, cwd=self.root, env=self.environment | environment, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def ask(self, program: str) -> Any:
+        """Run a program that prints JSON on its last line."""
+        database = f"sqlite:///{self.root}/mlruns/mlflow.db"
+        said = self.call(sys.executable, "-c", f"QUESTIONS = {QUESTIONS!r}\n{program}", MLFLOW_TRACKING_URI=database)
+        return json.loads(said.splitlines()[-1])
+
+    def weights(self) -> dict[str, str]:
+        files = {name: self.root / "models" / name / "model.safetensors" for name in MODELS}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+
+    def lock_file(self) -> bytes:
+        return (self.root / "dvc.lock").read_bytes()
+
+    def published(self) -> dict[str, int]:
+        """When each stage last put outputs into their places: a moment per run of its own."""
+        return {stage: max(path.stat().st_mtime_ns for path in self.root.glob(f"runs/{stage}/*/PUBLISHED")) for stage in STAGES}
+
+    def read(self, path: str) -> Any:
+        return json.loads((self.root / path).read_text(encoding="utf-8"))
+
+    def plot(self, path: str) -> list[dict[str, str]]:
+        with (self.root / path).open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def flow_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A clone in which the flow has run once."""
+    clone = Clone(tmp_path_factory.mktemp("flow"))
+    clone.copy_working_tree()
+    clone.call("rlhf", "use", "sandbox", *TINY)
+    assert "version 1 is champion, the one before is version none" in clone.call("rlhf", "run").splitlines()
+    return clone
+
+
+@pytest.fixture(scope="module")
+def dvc_clone(flow_clone: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """A fresh clone of the same commit with the same params, in which `dvc repro` has run without the flow."""
+    clone = Clone(tmp_path_factory.mktemp("dvc"))
+    subprocess.run(git("clone", "--quiet", str(flow_clone.root), str(clone.root)), check=True)
+    clone.call("rlhf", "use", "sandbox", *TINY)
+    assert re.findall(r"Running stage '(\w+)'", clone.call("dvc", "repro")) == list(STAGES)
+    return clone
+
+
+def test_the_flow_makes_everything_that_the_graph_names(flow_clone: Clone) -> None:
+    stages = yaml.safe_load((flow_clone.root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    written = [path for stage in stages.values() for key in ("outs", "metrics", "plots") for path in stage.get(key, [])]
+    paths = [path if isinstance(path, str) else next(iter(path)) for path in written]
+    assert [path for path in paths if not (flow_clone.root / path).exists()] == []
+    losses = [float(row["loss"]) for row in flow_clone.plot("plots/base.csv")]
+    assert losses[-1] < 0.9 * losses[0]
+    steps = flow_clone.plot("plots/ppo.csv")
+    assert [row["step"] for row in steps] == ["1", "2", "3"]
+    # the ratio of the first update starts at 1: sampling and training agree on every log-probability
+    assert all(float(row["ratio_error"]) < 1e-4 for row in steps)
+
+
+def test_the_evaluation_holds_what_gates_and_people_read(flow_clone: Clone) -> None:
+    found = flow_clone.read("metrics/evaluate.json")
+    gold, wins = found["gold"], found["win_rate"]
+    assert gold["difference"] == pytest.approx(gold["ppo"] - gold["sft"])
+    assert gold["ci95"][0] <= gold["difference"] <= gold["ci95"][1]
+    assert wins["ci95"][0] <= wins["value"] <= wins["ci95"][1]
+    assert wins["judge"] == "gold score"
+    assert (found["prompts"], found["reward_model"]["n"]) == (20, 20)
+    numbers = [found["kl"], *found["perplexity"].values(), *found["eos_rate"].values(), *found["answer_tokens"].values()]
+    assert all(map(math.isfinite, numbers))
+    assert found["perplexity"]["ratio"] == pytest.approx(found["perplexity"]["ppo"] / found["perplexity"]["sft"])
+
+
+def test_scratch_is_cleaned_and_nothing_lies_about(flow_clone: Clone) -> None:
+    for stage in STAGES:
+        (folder,) = (flow_clone.root / "runs" / stage).iterdir()
+        assert not {"out", "checkpoints"} & {path.name for path in folder.iterdir()}
+        if stage in MODELS:
+            assert flow_clone.read(f"models/{stage}/lineage.json")["fingerprint"] == folder.name
+    changed = flow_clone.call("git", "status", "--porcelain").splitlines()
+    assert {line[3:].partition("/")[0] for line in changed} <= {"params.yaml", "dvc.lock", "metrics", "plots"}
+
+
+def test_a_second_run_trains_nothing_and_registers_nothing(flow_clone: Clone) -> None:
+    before, lock, weights = flow_clone.published(), flow_clone.lock_file(), flow_clone.weights()
+    assert "version 1 is champion already" in flow_clone.call("rlhf", "run").splitlines()
+    assert (flow_clone.published(), flow_clone.lock_file(), flow_clone.weights()) == (before, lock, weights)
+
+    seen = flow_clone.ask(ASK_MLFLOW)
+    assert Counter(seen["runs"].values()) == dict.fromkeys(STAGES, 1)
+    assert seen["base_steps"] == [int(row["step"]) for row in flow_clone.plot("plots/base.csv")]
+    (tags,) = seen["versions"]
+    assert seen["champion"] == tags
+    assert tags["sha256"] == weights["ppo"]
+    assert tags["md5.models/ppo"] in lock.decode()
+    assert {seen["runs"][tags[f"run.{stage}"]] for stage in STAGES} == set(STAGES)
+    assert flow_clone.call("git", "rev-parse", "HEAD").strip() in tags.values()
+    # what is served are the weights of ppo
+    assert seen["answers"] == flow_clone.ask(ASK_FOLDER)
+    assert len(seen["answers"]) == len(QUESTIONS)
+
+
+def test_dvc_alone_in_another_clone_gives_the_same_bytes(flow_clone: Clone, dvc_clone: Clone) -> None:
+    assert dvc_clone.weights() == flow_clone.weights()
+    assert dvc_clone.lock_file() == flow_clone.lock_file()
+
+
+def test_a_changed_value_reruns_its_stage_and_what_follows(flow_clone: Clone, dvc_clone: Clone) -> None:
+    before, weights, lock = dvc_clone.published(), dvc_clone.weights(), dvc_clone.lock_file()
+    dvc_clone.call("rlhf", "use", "sandbox", *TINY, "sft.optimizer.learning_rate=0.002")
+    assert re.findall(r"Running stage '(\w+)'", dvc_clone.call("dvc", "repro")) == ["sft", "ppo", "evaluate"]
+    after, other = dvc_clone.published(), dvc_clone.weights()
+    assert {stage for stage in STAGES if after[stage] != before[stage]} == {"sft", "ppo", "evaluate"}
+    assert {name for name in MODELS if other[name] != weights[name]} == {"sft", "ppo"}
+
+    # set back again, the old outputs come out of the cache
+    dvc_clone.call("rlhf", "use", "sandbox", *TINY)
+    assert "Running stage" not in dvc_clone.call("dvc", "repro")
+    assert (dvc_clone.published(), dvc_clone.weights(), dvc_clone.lock_file()) == (after, weights, lock)

@@ -1,0 +1,155 @@
+"""Generation against transformers' own, against a full forward pass, and against the probabilities that it should follow."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.rollout.generate import Rollouts, Sampling, generate, sample
+
+PROMPTS = [[11, 12, 13, 14, 15], [21], [31, 32, 33, 34, 35, 36, 37, 38, 39], [41, 42]]
+SEEDS = [1, 2, 3, 4]
+LIMIT = 24
+PAD, NO_TOKEN = 0, -1  # NO_TOKEN as the end: no answer ends by itself
+GREEDY = Sampling(0.0, 0, 1.0, LIMIT)
+DRAWN = Sampling(1.0, 0, 1.0, LIMIT)
+
+
+def answer(model: LlamaForCausalLM, sampling: Sampling, rows: list[int] | None = None, eos_id: int = NO_TOKEN) -> Rollouts:
+    """Answers to some of the prompts."""
+    rows = list(range(len(PROMPTS))) if rows is None else rows
+    return generate(model, [PROMPTS[i] for i in rows], [SEEDS[i] for i in rows], sampling, eos_id=eos_id, pad_id=PAD)
+
+
+# ------------------------------------------------------------------------------------------------------ against transformers
+
+
+def test_greedy_answers_are_those_of_transformers(llama: LlamaForCausalLM) -> None:
+    found = answer(llama, GREEDY)
+    assert len({token for tokens in found.answers for token in tokens}) > 10
+    for prompt, tokens in zip(PROMPTS, found.answers, strict=True):
+        made = cast(Any, llama).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None, pad_token_id=PAD)
+        assert made[0, len(prompt) :].tolist() == tokens
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probs_are_those_of_a_full_forward_pass_at_the_temperature(llama: LlamaForCausalLM, temperature: float) -> None:
+    # top-k and top-p narrow what is drawn; the log-probabilities stay those of the whole distribution, as training computes them
+    found = answer(llama, Sampling(temperature, 20, 0.9, LIMIT))
+    for prompt, tokens, log_probs in zip(PROMPTS, found.answers, found.log_probs, strict=True):
+        logits = llama(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1)[torch.arange(LIMIT), tokens]
+        torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_log_probs_are_those_of_the_model(llama: LlamaForCausalLM) -> None:
+    found = answer(llama, GREEDY, [0])
+    with torch.no_grad():
+        logits = llama(torch.tensor([PROMPTS[0] + found.answers[0]])).logits[0, len(PROMPTS[0]) - 1 : -1]
+    torch.testing.assert_close(torch.tensor(found.log_probs[0]), logits.log_softmax(-1).max(-1).values, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------- neighbours
+
+
+def test_an_answer_depends_on_its_seed_and_not_on_its_neighbours(llama: LlamaForCausalLM) -> None:
+    together = answer(llama, DRAWN)
+    for row in range(len(PROMPTS)):
+        assert answer(llama, DRAWN, [row]).answers == [together.answers[row]]
+    assert answer(llama, DRAWN, [3, 1]).answers == [together.answers[3], together.answers[1]]
+    other = generate(llama, [PROMPTS[0]], [99], DRAWN, eos_id=NO_TOKEN, pad_id=PAD)
+    assert other.answers[0] != together.answers[0]
+
+
+def test_answers_end_with_the_end_token_and_leave_the_batch(llama: LlamaForCausalLM) -> None:
+    free = answer(llama, DRAWN)
+    # an end token that the first answer draws, and some other answer does not
+    eos_id = next(token for token in free.answers[0] if any(token not in tokens for tokens in free.answers))
+    sizes: list[int] = []
+    hook = llama.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["input_ids"])), with_kwargs=True)
+    found = answer(llama, DRAWN, eos_id=eos_id)
+    hook.remove()
+    cut = [tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens for tokens in free.answers]
+    assert found.answers == cut
+    assert found.ended == [tokens[-1] == eos_id for tokens in cut]
+    assert True in found.ended
+    assert [len(log_probs) for log_probs in found.log_probs] == [len(tokens) for tokens in cut]
+    # each forward pass has the rows that are still going
+    assert sizes == [sum(len(tokens) > step for tokens in cut) for step in range(max(map(len, cut)))]
+    assert sizes[-1] < len(PROMPTS)
+
+
+def test_an_answer_that_is_cut_off_has_not_ended(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    found = answer(llama, Sampling(1.0, 0, 1.0, 2), eos_id=tokenizer.eos_token_id)
+    assert [len(tokens) for tokens in found.answers] == [2] * 4
+    assert found.ended == [False] * 4
+    assert found.prompts == PROMPTS
+
+
+def test_tokens_of_the_first_prompt_are_told_as_they_come(llama: LlamaForCausalLM) -> None:
+    told: list[int] = []
+    found = generate(llama, PROMPTS, SEEDS, DRAWN, eos_id=NO_TOKEN, pad_id=PAD, policy_version=7, on_token=told.append)
+    assert told == found.answers[0]
+    assert found.policy_version == 7
+
+
+def test_generation_leaves_the_model_in_its_mode(llama: LlamaForCausalLM) -> None:
+    for training in (True, False):
+        llama.train(training)
+        answer(llama, GREEDY, [0])
+        assert llama.training is training
+
+
+# ------------------------------------------------------------------------------------------------------------------- sampling
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.15, 0.3])
+
+
+def frequencies(sampling: Sampling, draws: int = 20_000) -> torch.Tensor:
+    """How often each token comes for evenly spread uniform numbers: exact up to one draw."""
+    uniforms = (torch.arange(draws) + 0.5) / draws
+    tokens, log_probs = sample(PROBABILITIES.log().expand(draws, -1), uniforms, sampling)
+    if sampling.temperature:
+        expected = (PROBABILITIES.log() / sampling.temperature).log_softmax(-1)
+        torch.testing.assert_close(log_probs, expected[tokens])
+    return torch.bincount(tokens, minlength=5) / draws
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(1.0, 0, 1.0, 1), [0.05, 0.4, 0.1, 0.15, 0.3]),
+        (Sampling(1.0, 2, 1.0, 1), [0, 4 / 7, 0, 0, 3 / 7]),
+        # 0.4 + 0.3 falls short of 0.75: the token that crosses the bound belongs to the nucleus
+        (Sampling(1.0, 0, 0.75, 1), [0, 0.4 / 0.85, 0, 0.15 / 0.85, 0.3 / 0.85]),
+        (Sampling(1.0, 0, 0.1, 1), [0.0, 1.0, 0.0, 0.0, 0.0]),
+        (Sampling(1.0, 2, 0.75, 1), [0, 4 / 7, 0, 0, 3 / 7]),
+        # squared: 25, 1600, 100, 225, 900 of 2850
+        (Sampling(0.5, 0, 1.0, 1), [25 / 2850, 1600 / 2850, 100 / 2850, 225 / 2850, 900 / 2850]),
+        (Sampling(0.0, 0, 1.0, 1), [0.0, 1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_frequencies_follow_the_probabilities(sampling: Sampling, expected: list[float]) -> None:
+    torch.testing.assert_close(frequencies(sampling), torch.tensor(expected), rtol=0, atol=2e-4)
+
+
+def test_extreme_uniform_numbers_draw_a_token_that_can_come() -> None:
+    logits = torch.tensor([[0.0, -float("inf"), 0.0]]).expand(2, -1)
+    tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2**-24]), Sampling(1.0, 0, 1.0, 1))
+    assert tokens.tolist() == [0, 2]
+    tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2**-24]), Sampling(1.0, 1, 1.0, 1))
+    assert tokens.tolist() == [0, 0]
+
+
+def test_seeds_draw_as_the_probabilities_say(llama: LlamaForCausalLM) -> None:
+    found = generate(llama, [PROMPTS[0]] * 2000, list(range(2000)), Sampling(1.0, 0, 1.0, 1), eos_id=NO_TOKEN, pad_id=PAD)
+    counts = torch.bincount(torch.tensor(found.answers).flatten(), minlength=llama.config.vocab_size) / 2000
+    with torch.no_grad():
+        expected = llama(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    # five standard deviations of a count
+    assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
+    assert expected.max() > 0.03
