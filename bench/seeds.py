@@ -25,6 +25,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -77,9 +78,11 @@ class Clone:
         return time.perf_counter() - started, peak / 2**30
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of dvc.lock and of the weights of every model, by path."""
-        files = [self.root / "dvc.lock", *sorted(self.root.glob("models/*/model.safetensors"))]
-        return {str(path.relative_to(self.root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        """SHA-256 of the weights of every model and of the entries of dvc.lock, by path."""
+        weights = {str(path.relative_to(self.root)): path.read_bytes() for path in sorted(self.root.glob("models/*/model.safetensors"))}
+        # stages that ran side by side stand in dvc.lock in the order in which they ended
+        locked = json.dumps(yaml.safe_load((self.root / "dvc.lock").read_text(encoding="utf-8")), sort_keys=True)
+        return {name: hashlib.sha256(content).hexdigest() for name, content in (weights | {"dvc.lock": locked.encode()}).items()}
 
 
 def memory(pid: int) -> int:
@@ -128,7 +131,7 @@ def holds(row: Row, name: str) -> bool:
 
 def table(rows: list[Row]) -> Table:
     """One line a seed; what misses its bound, which stands in the heading, is marked."""
-    drawn = Table(title=f"sandbox, {len(rows)} seeds", title_justify="left")
+    drawn = Table(title="sandbox, seed by seed", title_justify="left")
     for name in rows[0]:
         heading = name.replace("_", "\n", 1)
         drawn.add_column(heading + "\n{} {}".format(*BOUNDS[name]) if name in BOUNDS else heading, justify="right")
@@ -142,7 +145,7 @@ def _cell(value: Any) -> str:
 
 
 def repeated(first: Clone, seed: int, values: list[str], folder: Path) -> dict[str, bool]:
-    """For each model and dvc.lock: whether `dvc repro` in a second clone gives the bytes that the flow gave in the first."""
+    """For each model, and for dvc.lock: whether `dvc repro` in a second clone gives what the flow gave in the first."""
     second = Clone(folder)
     second.run("rlhf", "use", "sandbox", f"seed={seed}", *values)
     second.run("dvc", "repro")
@@ -178,9 +181,9 @@ def main(
         revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clones[numbers[0]].root, capture_output=True, text=True, check=True)
     console.print(table(rows))
     for name, equal in same.items():
-        console.print(f"{name}: {'same bytes' if equal else '[red]✗ other bytes[/red]'} by `dvc repro` in a second clone")
+        console.print(f"{name}: {'the same' if equal else '[red]✗ not the same[/red]'} by `dvc repro` in a second clone")
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    report = {"revision": revision.stdout.strip(), "machine": machine, "values": values or [], "seeds": rows, "same_bytes": same}
+    report = {"revision": revision.stdout.strip(), "machine": machine, "values": values or [], "seeds": rows, "same": same}
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not all([*same.values(), *(holds(row, name) for row in rows for name in row)]):
         raise typer.Exit(1)

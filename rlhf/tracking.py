@@ -184,8 +184,9 @@ class Sender:
     def __init__(self, root: Path, params: config.Params, record: Record) -> None:
         from mlflow.entities import Param
 
-        self._client, self._record = client(root, params), record
+        # first: a client makes a database that is missing, in place and without a lock
         experiment = initialise(root, params)
+        self._client, self._record = client(root, params), record
         values = record.values
         if values["run"] is None or not self._exists(values["run"]):
             run = self._client.create_run(experiment, start_time=values["started"], tags=values["tags"], run_name=values["tags"]["stage"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,3 +174,37 @@ def test_two_that_initialise_side_by_side_agree(root: Path, monkeypatch: pytest.
     assert (root / "mlruns/mlflow.db").exists()
     experiment = tracking.client(root, PARAMS).get_experiment(both[0].result())
     assert experiment.artifact_location.endswith("mlruns/artifacts")
+
+
+# ends itself in the middle of making the database
+ENDS_HALF_WAY = """
+import os, threading
+from pathlib import Path
+from rlhf import config, tracking
+
+root = Path.cwd()
+
+def end():
+    while not any(path.stat().st_size for path in root.glob("mlruns/mlflow.*")):
+        pass
+    os._exit(9)
+
+threading.Thread(target=end).start()
+folder = root / "runs/sft/half"
+tracking.Sender(root, config.load(), tracking.Record(root, folder, wait=True))
+"""
+
+
+def test_a_launcher_that_ends_half_way_leaves_no_half_database(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (root / "mlruns").mkdir()
+    (root / "runs/sft/half").mkdir(parents=True)
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", ENDS_HALF_WAY], cwd=root, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=False
+        ).returncode
+        == 9
+    )
+    assert not (root / "mlruns/mlflow.db").exists()
+    experiment = tracking.initialise(root, PARAMS)
+    assert tracking.client(root, PARAMS).get_experiment(experiment).name == PARAMS.tracking.experiment

@@ -35,7 +35,9 @@ MULTI_TURN = 0.15  # share of prompts with an earlier question and answer before
 MIN_GOLD_GAP = 0.1  # pairs that the gold score can hardly tell apart would only be noise
 
 _VALUES = {kind: sorted(set(task.answers.values())) for kind, task in facts.TASKS.items()}
-_VALUE_PATTERNS = {kind: re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE) for kind, values in _VALUES.items()}
+_VALUE_PATTERNS = {
+    kind: re.compile(r"\b(?:" + "|".join(map(re.escape, values)) + r")\b", re.IGNORECASE) for kind, values in _VALUES.items()
+}
 
 Gold = dict[str, str]
 Message = dict[str, str]

@@ -21,7 +21,7 @@ from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import Ppo
 from rlhf.data.batches import Order, Packed, decode_answer, encode_prompt, pack, pad_rows
 from rlhf.engine import checkpoints
-from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import gather, layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.setup import backward, train_engine
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run, write_lines
@@ -123,10 +123,11 @@ def main(job: Job) -> None:
         tokens = stats.pop("tokens")
         history.append({"step": step + 1, **stats})
         job.log(step + 1, params.steps, {**stats, **clock.report(tokens)})
-        records += [
+        mine = [
             {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, answer), "kl": kl, "score": value}
             for i, answer, kl, value in zip(picked, rollouts.answers, answer_kl(experience), experience.scores.tolist(), strict=True)
         ]
+        records += gather(mine, job)
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
             if job.is_main:
                 write_lines(job.folder / "rollouts.jsonl", records)
@@ -326,6 +327,8 @@ def update(job: Job, models: Models, experience: Experience, passages: list[list
         tokens_seen, updates = tokens_seen + tokens, updates + 1
         if means.get("approx_kl", 0.0) / tokens > params.max_approx_kl:
             break
+    ratio_max = max(gather([ratio_max], job), key=lambda value: abs(value - 1))
+    ratio_error = max(gather([ratio_error], job))
     losses = {name: totals.pop(name) / updates for name in list(totals) if name.endswith("loss")}
     return {
         **losses,
