@@ -17,12 +17,13 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
 from rlhf.data.batches import pack
 from rlhf.errors import UserError
-from rlhf.models.policy import disable_dropout, load_policy, save_model
+from rlhf.models.policy import load_policy, save_model
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 
@@ -127,10 +128,10 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path, tokenizer: PreTrained
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_dropout_is_off_while_training(family: str) -> None:
+def test_dropout_is_off_while_training(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     torch.manual_seed(1)
     if family == "gpt2":
-        model: torch.nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
     else:
         sizes = OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16)
         sizes.layerdrop = sizes.attention_dropout = 0.5
@@ -138,8 +139,10 @@ def test_dropout_is_off_while_training(family: str) -> None:
     ids = torch.arange(10)[None]
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
-    disable_dropout(model)
-    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.save_pretrained(tmp_path)
+    policy, scalar = load_policy(tmp_path, "fp32").train(), load_scalar(tmp_path, tokenizer, "fp32").train()
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    assert torch.equal(scalar(input_ids=ids), scalar(input_ids=ids))
 
 
 # -------------------------------------------------------------------------------------------------------------- scalar models

@@ -26,7 +26,10 @@ from rlhf.engine.distributed import accumulation, micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, write_lines
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.base import pin
+from rlhf.stages.ppo import read_prompts
+from rlhf.stages.reward import read_pairs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINED = ("base", "sft", "reward", "ppo")
@@ -61,8 +64,8 @@ for word in sys.argv[1:]:
 """
 
 
-def start(root: Path, *stages: str, rank: int = 0, ranks: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port or free_port()}
+def start(root: Path, *stages: str, rank: int, ranks: int, port: int) -> subprocess.Popen[str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     environment = os.environ | quiet | {name: str(value) for name, value in place.items()}
     command = [sys.executable, "-c", PROGRAM, *stages]
@@ -75,7 +78,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def run(root: Path, *stages: str, code: int = 0, ranks: int = 1, port: int = 0) -> str:
+def run(root: Path, *stages: str, code: int = 0, ranks: int = 1) -> str:
     """Run stages to their end on so many ranks; what rank 0 printed."""
     port = free_port()
     processes = [start(root, *stages, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
@@ -170,7 +173,7 @@ def test_two_ranks_in_small_pieces_compute_what_one_does_at_once(unbroken: Path,
         assert len(rows[0]) == len(rows[1]) >= 3
         for expected, row in zip(*rows, strict=True):
             for key, value in expected.items():
-                # ratio_error is rounding itself
+                # ratio_error is rounding and nothing else
                 if value and key != "ratio_error":
                     assert float(row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), (name, row["step"], key)
     answers = [[(row["step"], row["prompt"], row["answer"]) for row in read_lines(root / "data/rollouts.jsonl")] for root in (one, two)]
@@ -224,7 +227,7 @@ def test_a_given_model_is_pinned_with_what_later_stages_need(
     # this template ends a turn with another token than the end of text
     assert kept.eos_token == kept.pad_token == "<|user|>"
     assert (model.config.eos_token_id, model.config.pad_token_id) == (kept.eos_token_id, kept.pad_token_id)
-    assert torch.equal(model.get_input_embeddings().weight, llama.get_input_embeddings().weight)
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], llama.state_dict()["model.embed_tokens.weight"])
     _, plain = pin(pinned(chat_template="turns"))
     assert plain.eos_token == "<|end|>"
     asked = [{"role": "user", "content": "Hi"}]
@@ -281,15 +284,27 @@ def test_a_batch_is_dealt_evenly_to_ranks_and_cut_into_micro_batches(tmp_path: P
         share(list("abcde"), jobs[0], "sft.batch_size")
 
 
-@pytest.mark.parametrize(
-    ("stage", "words"), [("sft", "sft.max_tokens"), ("reward", "raise reward's max_tokens"), ("ppo", "ppo.max_prompt")]
-)
-def test_rows_that_are_all_too_long_are_an_error(unbroken: Path, tmp_path: Path, stage: str, words: str) -> None:
+def test_rows_that_are_all_too_long_are_an_error(unbroken: Path, tmp_path: Path) -> None:
+    raw = tiny_params()
+    raw["ppo"]["max_prompt_tokens"] = raw["sft"]["max_tokens"] = 5
+    job = Job("reward", config.validate(raw, "params.yaml"), unbroken, tmp_path, "cpu", 0, 1, 0)
+    tokenizer = load_tokenizer(unbroken / "models/base")
+    with pytest.raises(UserError, match=r"reward\.jsonl: none of \d+ pairs fits in 5 tokens .*raise reward's max_tokens"):
+        read_pairs(job, tokenizer, "data/prepared/reward.jsonl", 5)
+    with pytest.raises(UserError, match=r"ppo\.max_prompt_tokens: none of \d+ prompts fits in 5 tokens"):
+        read_prompts(job, tokenizer)
     root = tmp_path / "root"
     shutil.copytree(unbroken, root, ignore=shutil.ignore_patterns("runs"))
-    raw = tiny_params()
-    raw[stage]["max_prompt_tokens" if stage == "ppo" else "max_tokens"] = 5
     set_params(root, raw)
-    said = run(root, stage, code=1)
-    assert "UserError" in said
-    assert words in said
+    assert "UserError: sft.max_tokens: none of" in run(root, "sft", code=1)
+
+
+def test_too_long_rows_are_left_out_and_counted(unbroken: Path, tmp_path: Path) -> None:
+    job = Job("reward", config.validate(tiny_params(), "params.yaml"), unbroken, tmp_path, "cpu", 0, 1, 0)
+    tokenizer = load_tokenizer(unbroken / "models/base")
+    every, none = read_pairs(job, tokenizer, "data/prepared/reward.jsonl", 1000)
+    limit = sorted(max(map(len, pair)) for pair in every)[len(every) // 2]
+    kept, left_out = read_pairs(job, tokenizer, "data/prepared/reward.jsonl", limit)
+    assert none == 0
+    assert kept == [pair for pair in every if max(map(len, pair)) <= limit]
+    assert left_out == len(every) - len(kept) > 0
