@@ -38,8 +38,3 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
         log_probs = (rows.float() / temperature).log_softmax(-1)
         parts.append(-(log_probs.exp() * log_probs).sum(-1))
     return torch.cat(parts)
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values where mask is 1; any shape → scalar."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)

@@ -31,17 +31,26 @@ def start(job: Job) -> torch.device:
     return torch.device("cuda", job.local_rank) if cuda else torch.device("cpu")
 
 
+def check_even(size: int, job: Job, name: str) -> None:
+    """Check that a global batch can be dealt to the ranks without a rest.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if size % job.world_size:
+        raise UserError(
+            f"{name}: a batch of {size} rows cannot be dealt evenly to {job.world_size} processes",
+            remedy=f"make it a multiple of {job.world_size}, or change launch.jobs.{job.stage}.processes",
+        )
+
+
 def share(rows: Sequence[T], job: Job, name: str) -> list[T]:
     """This rank's part of a global batch.
 
     Raises:
         UserError: the batch cannot be dealt evenly to the ranks.
     """
-    if len(rows) % job.world_size:
-        raise UserError(
-            f"{name}: a batch of {len(rows)} rows cannot be dealt evenly to {job.world_size} processes",
-            remedy=f"make it a multiple of {job.world_size}, or change launch.jobs.{job.stage}.processes",
-        )
+    check_even(len(rows), job, name)
     return list(rows[job.rank :: job.world_size])
 
 

@@ -21,7 +21,7 @@ from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import Ppo
 from rlhf.data.batches import Order, Packed, decode_answer, encode_prompt, pack, pad_rows
 from rlhf.engine import checkpoints
-from rlhf.engine.distributed import gather, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.setup import backward, train_engine
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run, write_lines
@@ -90,6 +90,7 @@ def main(job: Job) -> None:
     device = start(job)
     params = job.params.ppo
     tokenizer = load_tokenizer(job.input("models/sft"))
+    check_even(params.mini_batch_size, job, "ppo.mini_batch_size")
     prompts, too_long = read_prompts(job, tokenizer)
     texts = read_texts(job, tokenizer) if params.mixture_coefficient else []
     models = load_models(job, tokenizer, device)
