@@ -129,16 +129,18 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # threads wait a moment for the next operation before they sleep: small models have thousands of short ones
+        "GOMP_SPINCOUNT": "30000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    # DeepSpeed loads mlflow wherever it can, in each of its processes, at a second apiece
+    # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece;
+    # Python runs this file as it starts: what stands as None in sys.modules counts as not installed
     hidden = folder / "hidden"
     hidden.mkdir(exist_ok=True)
-    (hidden / "mlflow.py").write_text('raise ImportError("stages do not use mlflow: the launcher does")\n')
+    (hidden / "sitecustomize.py").write_text("import sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None)\n")
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(hidden), str(root), os.environ.get("PYTHONPATH")]))
     # DeepSpeed passes these on to the other nodes of a hostfile
     exported = folder / "environment"

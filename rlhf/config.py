@@ -25,6 +25,19 @@ SLICES_OF_KIND: dict[str, frozenset[str]] = {
     "pairs": frozenset({"text", "sft", "reward", "ppo", "judge", "heldout"}),
 }
 
+# What each stage's result depends on; dvc.yaml says the same, and a test holds the two together.
+PARAMS_OF_STAGE = {
+    "prepare": ("seed", "data", "prepare"),
+    "base": ("seed", "base", "launch.precision"),
+    "sft": ("seed", "sft", "launch.precision"),
+    "reward": ("seed", "reward", "launch.precision"),
+    "ppo": ("seed", "ppo", "launch.precision"),
+    "evaluate": (
+        *("seed", "data", "evaluate", "launch.precision"),
+        *("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "reward.max_tokens"),
+    ),
+}
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -225,6 +238,13 @@ class Kl(Section):
     estimator: Literal["k1", "k2", "k3"] = Field(description="per-token KL estimator in the reward (Schulman 2020)")
 
 
+class PpoStop(Section):
+    """A run that leaves these bounds has diverged: the stage stops with an error, and its last checkpoint is kept."""
+
+    kl: Positive = Field(description="KL to sft, mean per answer in nats")
+    score: Positive = Field(description="mean score of the reward model in standard deviations of its held-out scores, up or down")
+
+
 class Ppo(Section):
     steps: PositiveInt = Field(description="rollout batches, each followed by `epochs` passes of updates")
     rollout_batch_size: PositiveInt = Field(description="answers per rollout, over all processes")
@@ -241,14 +261,25 @@ class Ppo(Section):
     gamma: Fraction = Field(description="discount γ of GAE")
     gae_lambda: Fraction = Field(description="λ of GAE")
     whiten_advantages: bool = Field(description="scale advantages to mean 0, std 1 over the valid tokens of the global rollout batch")
-    policy_clip: Positive = Field(description="ε of PPO's clipped ratio")
-    value_clip: Positive = Field(description="range in which a new value may move from the old one")
+    policy_clip: tuple[Fraction, Positive] = Field(
+        description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO"
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        description="bound of the ratio for tokens with a negative advantage; null: none"
+    )
+    value_clip: Positive | None = Field(description="range in which a new value may move from the old one; null: any")
+    entropy_coefficient: NonNegative = Field(description="weight of the entropy bonus; 0: off")
     max_approx_kl: Positive = Field(description="updates on a rollout stop once the policy moved this far from it (nats per token)")
     mixture_coefficient: NonNegative = Field(description="weight of the next-token loss on plain text (PPO-ptx); 0: off")
     mixture_batch_size: PositiveInt = Field(description="passages per optimiser step of the mixture loss, over all processes")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="share of its old value that an fp32 moving average of the policy keeps at each update; the stage then hands on the "
+        "average; null: off"
+    )
     critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(description="first steps in which only the critic learns")
     actor: Optimizer
     critic: Optimizer
+    stop: PpoStop
     checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
 
     @model_validator(mode="after")
@@ -304,7 +335,7 @@ class Jobs(Section):
 
 
 class Launch(Section):
-    """Where and how to run. No stage depends on it: batch sizes are global, so hardware does not change what is computed."""
+    """Where and how to run. No stage depends on it, precision aside: batch sizes are global, so the hardware changes no result."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = Field(description="auto: cuda where a GPU is present, else cpu")
     precision: Literal["fp32", "bf16"] = Field(description="arithmetic of the models; optimiser states are fp32")
@@ -362,10 +393,14 @@ class Params(Section):
         return self
 
     def of_stage(self, stage: str) -> dict[str, Any]:
-        """The values that determine a stage's result: what dvc.yaml lists under its params."""
-        sections = {"prepare": ("seed", "data", "prepare"), "evaluate": ("seed", "data", "evaluate")}
-        names = sections.get(stage, ("seed", stage))
-        return {name: self.model_dump(mode="json")[name] for name in names}
+        """The values that determine a stage's result, by dotted key: what dvc.yaml lists under its params."""
+        return {key: _at(self.model_dump(mode="json"), key) for key in PARAMS_OF_STAGE[stage]}
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
 
 
 def load(path: Path = Path("params.yaml")) -> Params:

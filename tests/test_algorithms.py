@@ -101,7 +101,7 @@ def test_gae_with_lambda_1_returns_what_is_still_to_come_and_with_lambda_0_looks
 def test_whitening() -> None:
     advantages, mask = torch.tensor([[1.0, 3.0], [5.0, 77.0]]), torch.tensor([[1.0, 1], [1, 0]])
     std = math.sqrt(8 / 3)
-    near(ppo.whiten(advantages, mask, torch.tensor(3.0), torch.tensor(std)), [[-2 / std, 0.0], [2 / std, 0.0]])
+    near(ppo.whiten(advantages, mask), [[-2 / std, 0.0], [2 / std, 0.0]])
 
 
 # -------------------------------------------------------------------------------------------------------------------- losses
@@ -113,7 +113,7 @@ def test_policy_loss_cuts_what_would_move_further_and_keeps_what_moves_back() ->
     old = torch.full((1, 5), -1.0)
     log_probs = (old + ratios.log()).requires_grad_()
     advantages, mask = torch.tensor([[1.0, -1, 1, -1, 9]]), torch.tensor([[1.0, 1, 1, 1, 0]])
-    found = ppo.policy_loss(log_probs, old, advantages, mask, 0.2, 4.0)
+    found = ppo.policy_loss(log_probs, old, advantages, mask, (0.2, 0.2), None, 4.0)
     near(found.loss.detach(), (-1.2 + 1.5 - 0.5 + 0.8) / 4)
     assert found.sums["clip_fraction"] == 2
     near(found.sums["approx_kl"], 2 * (0.5 - math.log(1.5)) + 2 * (-0.5 + LN2))
@@ -123,12 +123,22 @@ def test_policy_loss_cuts_what_would_move_further_and_keeps_what_moves_back() ->
     near(log_probs.grad, [[0.0, 1.5 / 4, -0.5 / 4, 0.0, 0.0]])
 
 
+def test_policy_clip_may_be_wider_upwards_and_bound_bad_tokens() -> None:
+    ratios = torch.tensor([[1.25, 1.5, 10.0]])
+    old = torch.full((1, 3), -1.0)
+    advantages, mask = torch.tensor([[1.0, 1.0, -1.0]]), torch.ones(1, 3)
+    # 1.25 is inside 1 + 0.3, 1.5 is cut to 1.3, 10 with a negative advantage to 3
+    near(ppo.policy_loss(old + ratios.log(), old, advantages, mask, (0.2, 0.3), 3.0, 1.0).loss, -1.25 - 1.3 + 3.0)
+    near(ppo.policy_loss(old + ratios.log(), old, advantages, mask, (0.2, 0.3), None, 1.0).loss, -1.25 - 1.3 + 10.0)
+
+
 def test_value_loss_takes_the_worse_of_the_cut_and_the_uncut() -> None:
     values, old, returns = torch.tensor([[2.0, 1.1, 0.0, 7.0]]), torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[3.0, 0.0, 3.0, 0.0]])
     found = ppo.value_loss(values, old, returns, torch.tensor([[1.0, 1, 1, 0]]), 0.2, 3.0)
     # 2 is cut to 1.2, which is worse; 1.1 is inside; 0 is cut to 0.8, but the uncut error is the worse one
     near(found.loss, 0.5 * (1.8**2 + 1.1**2 + 3.0**2) / 3)
     assert found.sums["value_clip_fraction"] == 1
+    near(ppo.value_loss(values, old, returns, torch.tensor([[1.0, 1, 1, 0]]), None, 3.0).loss, 0.5 * (1.0 + 1.1**2 + 3.0**2) / 3)
 
 
 # ---------------------------------------------------------------------------------------------- however the batch is cut up
@@ -148,7 +158,7 @@ LOSSES: dict[str, tuple[tuple[int, ...], Loss]] = {
         lambda x, at: next_token_loss(x[at], IDS[at], torch.cat([torch.zeros(ROWS, 1), MASK], 1)[at], COUNTED),
     ),
     "pairs": ((ROWS, 2), lambda x, at: pairwise_loss(x[at, 0], x[at, 1], ROWS)[0]),
-    "policy": ((ROWS, TOKENS), lambda x, at: ppo.policy_loss(x[at], OLD[at], OTHER[at], MASK[at], 0.2, COUNTED).loss),
+    "policy": ((ROWS, TOKENS), lambda x, at: ppo.policy_loss(x[at], OLD[at], OTHER[at], MASK[at], (0.2, 0.2), None, COUNTED).loss),
     "value": ((ROWS, TOKENS), lambda x, at: ppo.value_loss(x[at], OLD[at], OTHER[at], MASK[at], 0.2, COUNTED).loss),
 }
 

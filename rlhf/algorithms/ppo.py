@@ -62,9 +62,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
     return advantages, (advantages + values) * mask
 
 
-def whiten(advantages: Tensor, mask: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    """(advantages − mean) / std on valid tokens, 0 elsewhere; mean and std are those of the global batch."""
-    return (advantages - mean) / (std + 1e-8) * mask
+def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and std 1 over the valid tokens of the global batch, 0 elsewhere. (B, A) → (B, A)."""
+    valid = advantages[mask.bool()].double()
+    mean, std = valid.mean(), valid.std(correction=0)
+    return ((advantages - mean) / (std + 1e-8) * mask).float()
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,29 @@ class LossStats:
     sums: dict[str, Tensor]
 
 
-def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float, denominator: float) -> LossStats:
-    """−min(ratio·A, clip(ratio, 1 ± ε)·A) (arXiv 1707.06347, equation 7). All (B, A)."""
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    denominator: float,
+) -> LossStats:
+    """−min(ratio·A, clip(ratio, 1 − ε_low, 1 + ε_high)·A) (arXiv 1707.06347, equation 7). All tensors (B, A).
+
+    Args:
+        clip: (ε_low, ε_high); a higher ε_high lets unlikely tokens rise faster (clip-higher, arXiv 2503.14476).
+        dual_clip: c > 1 bounds the loss of tokens with a negative advantage at −c·A (arXiv 1912.09729, equation 5); None: off.
+    """
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = (torch.maximum(unclipped, clipped) * mask).sum() / denominator
+    clipped = -advantages * ratio.clamp(1 - clip[0], 1 + clip[1])
+    per_token = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        per_token = torch.where(advantages < 0, torch.minimum(per_token, -dual_clip * advantages), per_token)
+    loss = (per_token * mask).sum() / denominator
     with torch.no_grad():
         sums = {
             "clip_fraction": ((clipped > unclipped).float() * mask).sum(),
@@ -90,9 +108,9 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     return LossStats(loss, sums)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, denominator: float) -> LossStats:
-    """0.5·max((V − R)², (clip(V, V_old ± ε) − R)²): the clipped form of the PPO implementations. All (B, A)."""
-    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None, denominator: float) -> LossStats:
+    """0.5·max((V − R)², (clip(V, V_old ± ε) − R)²): the clipped form of the PPO implementations; clip None: 0.5·(V − R)². All (B, A)."""
+    clipped_values = values if clip is None else old_values + (values - old_values).clamp(-clip, clip)
     squared, squared_clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     loss = 0.5 * (torch.maximum(squared, squared_clipped) * mask).sum() / denominator
     with torch.no_grad():

@@ -48,7 +48,7 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, batch_size: int
     """
     launch = job.params.launch
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, params.weight_decay), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, foreach=True
+        parameter_groups(module, params.weight_decay), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(params, step, total_steps))
     steps = accumulation(batch_size, job)
@@ -72,8 +72,19 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, batch_size: int
 
 
 def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
-    """Backward pass of a loss whose denominator is global.
+    """Backward pass of one micro-batch's part of a loss whose denominator is global.
 
     DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that the gradient is that of the sum.
     """
     engine.backward(loss * (engine.gradient_accumulation_steps() * engine.world_size))
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()  # it only counts here
+
+
+def step(engine: DeepSpeedEngine) -> float:
+    """Let the optimiser step, after the backward passes of all micro-batches; the global norm of the gradient before clipping."""
+    # DeepSpeed does not say the norm where the optimiser is torch's own
+    own = [p.grad for p in engine.module.parameters() if p.grad is not None] if engine.zero_optimization_stage() == 0 else []
+    norm = torch.nn.utils.get_total_norm(own).item() if own else None
+    engine.step()
+    return float(engine.get_global_grad_norm()) if norm is None else norm

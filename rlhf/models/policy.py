@@ -14,7 +14,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A Llama with grouped-query attention and random weights, for a tokenizer."""
+    """A Llama with grouped-query attention and random weights of std 1/√width, for a tokenizer.
+
+    The usual 0.02 suits widths in the thousands: in a model of a few hundred it leaves every layer near zero, and the circuits that look
+    facts up form late or, with some seeds, not at all (LOG.md).
+    """
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -26,6 +30,7 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
             num_key_value_heads=params.kv_heads,
             max_position_embeddings=params.context_tokens,
             tie_word_embeddings=True,
+            initializer_range=params.hidden_size**-0.5,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

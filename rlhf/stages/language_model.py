@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import BuiltBase, Sft
 from rlhf.data.batches import Order, pack
-from rlhf.engine import checkpoints
+from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import layout, micro_batches, share, sum_over_ranks
-from rlhf.engine.setup import backward, train_engine
+from rlhf.engine.setup import backward, step, train_engine
 from rlhf.job import Job
 
 Row = tuple[list[int], list[int]]  # token ids and loss mask
@@ -27,9 +27,9 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
     engine = train_engine(model, params.optimizer, job, params.batch_size, total)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
-    for step in range(state["step"], total):
+    for number in range(state["step"], total):
         started = time.perf_counter()
-        batch = [rows[i] for i in order.batch(step)]
+        batch = [rows[i] for i in order.batch(number)]
         counted = sum(sum(mask[1:]) for _, mask in batch)  # of the global batch: every rank sees it whole
         mine = share(batch, job, f"{job.stage}.batch_size")
         loss_sum = 0.0
@@ -38,15 +38,16 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
             loss_mask = packed.spread([[0, *mask[1:]] for _, mask in micro])
             loss = next_token_loss(engine(**packed.inputs).logits, packed.ids, loss_mask, counted)
             backward(engine, loss)
-            engine.step()
             loss_sum += loss.item()
         loss_mean = sum_over_ranks({"loss": loss_sum}, engine.device)["loss"]
-        history.append({"step": step + 1, "loss": loss_mean})
+        stats = {"loss": loss_mean, "grad_norm": step(engine)}
+        divergence.check(job, number + 1, stats, {})
+        history.append({"step": number + 1, **stats})
         seconds = time.perf_counter() - started
         rate = {"learning_rate": engine.get_lr()[0]}
-        job.log(step + 1, total, {"loss": loss_mean, **rate, "tokens_per_second": sum(len(ids) for ids, _ in batch) / seconds})
-        if (step + 1) % params.checkpoint_every == 0 and step + 1 < total:
-            checkpoints.save(job, step + 1, {"model": engine}, {"history": history})
+        job.log(number + 1, total, {**stats, **rate, "tokens_per_second": sum(len(ids) for ids, _ in batch) / seconds})
+        if (number + 1) % params.checkpoint_every == 0 and number + 1 < total:
+            checkpoints.save(job, number + 1, {"model": engine}, {"history": history})
     return history
 
 

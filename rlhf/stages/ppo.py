@@ -7,7 +7,7 @@ Each step: 1. rollout, 2. scoring, 3. rewards and advantages, 4. updates. The ar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,62 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config import Ppo
-from rlhf.data.batches import Order, Packed, decode_answer, encode_prompt, pack, pad_rows
-from rlhf.engine import checkpoints
+from rlhf.data.batches import Order, decode_answer, encode_prompt, pack
+from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.ema import Ema
 from rlhf.engine.setup import backward, train_engine
+from rlhf.engine.setup import step as optimizer_step
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models.policy import load_policy, save_model
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
+from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, Sampling, generate
 from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
-
-
-@dataclass
-class Experience:
-    """One rank's share of a rollout batch, scored. B answers, A positions of the longest answer."""
-
-    sequences: list[list[int]]  # B: prompt and answer
-    prompt_lengths: Tensor  # (B,)
-    mask: Tensor  # (B, A) 1 on answer tokens, end token included
-    log_probs: Tensor  # (B, A) under the policy that sampled
-    reference_log_probs: Tensor  # (B, A)
-    values: Tensor  # (B, A) V(s) before each answer token
-    scores: Tensor  # (B,) reward model, normalised
-    ended: Tensor  # (B,) whether the answer ended by itself
-    advantages: Tensor  # (B, A)
-    returns: Tensor  # (B, A)
-
-    def rows(self, index: list[int]) -> Experience:
-        """Some of the rows."""
-        tensors = {name: value[index] for name, value in vars(self).items() if name != "sequences"}
-        return Experience([self.sequences[i] for i in index], **tensors)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Experience laid out for a forward pass: packed rows, and where each answer token's prediction stands in them."""
-
-    packed: Packed
-    before: Tensor  # (N,) flat index of the token before each answer token; its output predicts it
-    targets: Tensor  # (N,) the answer tokens
-    valid: Tensor  # (B, A) bool: which cells the N tokens fill, row by row
-
-    def fill(self, values: Tensor) -> Tensor:
-        """One number per answer token (N,) → (B, A), 0 beyond each answer's end."""
-        cells = torch.zeros(self.valid.shape, device=values.device)
-        cells[self.valid] = values
-        return cells
-
-
-def lay_out(part: Experience, pad_id: int) -> Answers:
-    packed = pack(part.sequences, pad_id, part.mask.device)
-    valid = part.mask.bool()
-    steps = torch.arange(part.mask.shape[1], device=part.mask.device)
-    before = ((packed.starts + part.prompt_lengths - 1)[:, None] + steps)[valid]
-    return Answers(packed, before, packed.ids.flatten()[before + 1], valid)
 
 
 @dataclass
@@ -83,7 +41,12 @@ class Models:
     critic: DeepSpeedEngine
     reference: PreTrainedModel
     reward: ScalarModel
+    ema: Ema | None
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
 
 
 def main(job: Job) -> None:
@@ -99,7 +62,8 @@ def main(job: Job) -> None:
     text_order = Order(len(texts), params.mixture_batch_size, job.seed("texts")) if texts else None
 
     engines = {"actor": models.actor, "critic": models.critic}
-    state = checkpoints.load(job, engines)
+    averages = models.ema.average if models.ema else {}
+    state = checkpoints.load(job, engines, averages)
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
     records = [row for row in read_lines(job.folder / "rollouts.jsonl") if row["step"] <= state["step"]] if state["step"] else []
@@ -110,30 +74,38 @@ def main(job: Job) -> None:
         # 1. rollout
         rollouts = roll_out(job, models, [prompts[i]["ids"] for i in picked], step)
         clock.stop("generation")
-        # 2. scores, reference log-probabilities, values
-        experience = score(job, models, rollouts)
+        # 2. scores, reference log-probabilities, values: each rank its answers, then all of them on every rank
+        experience = Experience.of(gather(score(job, models, rollouts), job), device)
         clock.stop("scoring")
         # 3. rewards and advantages
-        stats = advantages(experience, params, controller.beta, device)
+        targets, stats = advantages(experience, params, controller.beta)
         # 4. updates
         passages = mixture_batches(params, texts, text_order, step) if text_order else []
-        stats |= update(job, models, experience, passages, step)
+        stats |= update(job, models, experience, targets, passages, step)
         clock.stop("training")
+        divergence.check(job, step + 1, stats, params.stop.model_dump())
         controller.update(stats["kl"], params.rollout_batch_size)
 
-        tokens = stats.pop("tokens")
         history.append({"step": step + 1, **stats})
-        job.log(step + 1, params.steps, {**stats, **clock.report(tokens)})
-        mine = [
-            {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, answer), "kl": kl, "score": value}
-            for i, answer, kl, value in zip(picked, rollouts.answers, answer_kl(experience), experience.scores.tolist(), strict=True)
+        job.log(step + 1, params.steps, {**stats, **clock.report(experience.mask.sum().item())})
+        records += [
+            {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, ids[length:]), "kl": kl, "score": value}
+            for i, ids, length, kl, value in zip(
+                order.batch(step),
+                experience.sequences,
+                experience.prompt_lengths.tolist(),
+                answer_kl(experience).tolist(),
+                experience.scores.tolist(),
+                strict=True,
+            )
         ]
-        records += gather(mine, job)
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
             if job.is_main:
                 write_lines(job.folder / "rollouts.jsonl", records)
-            checkpoints.save(job, step + 1, engines, {"history": history, "beta": controller.beta})
+            checkpoints.save(job, step + 1, engines, {"history": history, "beta": controller.beta}, averages)
 
+    if models.ema:
+        models.ema.copy_to(models.actor.module)
     if job.is_main:
         save_model(models.actor.module, tokenizer, job.output("models/ppo"))
         write_lines(job.output("data/rollouts.jsonl"), records)
@@ -186,11 +158,13 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     with torch.no_grad():
         critic.head.weight.div_(reward.std)  # in the units of the normalised reward
     actor = load_policy(job.input("models/sft"), precision)
+    engine = train_engine(actor, params.actor, job, params.mini_batch_size, max(1, updates - warmup))
     return Models(
-        actor=train_engine(actor, params.actor, job, params.mini_batch_size, max(1, updates - warmup)),
+        actor=engine,
         critic=train_engine(critic, params.critic, job, params.mini_batch_size, updates),
         reference=reference,
         reward=reward,
+        ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
         tokenizer=tokenizer,
     )
 
@@ -202,125 +176,132 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int) -> R
     params = job.params.ppo
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
     seeds = [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(len(prompts))]
-    ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.tokenizer.pad_token_id}
+    ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
     return generate(models.actor.module, prompts, seeds, sampling, **ids, policy_version=step)
 
 
 @torch.no_grad()
-def score(job: Job, models: Models, rollouts: Rollouts) -> Experience:
-    """Score every answer with the frozen models and the critic."""
+def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
+    """What the frozen models and the critic say of each answer of this rank."""
     params, device = job.params.ppo, models.actor.device
-    log_probs = pad_rows(rollouts.log_probs, 0.0, device)
-    lengths = torch.tensor([len(answer) for answer in rollouts.answers], device=device)
-    empty = torch.zeros_like(log_probs)
-    experience = Experience(
-        sequences=[prompt + answer for prompt, answer in zip(rollouts.prompts, rollouts.answers, strict=True)],
-        prompt_lengths=torch.tensor([len(prompt) for prompt in rollouts.prompts], device=device),
-        mask=mask_from_lengths(lengths, log_probs.shape[1]),
-        log_probs=log_probs,
-        reference_log_probs=empty.clone(),
-        values=empty.clone(),
-        scores=torch.zeros(len(lengths), device=device),
-        ended=torch.tensor(rollouts.ended, device=device),
-        advantages=empty,
-        returns=empty,
-    )
+    scored = []
     models.critic.eval()
-    for index in micro_batches(range(len(lengths)), layout(job).micro_batch_size):
-        at = lay_out(experience.rows(index), models.tokenizer.pad_token_id)
-        experience.reference_log_probs[index] = answer_log_probs(models.reference, at, params.temperature)[0]
-        experience.values[index] = answer_values(models.critic, at)
+    for index in micro_batches(range(len(rollouts.answers)), layout(job).micro_batch_size):
+        sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
+        prompt_lengths = torch.tensor([len(rollouts.prompts[i]) for i in index], device=device)
+        lengths = [len(rollouts.answers[i]) for i in index]
+        at = Layout.of(sequences, prompt_lengths, mask_from_lengths(torch.tensor(lengths, device=device), max(lengths)), models.pad_id)
+        reference = answer_log_probs(models.reference, at, params.temperature)[0].cpu()
+        values = answer_values(models.critic, at).cpu()
         raw = models.reward(**at.packed.inputs)[at.packed.last]
-        experience.scores[index] = (raw - models.reward.mean) / models.reward.std
-        if job.params.launch.precision != "fp32":
-            # decoding and training round differently in half precision, and the ratio must start at 1
-            experience.log_probs[index] = answer_log_probs(models.actor.module, at, params.temperature)[0]
+        scores = ((raw - models.reward.mean) / models.reward.std).tolist()
+        # decoding and training round differently in half precision, and the ratio must start at 1
+        exact = job.params.launch.precision == "fp32"
+        again = None if exact else answer_log_probs(models.actor.module, at, params.temperature)[0].cpu()
+        for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
+            log_probs = torch.tensor(rollouts.log_probs[i]) if again is None else again[row, :length]
+            said = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
+            scored.append(Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row], *said))
     models.critic.train()
-    return experience
+    return scored
 
 
-def answer_log_probs(model: Any, at: Answers, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer token (B, A), 0 beyond the end; and the entropy summed over the tokens."""
+def answer_log_probs(model: Any, at: Layout, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer token (B, A), 0 beyond the end; and the entropy of each prediction (N,)."""
     logits = model(**at.packed.inputs).logits.flatten(0, 1)[at.before]
-    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits.detach(), temperature).sum()
+    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits, temperature)
 
 
-def answer_values(critic: Any, at: Answers) -> Tensor:
+def answer_values(critic: Any, at: Layout) -> Tensor:
     return at.fill(critic(**at.packed.inputs)[at.before])
 
 
-def answer_kl(experience: Experience) -> list[float]:
-    return ((experience.log_probs - experience.reference_log_probs) * experience.mask).sum(-1).tolist()
+def answer_kl(experience: Experience) -> Tensor:
+    """Σ log π(token) − log π_ref(token) over each answer (B,)."""
+    return ((experience.log_probs - experience.reference_log_probs) * experience.mask).sum(-1)
 
 
-def advantages(experience: Experience, params: Ppo, beta: float, device: torch.device) -> dict[str, float]:
-    """Fill in advantages and returns; whitening constants are those of the global batch. Returns what is logged of the rollout."""
-    e = experience
+@dataclass(frozen=True)
+class Targets:
+    """What the updates pull towards. Both (B, A)."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def advantages(e: Experience, params: Ppo, beta: float) -> tuple[Targets, dict[str, float]]:
+    """Rewards, advantages and returns of the whole rollout batch; and what is logged of it."""
     clipped = e.scores.clamp(-params.reward_clip, params.reward_clip)
     final = torch.where(e.ended, clipped, torch.full_like(clipped, params.no_eos_reward))
     kl = ppo.kl_estimate(e.log_probs, e.reference_log_probs, params.kl.estimator) * e.mask
     rewards = ppo.token_rewards(kl, final, e.mask, beta)
-    e.advantages, e.returns = ppo.gae(rewards, e.values, e.mask, params.gamma, params.gae_lambda)
-    residual = (e.returns - e.values) * e.mask
-    sums = sum_over_ranks(
-        {
-            "answers": len(e.scores),
-            "tokens": e.mask.sum().item(),
-            "score": e.scores.sum().item(),
-            "reward": final.sum().item(),
-            "total_reward": rewards.sum().item(),
-            "kl": sum(answer_kl(e)),
-            "ended": e.ended.sum().item(),
-            "advantage": e.advantages.sum().item(),
-            "advantage_squared": (e.advantages.double() ** 2).sum().item(),
-            "returns": (e.returns * e.mask).sum().item(),
-            "returns_squared": (e.returns.double() ** 2 * e.mask).sum().item(),
-            "residual": residual.sum().item(),
-            "residual_squared": (residual.double() ** 2).sum().item(),
-        },
-        device,
-    )
-    answers, tokens = sums["answers"], sums["tokens"]
-
-    def variance(name: str) -> float:
-        return max(0.0, sums[f"{name}_squared"] / tokens - (sums[name] / tokens) ** 2)
-
-    if params.whiten_advantages:
-        e.advantages = ppo.whiten(e.advantages, e.mask, sums["advantage"] / tokens, variance("advantage") ** 0.5)
-    return {
-        "score": sums["score"] / answers,
-        "reward": sums["reward"] / answers,
-        "total_reward": sums["total_reward"] / answers,
-        "kl": sums["kl"] / answers,
-        "beta": beta,
-        "eos_rate": sums["ended"] / answers,
-        "answer_tokens": tokens / answers,
-        "explained_variance": 1 - variance("residual") / max(variance("returns"), 1e-8),
-        "tokens": tokens,
+    raw, returns = ppo.gae(rewards, e.values, e.mask, params.gamma, params.gae_lambda)
+    valid = e.mask.bool()
+    residual = (returns - e.values)[valid]
+    stats = {
+        "score": e.scores.mean(),
+        "reward": final.mean(),
+        "total_reward": rewards.sum(-1).mean(),
+        "kl": answer_kl(e).mean(),
+        "eos_rate": e.ended.float().mean(),
+        "answer_tokens": e.mask.sum(-1).mean(),
+        "advantage_std": raw[valid].std(correction=0),
+        "explained_variance": 1 - residual.var(correction=0) / returns[valid].var(correction=0).clamp(min=1e-8),
+    }
+    return Targets(ppo.whiten(raw, e.mask) if params.whiten_advantages else raw, returns), {"beta": beta} | {
+        name: value.item() for name, value in stats.items()
     }
 
 
-def update(job: Job, models: Models, experience: Experience, passages: list[list[list[int]]], step: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of one rank."""
+
+    at: Layout
+    mask: Tensor  # this and the others (B, A)
+    log_probs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    @classmethod
+    def of(cls, e: Experience, targets: Targets, index: Sequence[int], pad_id: int) -> Part:
+        rows = list(index)
+        mask = e.mask[rows]
+        at = Layout.of([e.sequences[i] for i in rows], e.prompt_lengths[rows], mask, pad_id)
+        return cls(at, mask, e.log_probs[rows], e.values[rows], targets.advantages[rows], targets.returns[rows])
+
+
+def update(
+    job: Job, models: Models, experience: Experience, targets: Targets, passages: list[list[list[int]]], step: int
+) -> dict[str, float]:
     """Several passes over the rollout batch; stops early once the policy has moved too far from the one that sampled."""
     params, device = job.params.ppo, models.actor.device
     train_actor = step >= params.critic_warmup_steps
     totals: dict[str, float] = {}
     tokens_seen = updates = 0.0
     ratio_error, ratio_max = 0.0, 1.0
+    norms = {"actor_grad_norm": 0.0, "critic_grad_norm": 0.0}
     for number, index in enumerate(mini_batches(job, len(experience.sequences), step)):
-        mini = experience.rows(index)
-        tokens = sum_over_ranks({"tokens": mini.mask.sum().item()}, device)["tokens"]
-        parts = [mini.rows(rows) for rows in micro_batches(range(len(index)), layout(job).micro_batch_size)]
+        tokens = experience.mask[index].sum().item()
+        mine = share(index, job, "ppo.mini_batch_size")
+        parts = micro_batches(mine, layout(job).micro_batch_size)
         texts = passages[number] if passages else []
         text_tokens = sum(len(text) - 1 for text in texts)
         sums: dict[str, float] = {}
-        for i, part in enumerate(parts):
+        for i, rows in enumerate(parts):
+            part = Part.of(experience, targets, rows, models.pad_id)
             if train_actor:
-                mine = share(texts, job, "ppo.mixture_batch_size")[i :: len(parts)]
-                stats, ratio = actor_step(job, models, part, tokens, mine, text_tokens)
+                own_texts = share(texts, job, "ppo.mixture_batch_size")[i :: len(parts)]
+                stats, ratio = actor_step(job, models, part, tokens, own_texts, text_tokens)
                 add(sums, stats)
                 ratio_max = max(ratio_max, ratio, key=lambda value: abs(value - 1))
             add(sums, critic_step(job, models, part, tokens))
+        if train_actor:
+            norms["actor_grad_norm"] = max(norms["actor_grad_norm"], optimizer_step(models.actor))
+            if models.ema:
+                models.ema.update(models.actor.module)
+        norms["critic_grad_norm"] = max(norms["critic_grad_norm"], optimizer_step(models.critic))
         if number == 0 and train_actor:
             ratio_error = abs(ratio_max - 1)
         means = sum_over_ranks(sums, device)
@@ -334,6 +315,7 @@ def update(job: Job, models: Models, experience: Experience, passages: list[list
     return {
         **losses,
         **{name: value / tokens_seen for name, value in totals.items()},
+        **norms,
         "ratio_max": ratio_max,
         "ratio_error": ratio_error,
         "updates": updates,
@@ -341,12 +323,11 @@ def update(job: Job, models: Models, experience: Experience, passages: list[list
 
 
 def mini_batches(job: Job, count: int, step: int) -> Iterator[list[int]]:
-    """Rows of each mini-batch of this rank: every epoch deals all of them in a fresh order."""
-    size = job.params.ppo.mini_batch_size // job.world_size
+    """Rows of each mini-batch, over all ranks: every epoch deals all of them in a fresh order."""
     for epoch in range(job.params.ppo.epochs):
         order = list(range(count))
         job.random("mini-batches", step, epoch).shuffle(order)
-        yield from micro_batches(order, size)
+        yield from micro_batches(order, job.params.ppo.mini_batch_size)
 
 
 def add(sums: dict[str, float], more: Mapping[str, float]) -> None:
@@ -355,9 +336,9 @@ def add(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def actor_step(
-    job: Job, models: Models, part: Experience, tokens: float, texts: list[list[int]], text_tokens: int
+    job: Job, models: Models, part: Part, tokens: float, texts: list[list[int]], text_tokens: int
 ) -> tuple[dict[str, float], float]:
-    """Gradient of the policy loss, and of the mixture loss, on one micro-batch; the optimiser steps at the last one of a mini-batch.
+    """Gradient of the policy loss, and of the mixture loss, on one micro-batch.
 
     Args:
         tokens, text_tokens: counted tokens of the whole global mini-batch and of its mixture text.
@@ -365,28 +346,28 @@ def actor_step(
     Returns:
         sums to log; the ratio that is furthest from 1
     """
-    params, actor, pad_id = job.params.ppo, models.actor, models.tokenizer.pad_token_id
-    log_probs, entropy_sum = answer_log_probs(actor, lay_out(part, pad_id), params.temperature)
-    policy = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, tokens)
-    loss, sums = policy.loss, {"policy_loss": policy.loss.item(), "entropy": entropy_sum.item()}
+    params, actor = job.params.ppo, models.actor
+    log_probs, entropies = answer_log_probs(actor, part.at, params.temperature)
+    policy = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, params.dual_clip, tokens)
+    loss, sums = policy.loss, {"policy_loss": policy.loss.item(), "entropy": entropies.sum().item()}
+    if params.entropy_coefficient:
+        loss = loss - params.entropy_coefficient * entropies.sum() / tokens
     if texts:
-        packed = pack(texts, pad_id, actor.device)
+        packed = pack(texts, models.pad_id, actor.device)
         counted = packed.spread([[0] + [1] * (len(text) - 1) for text in texts])
         mixture = next_token_loss(actor(**packed.inputs).logits, packed.ids, counted, text_tokens)
         loss = loss + params.mixture_coefficient * mixture
         sums["mixture_loss"] = mixture.item()
     backward(actor, loss)
-    actor.step()
     ratio = ((log_probs.detach() - part.log_probs) * part.mask).exp()
     furthest = ratio.flatten()[(ratio - 1).abs().argmax()].item()
     return {**sums, **{name: value.item() for name, value in policy.sums.items()}}, furthest
 
 
-def critic_step(job: Job, models: Models, part: Experience, tokens: float) -> dict[str, float]:
-    values = answer_values(models.critic, lay_out(part, models.tokenizer.pad_token_id))
+def critic_step(job: Job, models: Models, part: Part, tokens: float) -> dict[str, float]:
+    values = answer_values(models.critic, part.at)
     value = ppo.value_loss(values, part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
     backward(models.critic, value.loss)
-    models.critic.step()
     return {"value_loss": value.loss.item(), **{name: sum_.item() for name, sum_ in value.sums.items()}}
 
 

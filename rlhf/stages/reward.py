@@ -12,9 +12,9 @@ import torch
 from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config import Reward
 from rlhf.data.batches import Order, encode_dialogue, pack
-from rlhf.engine import checkpoints
+from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
-from rlhf.engine.setup import backward, train_engine
+from rlhf.engine.setup import backward, step, train_engine
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models.policy import save_model
@@ -81,9 +81,9 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
     engine = train_engine(scalar, params.optimizer, job, params.batch_size, total)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
-    for step in range(state["step"], total):
+    for number in range(state["step"], total):
         started = time.perf_counter()
-        batch = [pairs[i] for i in order.batch(step)]
+        batch = [pairs[i] for i in order.batch(number)]
         mine = share(batch, job, f"{job.stage}.batch_size")
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_score": 0.0, "rejected_score": 0.0}
         for micro in micro_batches(mine, layout(job).micro_batch_size):
@@ -91,16 +91,16 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
             scores = engine(**packed.inputs)[packed.last]  # first the chosen, then the rejected
             loss, stats = pairwise_loss(scores[: len(micro)], scores[len(micro) :], len(batch))
             backward(engine, loss)
-            engine.step()
             sums["loss"] += loss.item()
             for name, value in stats.items():
                 sums[name] += value.item() / len(batch)
-        means = sum_over_ranks(sums, engine.device)
-        history.append({"step": step + 1, **means})
+        means = {**sum_over_ranks(sums, engine.device), "grad_norm": step(engine)}
+        divergence.check(job, number + 1, means, {})
+        history.append({"step": number + 1, **means})
         speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
-        job.log(step + 1, total, {**means, **speed})
-        if (step + 1) % params.checkpoint_every == 0 and step + 1 < total:
-            checkpoints.save(job, step + 1, {"model": engine}, {"history": history})
+        job.log(number + 1, total, {**means, **speed})
+        if (number + 1) % params.checkpoint_every == 0 and number + 1 < total:
+            checkpoints.save(job, number + 1, {"model": engine}, {"history": history})
     return history
 
 

@@ -1,0 +1,86 @@
+"""What PPO learns from: scored answers, and their layout for a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rlhf.data.batches import Packed, pack
+from rlhf.tensors import mask_from_lengths
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One answer and what the models say of it; tensors (A,) have one number per answer token."""
+
+    prompt: list[int]
+    answer: list[int]  # end token included where it ended by itself
+    ended: bool
+    score: float  # of the reward model, normalised
+    log_probs: Tensor  # (A,) under the policy that sampled
+    reference_log_probs: Tensor  # (A,)
+    values: Tensor  # (A,) V(s) before each answer token
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A whole rollout batch, the same on every rank: B answers, A positions of the longest one.
+
+    It is small (numbers per answer token), so each rank holds all of it. Whitening and statistics need no exchange, and a mini-batch is
+    the same rows on any number of ranks.
+    """
+
+    sequences: list[list[int]]  # B: prompt and answer
+    prompt_lengths: Tensor  # (B,)
+    mask: Tensor  # (B, A) 1 on answer tokens, end token included
+    ended: Tensor  # (B,) whether the answer ended by itself
+    scores: Tensor  # (B,)
+    log_probs: Tensor  # (B, A)
+    reference_log_probs: Tensor  # (B, A)
+    values: Tensor  # (B, A)
+
+    @classmethod
+    def of(cls, rows: Sequence[Scored], device: torch.device) -> Experience:
+        def padded(tensors: list[Tensor]) -> Tensor:
+            return pad_sequence(tensors, batch_first=True).to(device)
+
+        log_probs = padded([row.log_probs for row in rows])
+        return cls(
+            sequences=[row.prompt + row.answer for row in rows],
+            prompt_lengths=torch.tensor([len(row.prompt) for row in rows], device=device),
+            mask=mask_from_lengths(torch.tensor([len(row.answer) for row in rows], device=device), log_probs.shape[1]),
+            ended=torch.tensor([row.ended for row in rows], device=device),
+            scores=torch.tensor([row.score for row in rows], device=device),
+            log_probs=log_probs,
+            reference_log_probs=padded([row.reference_log_probs for row in rows]),
+            values=padded([row.values for row in rows]),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Answers laid out for a forward pass: packed rows, and where each answer token's prediction stands in them."""
+
+    packed: Packed
+    before: Tensor  # (N,) flat index of the token before each answer token; its output predicts it
+    targets: Tensor  # (N,) the answer tokens
+    valid: Tensor  # (B, A) bool: which cells the N tokens fill, row by row
+
+    @classmethod
+    def of(cls, sequences: list[list[int]], prompt_lengths: Tensor, mask: Tensor, pad_id: int) -> Layout:
+        """Of prompts with their answers; mask (B, A) is 1 on answer tokens."""
+        packed = pack(sequences, pad_id, mask.device)
+        valid = mask.bool()
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        before = ((packed.starts + prompt_lengths - 1)[:, None] + steps)[valid]
+        return cls(packed, before, packed.ids.flatten()[before + 1], valid)
+
+    def fill(self, values: Tensor) -> Tensor:
+        """One number per answer token (N,) → (B, A), 0 beyond each answer's end."""
+        cells = torch.zeros(self.valid.shape, device=values.device)
+        cells[self.valid] = values
+        return cells
