@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Promote
+from rlhf.config.operations import Promote
 from rlhf.errors import UserError
 
 METRICS = Path("metrics/evaluate.json")

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 
 from rlhf import config
+from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 
 RAW = Path("data/raw")
@@ -56,7 +57,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     done, changed = [], bool(overrides)
     for number, source in enumerate(params.data.sources):
-        if isinstance(source, config.FileSource) and source.path is not None:
+        if isinstance(source, FileSource) and source.path is not None:
             place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
             raw["data"]["sources"][number]["path"] = place
             changed = changed or place != source.path

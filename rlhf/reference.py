@@ -1,4 +1,4 @@
-"""docs/params.md: the reference of params.yaml, written from the schema in rlhf/config.py."""
+"""docs/params.md: the reference of params.yaml, written from the schema in rlhf/config/."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention for that tokenizer; its weights are large enough for uneven distributions."""
     import torch
 
-    from rlhf.config import BuiltBase
+    from rlhf.config.training import BuiltBase
     from rlhf.models.policy import build_policy
 
     params = BuiltBase.model_construct(hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2, context_tokens=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import cli, config, progress, tracking
+from rlhf.config.training import BuiltBase
 from rlhf.models.policy import build_policy, save_model
 from rlhf.models.tokenizer import build_tokenizer
 from tasks import stage
@@ -60,7 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "vocab_size": 300,
     }
     base = config.validate(raw, "test").base
-    assert isinstance(base, config.BuiltBase)
+    assert isinstance(base, BuiltBase)
     tokenizer = build_tokenizer(["a question and its answer"], base.vocab_size, base.context_tokens)
     policy = build_policy(base, tokenizer, seed=3)
     for weights in policy.parameters():
@@ -137,7 +139,7 @@ def test_mistakes_are_told_in_one_line(command: str, words: str, workspace: Path
 
 def test_params_that_do_not_pass_stop_the_flow_before_it_starts(workspace: Path, rlhf: Command) -> None:
     text = (workspace / "params.yaml").read_text(encoding="utf-8")
-    (workspace / "params.yaml").write_text(text.replace("epochs: 2", "epochs: -2", 1), encoding="utf-8")
+    (workspace / "params.yaml").write_text(re.sub(r"(?<=sft:\n  epochs: )\S+", "-2", text), encoding="utf-8")
     code, _, err = rlhf("run")
     assert code == 1
     assert "sft.epochs: Input should be greater than 0, got -2" in err

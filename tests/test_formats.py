@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.config import FileSource, SandboxSource, Split
+from rlhf.config.data import FileSource, SandboxSource, Split
 from rlhf.data.formats import Quarantined, Row, read
 from rlhf.errors import UserError
 

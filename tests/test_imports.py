@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # folders and modules of rlhf that run inside a stage's process
-TRAINING = ("algorithms", "data", "engine", "models", "rollout", "stages", "config.py", "errors.py", "job.py", "tensors.py")
+TRAINING = ("algorithms", "data", "engine", "models", "rollout", "stages", "config", "errors.py", "job.py", "tensors.py")
 
 
 def modules(*places: str) -> Iterator[Path]:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlhf import config
-from rlhf.config import SLICES
+from rlhf.config.data import SLICES
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.stages.prepare import main

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from rlhf import config, presets
+from rlhf.config.data import SandboxSource
+from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -48,9 +50,9 @@ def test_overrides_reach_nested_keys_lists_and_sections(workspace: Path) -> None
     params = config.load(workspace / "params.yaml")
     assert (params.seed, params.ppo.kl.coefficient, params.launch.hostfile) == (7, 0.01, None)
     source = params.data.sources[2]
-    assert isinstance(source, config.SandboxSource)
+    assert isinstance(source, SandboxSource)
     assert source.label_noise == 0.2
-    assert isinstance(params.base, config.BuiltBase)
+    assert isinstance(params.base, BuiltBase)
     assert params.base.optimizer.betas == (0.8, 0.9)
     assert params.sft == config.load(ROOT / "presets/sandbox.yaml").sft
 

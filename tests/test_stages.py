@@ -20,7 +20,7 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
-from rlhf.config import Optimizer, PretrainedBase
+from rlhf.config.training import Optimizer, PretrainedBase
 from rlhf.data.sandbox import make_rows
 from rlhf.engine.distributed import accumulation, micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups

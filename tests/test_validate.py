@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from rlhf.config import SLICES, Split
+from rlhf.config.data import SLICES, Split
 from rlhf.data.formats import Quarantined, Row, Turns
 from rlhf.data.split import deal, targets, without_leaks
 from rlhf.data.validate import Checker, turns_problem

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import Columns, FileSource, Source
+from rlhf.config.data import Columns, FileSource, Source
 from rlhf.data.records import Unreadable, records_of
 from rlhf.data.sandbox import make_rows
 from rlhf.errors import UserError

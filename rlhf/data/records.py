@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rlhf.config import FileSource
+from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from rlhf.config import SLICES, Split
+from rlhf.config.data import SLICES, Split
 from rlhf.data.formats import Row
 
 Key = tuple[str, ...]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from rlhf.config import JobLayout
+from rlhf.config.operations import JobLayout
 from rlhf.errors import UserError
 from rlhf.job import Job
 

@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from rlhf.config import Optimizer
+from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import accumulation, layout
 from rlhf.job import Job
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import BuiltBase
+from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.config import BuiltBase, PretrainedBase
+from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
 from rlhf.engine.distributed import start
 from rlhf.errors import UserError

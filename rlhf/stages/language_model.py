@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.config import BuiltBase, Sft
+from rlhf.config.training import BuiltBase, Sft
 from rlhf.data.batches import Order, pack
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import layout, micro_batches, share, sum_over_ranks

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.config import Ppo
+from rlhf.config.training import Ppo
 from rlhf.data.batches import Order, decode_answer, encode_prompt, pack
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks

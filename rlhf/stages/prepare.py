@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import SLICES, Params
+from rlhf.config import Params
+from rlhf.config.data import SLICES
 from rlhf.data.formats import Quarantined, Row, Turns, read
 from rlhf.data.split import deal, key_of, shuffled, without_leaks
 from rlhf.data.validate import Checker

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf.algorithms.pairwise import pairwise_loss
-from rlhf.config import Reward
+from rlhf.config.training import Reward
 from rlhf.data.batches import Order, encode_dialogue, pack
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks

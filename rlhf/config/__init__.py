@@ -1,0 +1,135 @@
+"""The one schema of params.yaml.
+
+Every value of a run stands in params.yaml; this package gives its type, bounds and meaning, and no default of its own: a
+missing key is an error, an unknown one too. ``docs/params.md`` is generated from the descriptions below (``rlhf reference``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rlhf.config.data import SLICES_OF_KIND, Data, Prepare
+from rlhf.config.operations import Launch, Promote, Tracking
+from rlhf.config.section import Section
+from rlhf.config.training import Base, Evaluate, Ppo, Reward, Sft
+from rlhf.errors import UserError
+
+STAGES = ("prepare", "base", "sft", "reward", "ppo", "evaluate")
+
+# What each stage's result depends on; dvc.yaml says the same, and a test holds the two together.
+PARAMS_OF_STAGE = {
+    "prepare": ("seed", "data", "prepare"),
+    "base": ("seed", "base", "launch.precision"),
+    "sft": ("seed", "sft", "launch.precision"),
+    "reward": ("seed", "reward", "launch.precision"),
+    "ppo": ("seed", "ppo", "launch.precision"),
+    "evaluate": (
+        *("seed", "data", "evaluate", "launch.precision"),
+        *("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "reward.max_tokens"),
+    ),
+}
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="all randomness of a run derives from it")
+    data: Data
+    prepare: Prepare
+    base: Base
+    sft: Sft
+    reward: Reward
+    ppo: Ppo
+    evaluate: Evaluate
+    promote: Promote
+    launch: Launch
+    tracking: Tracking
+
+    @model_validator(mode="after")
+    def _every_stage_has_data(self) -> Params:
+        needs = {"sft": "sft needs demonstrations", "reward": "reward needs preference pairs", "ppo": "ppo needs prompts"}
+        if self.base.source == "build":
+            needs["text"] = "base.source: build needs text to pretrain on"
+        elif self.ppo.mixture_coefficient > 0:
+            needs["text"] = "ppo.mixture_coefficient above 0 needs text"
+        if not self.data.has_gold:
+            needs["judge"] = "evaluate needs pairs for its judge, as these sources have no gold score"
+        for slice_name, why in needs.items():
+            if not self.data.feeding(slice_name):
+                formats = ", ".join(
+                    sorted({k if k != "messages" else "messages or qa" for k, v in SLICES_OF_KIND.items() if slice_name in v})
+                )
+                raise ValueError(f"data.sources: {why}, but no source has split.{slice_name} above 0; add a source of kind {formats}")
+        heldout_kinds = {source.kind for source in self.data.feeding("heldout")}
+        if "pairs" not in heldout_kinds:
+            raise ValueError("data.sources: evaluate needs held-out pairs, but no source of pairs has split.heldout above 0")
+        if self.base.source == "build":
+            longest = max(self.sft.max_tokens, self.reward.max_tokens, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
+            if longest > self.base.context_tokens:
+                raise ValueError(
+                    f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it"
+                )
+        return self
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """The values that determine a stage's result, by dotted key: what dvc.yaml lists under its params."""
+        return {key: _at(self.model_dump(mode="json"), key) for key in PARAMS_OF_STAGE[stage]}
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or a key is missing, unknown or out of bounds; the message names file, key,
+            value and what would be right.
+    """
+    return validate(read(path), str(path))
+
+
+def read(path: Path) -> Any:
+    """The content of a YAML file, not checked yet.
+
+    Raises:
+        UserError: the file is missing or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file", remedy="write it with `rlhf use sandbox`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", remedy=f"correct {path}, or `rlhf use PRESET`") from None
+
+
+def validate(raw: object, origin: str) -> Params:
+    """Check the parsed content of params.yaml; `origin` names it in errors."""
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("; ".join(f"{origin}: {_explain(e)}" for e in error.errors()), remedy="see docs/params.md for every key") from None
+
+
+def _explain(error: Any) -> str:
+    # pydantic puts the union's tag into the location ("sources.0.hh.path"): not a key of the file
+    tags = {"sandbox", "hh", "pairs", "messages", "qa", "text", "build", "pretrained"}
+    location = list(error["loc"])
+    key = ".".join(
+        str(part)
+        for i, part in enumerate(location)
+        if not (part in tags and i > 0 and (location[i - 1] == "base" or isinstance(location[i - 1], int)))
+    )
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"key '{key}' is missing"
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    return f"{key or 'params'}: {message}" + ("" if isinstance(error["input"], (dict, list, BaseModel)) else f", got {error['input']!r}")

@@ -1,0 +1,151 @@
+"""Sections base, sft, reward, ppo and evaluate: how the models are trained and measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from rlhf.config.section import Fraction, NonNegative, Positive, Section
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up, then a schedule."""
+
+    learning_rate: Positive = Field(description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(description="course of the learning rate after warm-up, down to final_ratio")
+    final_ratio: Fraction = Field(description="last learning rate as a share of the peak (linear and cosine)")
+    warmup_ratio: Fraction = Field(description="share of the steps over which the learning rate rises from 0")
+    betas: tuple[Fraction, Fraction] = Field(description="Adam's β1 and β2")
+    epsilon: Positive = Field(description="Adam's ε")
+    weight_decay: NonNegative = Field(description="decoupled weight decay, on matrices only")
+    max_grad_norm: Positive = Field(description="gradients are scaled down to this global norm")
+
+
+class BuiltBase(Section):
+    """A small Llama (grouped-query attention) with its own byte-level BPE tokenizer, pretrained here on the text slice."""
+
+    source: Literal["build"]
+    vocab_size: Annotated[int, Field(ge=300)] = Field(description="tokens of the BPE vocabulary, special tokens included")
+    hidden_size: PositiveInt = Field(description="width of the model")
+    intermediate_size: PositiveInt = Field(description="width of the feed-forward layers")
+    layers: PositiveInt = Field(description="number of transformer layers")
+    heads: PositiveInt = Field(description="attention heads (queries)")
+    kv_heads: PositiveInt = Field(description="attention heads of keys and values; divides heads")
+    max_tokens: PositiveInt = Field(description="length of the packed pretraining sequences, in tokens")
+    context_tokens: PositiveInt = Field(description="longest sequence that the model takes (position embeddings)")
+    epochs: Positive = Field(description="passes over the text slice")
+    batch_size: PositiveInt = Field(description="packed sequences per optimiser step, over all processes")
+    optimizer: Optimizer
+    checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _heads(self) -> BuiltBase:
+        if self.heads % self.kv_heads or self.hidden_size % self.heads:
+            raise ValueError(
+                f"heads ({self.heads}) must divide hidden_size ({self.hidden_size}) and be a multiple of kv_heads ({self.kv_heads})"
+            )
+        return self
+
+
+class PretrainedBase(Section):
+    """A given model, pinned: every later stage reads the copy in models/base."""
+
+    source: Literal["pretrained"]
+    model: str = Field(description="folder of a Hugging Face model, or a hub id")
+    revision: str | None = Field(description="commit or tag of the hub model; null for a folder")
+    trust_remote_code: bool = Field(description="run Python code that comes with the model; leave off unless you have read that code")
+    chat_template: Literal["keep", "turns"] = Field(
+        description="keep: the tokenizer's own chat template (required then); turns: the project's plain Human/Assistant template"
+    )
+
+
+Base = Annotated[BuiltBase | PretrainedBase, Field(discriminator="source")]
+
+
+class Sft(Section):
+    epochs: Positive = Field(description="passes over the demonstrations, each in a fresh order")
+    batch_size: PositiveInt = Field(description="dialogues per optimiser step, over all processes")
+    max_tokens: PositiveInt = Field(description="longer dialogues are left out and counted")
+    optimizer: Optimizer
+    checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
+
+
+class Reward(Section):
+    epochs: Positive = Field(description="passes over the pairs, each in a fresh order")
+    batch_size: PositiveInt = Field(description="pairs per optimiser step, over all processes")
+    max_tokens: PositiveInt = Field(description="pairs with a longer side are left out and counted")
+    optimizer: Optimizer
+    checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
+
+
+class Kl(Section):
+    """The penalty that keeps the policy near sft."""
+
+    coefficient: NonNegative = Field(description="β of the token reward −β·KL; the first value under the adaptive controller")
+    controller: Literal["fixed", "adaptive"] = Field(description="adaptive: β follows the measured KL (arXiv 1909.08593, section 2.2)")
+    target: Positive = Field(description="adaptive: KL per answer, in nats, that β steers to")
+    horizon: PositiveInt = Field(description="adaptive: answers over which β reacts")
+    estimator: Literal["k1", "k2", "k3"] = Field(description="per-token KL estimator in the reward (Schulman 2020)")
+
+
+class PpoStop(Section):
+    """A run that leaves these bounds has diverged: the stage stops with an error, and its last checkpoint is kept."""
+
+    kl: Positive = Field(description="KL to sft, mean per answer in nats")
+    score: Positive = Field(description="mean score of the reward model in standard deviations of its held-out scores, up or down")
+
+
+class Ppo(Section):
+    steps: PositiveInt = Field(description="rollout batches, each followed by `epochs` passes of updates")
+    rollout_batch_size: PositiveInt = Field(description="answers per rollout, over all processes")
+    mini_batch_size: PositiveInt = Field(description="answers per optimiser step, over all processes; divides rollout_batch_size")
+    epochs: PositiveInt = Field(description="passes over each rollout batch")
+    max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out and counted")
+    max_answer_tokens: PositiveInt = Field(description="an answer is cut off here if it has not ended by itself")
+    temperature: Positive = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
+    top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
+    kl: Kl
+    reward_clip: Positive = Field(description="normalised reward-model scores are clipped to ± this")
+    no_eos_reward: float = Field(description="score of an answer that was cut off, instead of the reward model's")
+    gamma: Fraction = Field(description="discount γ of GAE")
+    gae_lambda: Fraction = Field(description="λ of GAE")
+    whiten_advantages: bool = Field(description="scale advantages to mean 0, std 1 over the valid tokens of the global rollout batch")
+    policy_clip: tuple[Fraction, Positive] = Field(
+        description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO"
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        description="bound of the ratio for tokens with a negative advantage; null: none"
+    )
+    value_clip: Positive | None = Field(description="range in which a new value may move from the old one; null: any")
+    entropy_coefficient: NonNegative = Field(description="weight of the entropy bonus; 0: off")
+    max_approx_kl: Positive = Field(description="updates on a rollout stop once the policy moved this far from it (nats per token)")
+    mixture_coefficient: NonNegative = Field(description="weight of the next-token loss on plain text (PPO-ptx); 0: off")
+    mixture_batch_size: PositiveInt = Field(description="passages per optimiser step of the mixture loss, over all processes")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="share of its old value that an fp32 moving average of the policy keeps at each update; the stage then hands on the "
+        "average; null: off"
+    )
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(description="first steps in which only the critic learns")
+    actor: Optimizer
+    critic: Optimizer
+    stop: PpoStop
+    checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _batches(self) -> Ppo:
+        if self.rollout_batch_size % self.mini_batch_size:
+            raise ValueError(f"mini_batch_size ({self.mini_batch_size}) must divide rollout_batch_size ({self.rollout_batch_size})")
+        return self
+
+
+class Evaluate(Section):
+    prompts: PositiveInt = Field(description="at most so many held-out prompts are answered by each model")
+    pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model")
+    texts: PositiveInt = Field(description="at most so many held-out passages measure perplexity")
+    batch_size: PositiveInt = Field(description="prompts answered at a time")
+    temperature: Positive = Field(description="sampling temperature of the answers compared")
+    bootstrap_samples: PositiveInt = Field(description="resamples of the 95% intervals")
+    shown: PositiveInt = Field(description="prompts shown with both answers")
+    judge: Reward = Field(description="training of the second reward model that judges where there is no gold score")
