@@ -14,7 +14,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 import tasks.registry
 import tasks.report
-from rlhf import config, tracking
+from rlhf import config, fingerprint, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from tasks import graph
@@ -54,12 +54,13 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
 
 
 def check(root: Path) -> config.Params:
-    """Params.yaml and the files that it names, before anything is started.
+    """Params.yaml, the files that it names, and that dvc.yaml is the graph of its algorithm, before anything is started.
 
     Raises:
         UserError: naming what is wrong.
     """
     params = config.load(root / "params.yaml")
+    fingerprint.check_algorithm(fingerprint.read_graph(root), params)
     for number, source in enumerate(params.data.sources):
         path = getattr(source, "path", None)
         if path and not (root / path).exists():

@@ -72,7 +72,10 @@ def use(
         ),
     ] = None,
 ) -> None:
-    """Write params.yaml from a preset, with changed values. Data files that it names are copied to data/raw and versioned with DVC."""
+    """Write params.yaml from a preset, with changed values, and dvc.yaml for its algorithm.
+
+    Data files that it names are copied to data/raw and versioned with DVC.
+    """
     from rlhf import presets
 
     for line in presets.use(workspace(), preset, values or []):
@@ -189,7 +192,7 @@ def _row(version: Version) -> list[str]:
     def number(tag: str) -> str:
         return f"{float(version.tags[tag]):.3f}" if tag in version.tags else "—"
 
-    scores = [number("evaluate.gold.ppo"), number("evaluate.win_rate.value")]
+    scores = [number(f"evaluate.gold.{version.tags.get('algorithm')}"), number("evaluate.win_rate.value")]
     return [
         str(version.number),
         ", ".join(version.aliases),

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from rlhf.config import STAGES, STAGES_OF, Params
 from rlhf.errors import UserError
 
 
@@ -45,6 +46,20 @@ def read_graph(root: Path) -> dict[str, Node]:
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a DVC graph with a map `stages`: {reason}", remedy=f"restore it: git checkout {path.name}") from None
+
+
+def check_algorithm(graph: Iterable[str], params: Params) -> None:
+    """Check that dvc.yaml has no stage of another algorithm than params.yaml names.
+
+    Raises:
+        UserError: it has.
+    """
+    others = [stage for stage in graph if stage in STAGES and stage not in STAGES_OF[params.algorithm]]
+    if others:
+        raise UserError(
+            f"dvc.yaml has stage {' and '.join(others)}, but params.yaml says algorithm: {params.algorithm}",
+            remedy=f"`rlhf use params.yaml algorithm={params.algorithm}` sets dvc.yaml to it",
+        )
 
 
 def _node(name: str, entry: Mapping[str, Any]) -> Node:

@@ -46,17 +46,18 @@ def read_metrics(root: Path) -> dict[str, Any]:
         ) from None
 
 
-def score(metrics: Mapping[str, Any]) -> tuple[str, float]:
-    """What versions are compared by: the gold score of ppo, or the win rate where there is none."""
-    key = "gold.ppo" if metrics.get("gold") else "win_rate.value"
+def score(metrics: Mapping[str, Any], policy: str) -> tuple[str, float]:
+    """What versions are compared by: the gold score of the policy, or the win rate where there is none."""
+    key = f"gold.{policy}" if metrics.get("gold") else "win_rate.value"
     return key, _number(metrics, key)
 
 
-def check(metrics: Mapping[str, Any], promote: Promote, champion: Mapping[str, str] | None) -> list[Gate]:
+def check(metrics: Mapping[str, Any], policy: str, promote: Promote, champion: Mapping[str, str] | None) -> list[Gate]:
     """All gates, on the metrics of one version.
 
     Args:
         metrics: content of metrics/evaluate.json.
+        policy: its name for the new policy: ppo or dpo.
         promote: the bounds.
         champion: tags of the version in service; None: there is none.
 
@@ -67,28 +68,35 @@ def check(metrics: Mapping[str, Any], promote: Promote, champion: Mapping[str, s
     if metrics.get("gold"):
         gates.append(
             _at_least(
-                "min_gold_difference", "gold score of ppo − sft, lower end", _number(metrics, "gold.ci95.0"), promote.min_gold_difference
+                "min_gold_difference",
+                f"gold score of {policy} − sft, lower end",
+                _number(metrics, "gold.ci95.0"),
+                promote.min_gold_difference,
             )
         )
     gates += [
         _at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate),
         _at_least("min_reward_accuracy", "reward model's accuracy", _number(metrics, "reward_model.accuracy"), promote.min_reward_accuracy),
         _at_most("max_kl", "KL to sft per answer", _number(metrics, "kl"), promote.max_kl),
-        _at_most("max_perplexity_ratio", "perplexity, ppo over sft", _number(metrics, "perplexity.ratio"), promote.max_perplexity_ratio),
-        _at_least("min_eos_rate", "answers that end by themselves", _number(metrics, "eos_rate.ppo"), promote.min_eos_rate),
-        _at_most("max_answer_tokens", "mean answer length", _number(metrics, "answer_tokens.ppo"), promote.max_answer_tokens),
+        _at_most(
+            "max_perplexity_ratio", f"perplexity, {policy} over sft", _number(metrics, "perplexity.ratio"), promote.max_perplexity_ratio
+        ),
+        _at_least("min_eos_rate", "answers that end by themselves", _number(metrics, f"eos_rate.{policy}"), promote.min_eos_rate),
+        _at_most("max_answer_tokens", "mean answer length", _number(metrics, f"answer_tokens.{policy}"), promote.max_answer_tokens),
     ]
-    return [*gates, _regression(metrics, promote.max_regression, champion)]
+    return [*gates, _regression(metrics, policy, promote.max_regression, champion)]
 
 
-def _regression(metrics: Mapping[str, Any], allowed: float, champion: Mapping[str, str] | None) -> Gate:
-    key, own = score(metrics)
+def _regression(metrics: Mapping[str, Any], policy: str, allowed: float, champion: Mapping[str, str] | None) -> Gate:
+    key, own = score(metrics, policy)
     name = "max_regression"
     if champion is None:
         return Gate(name, None, allowed, True, "no champion to compare with")
-    if champion.get("evaluate.heldout") != str(metrics.get("heldout")) or f"evaluate.{key}" not in champion:
+    # the champion may be another algorithm's
+    theirs = f"evaluate.gold.{champion.get('algorithm')}" if metrics.get("gold") else f"evaluate.{key}"
+    if champion.get("evaluate.heldout") != str(metrics.get("heldout")) or theirs not in champion:
         return Gate(name, None, allowed, True, "not comparable: the champion was evaluated on another held-out set")
-    return _at_most(name, f"{key} of the champion − of this version", float(champion[f"evaluate.{key}"]) - own, allowed)
+    return _at_most(name, f"{key} of the champion − of this version", float(champion[theirs]) - own, allowed)
 
 
 def _at_least(name: str, what: str, value: float, bound: float) -> Gate:

@@ -39,12 +39,13 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
         package: where the stages' modules are.
 
     Raises:
-        UserError: params.yaml, an input, the port or an output's place is wrong; the stage is being run already, took too long, did
-            not write an output, or its inputs changed meanwhile.
+        UserError: params.yaml, dvc.yaml, an input, the port or an output's place is wrong; the stage is being run already, took too long,
+            did not write an output, or its inputs changed meanwhile.
     """
     root = root.resolve()
     params = config.load(root / "params.yaml")
     graph = fingerprint.read_graph(root)
+    fingerprint.check_algorithm(graph, params)
     if stage not in graph:
         raise UserError(f"dvc.yaml: no stage '{stage}'", remedy=f"one of {', '.join(graph)}")
     fingerprint.check_inputs(root, stage, graph)

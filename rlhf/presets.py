@@ -1,4 +1,4 @@
-"""`rlhf use`: a preset with overrides becomes params.yaml, and the files that it names come into the workspace.
+"""`rlhf use`: a preset with overrides becomes params.yaml, its algorithm's graph dvc.yaml, and its data files come into the workspace.
 
 A preset is a whole params.yaml, not an overlay: what a run uses is read in one place.
 """
@@ -31,7 +31,9 @@ def names(root: Path) -> list[str]:
 
 
 def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
-    """Write params.yaml from a preset, by name or as a YAML file, and `key=value` overrides. Nothing is written unless all is right.
+    """Write params.yaml from a preset, by name or as a YAML file, and `key=value` overrides; and dvc.yaml for its algorithm.
+
+    Nothing is written unless all is right.
 
     Returns:
         What was done, in lines for people.
@@ -55,6 +57,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         params = config.validate(raw, origin)
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
+    dag = graph(root, params.algorithm)
     done, changed = [], bool(overrides)
     for number, source in enumerate(params.data.sources):
         if isinstance(source, FileSource) and source.path is not None:
@@ -66,8 +69,24 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
     if changed:
         head = f"# Written by `rlhf use {preset}` with values of its own; docs/params.md explains each key.\n"
         text = head + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=140)
+    dvc = root / "dvc.yaml"
+    if not dvc.is_file() or dvc.read_text(encoding="utf-8") != dag:
+        _write(dvc, dag)
+        done.append(f"wrote dvc.yaml for algorithm {params.algorithm}")
     _write(root / "params.yaml", text)
     return [*done, f"wrote params.yaml from {origin}"]
+
+
+def graph(root: Path, algorithm: str) -> str:
+    """The text of dvc.yaml for an algorithm: DVC has no branches, so each algorithm has a graph of its own.
+
+    Raises:
+        UserError: a part of it is missing.
+    """
+    try:
+        return "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in ("common", algorithm))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
 
 
 def _set(raw: Any, key: str, value: object, origin: str) -> None:
@@ -89,7 +108,8 @@ def _set(raw: Any, key: str, value: object, origin: str) -> None:
                 raise UserError(f"unknown key '{key}'{_nearest(part, list(known))}", remedy="see docs/params.md for every key")
             place = part
             models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
-            holder.setdefault(part, {})
+            if holder.get(part) is None:  # a section that is null, too, can be filled key by key
+                holder[part] = {}
         else:
             raise UserError(f"unknown key '{key}': {where} is not a section", remedy="see docs/params.md for every key")
         if depth == len(parts) - 1:

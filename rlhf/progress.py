@@ -14,6 +14,8 @@ from rich.table import Column
 
 from rlhf.errors import UserError
 
+NAME_WIDTH, BAR_WIDTH = 8, 20
+
 if TYPE_CHECKING:
     from tasks.stage import Progress as Event
 
@@ -30,10 +32,12 @@ def shown(console: Console) -> Iterator[None]:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     from tasks import stage
 
-    # a stage's lines are shown as they are: brackets in them are no markup, and they stay on one line
-    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    heading = TextColumn("{task.description:<10}")
-    with Progress(heading, BarColumn(30), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console) as bars:
+    # a stage's lines are shown as they are: brackets in them are no markup, and the text alone gives way where the line is full
+    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    heading = TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=NAME_WIDTH))
+    steps, clock = (column(table_column=Column(no_wrap=True, min_width=9)) for column in (MofNCompleteColumn, TimeElapsedColumn))
+    bar = BarColumn(BAR_WIDTH, table_column=Column(min_width=BAR_WIDTH))
+    with Progress(heading, bar, steps, clock, text, console=console, expand=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(event: Event) -> None:

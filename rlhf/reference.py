@@ -45,6 +45,8 @@ def _sections(value: Schema, place: str, definitions: Schema) -> list[tuple[str,
     """The definitions that a value may follow, each with its heading; the discriminator tells the forms of a union apart."""
     if "$ref" in value:
         return [(value["$ref"].rpartition("/")[2], f"`{place}`")]
+    if "anyOf" in value:
+        return [section for option in value["anyOf"] for section in _sections(option, place, definitions)]
     key = value.get("discriminator", {}).get("propertyName")
     names = [option["$ref"].rpartition("/")[2] for option in value.get("oneOf", [])]
     return [(name, f"`{place}` with {key} {_value(definitions[name]['properties'][key], definitions)}") for name in names]
@@ -69,7 +71,7 @@ def _value(value: Schema, definitions: Schema) -> str:
     if "pattern" in value:
         return "lower-case letters, digits, `-`, `_`"
     if "items" in value:
-        return "list of sections, below"
+        return "list of names" if value["items"].get("type") == "string" else "list of sections, below"
     words = {"boolean": "true or false", "string": "text"}.get(value.get("type", ""), str(value.get("type", "section, below")))
     bounds = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
     return " ".join([words, " and ".join(f"{sign} {value[bound]}" for bound, sign in bounds.items() if bound in value)]).strip()

@@ -38,7 +38,6 @@ from rlhf.config import STAGES, Params
 from rlhf.errors import UserError
 from rlhf.locks import lock
 
-MODEL = Path("models/ppo")
 # Parts of metrics/evaluate.json that become tags of the version.
 EVALUATED = ("gold", "win_rate", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout")
 
@@ -73,13 +72,13 @@ class Decision:
 
 
 def register(root: Path, params: Params, flow_run_id: str | None = None) -> Version:
-    """Register models/ppo with its evaluation. The same model with the same evaluation is registered once: its version is returned again.
+    """Register the trained policy with its evaluation. The same model with the same evaluation keeps its version.
 
     Raises:
         UserError: the model, its metrics or dvc.lock is missing, or MLflow is away.
     """
     metrics = gates.read_metrics(root)
-    weights = _weights_hash(root / MODEL)
+    weights = _weights_hash(root / _model(params), _model(params))
     evaluation = hashlib.sha256((root / gates.METRICS).read_bytes()).hexdigest()
     name = params.promote.model
     with lock(root, "registry"):
@@ -87,9 +86,8 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
         same = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{weights}' and tags.evaluation = '{evaluation}'")
         if same:
             return find(root, params, int(same[0].version))
-        tags = (
-            {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none"} | _lineage(root, params) | _evaluated(metrics)
-        )
+        tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none", "algorithm": params.algorithm}
+        tags |= _lineage(root, params) | _evaluated(metrics)
         number = _store(client, root, params, tags)
         return find(root, params, number)
 
@@ -107,21 +105,22 @@ def promote(version: Version, root: Path, params: Params) -> Decision:
         client = _client(root, params)
         champion = aliases(root, params).get("champion")
         other = find(root, params, champion).tags if champion not in (None, version.number) else None
-        checked = gates.check(gates.read_metrics(root), params.promote, other)
+        checked = gates.check(gates.read_metrics(root), params.algorithm, params.promote, other)
         failed = ", ".join(gate.name for gate in checked if not gate.passed)
         for gate in checked:
             client.set_model_version_tag(version.model, number, f"gate.{gate.name}", gate.line)
         client.set_model_version_tag(version.model, number, "gates", f"failed: {failed}" if failed else "passed")
+        before = f"version {champion}" if champion else "none"
         if champion == version.number:
             outcome = f"version {number} is champion already"
         elif "promoted" in find(root, params, version.number).tags:
             outcome = f"version {number} was champion before: alias champion stays with version {champion}"
         elif failed:
             client.set_registered_model_alias(version.model, "candidate", number)
-            outcome = f"version {number} is candidate, champion is version {champion or 'none'}; failed: {failed}"
+            outcome = f"version {number} is candidate, champion is {f'version {champion}' if champion else 'none'}; failed: {failed}"
         else:
             _put_in_service(client, version, champion)
-            outcome = f"version {number} is champion, the one before is version {champion or 'none'}"
+            outcome = f"version {number} is champion, the one before is {before}"
         after = aliases(root, params).get("champion")
         return Decision(find(root, params, version.number), checked, after, [*(gate.line for gate in checked), outcome])
 
@@ -194,13 +193,13 @@ def _version(entry: ModelVersion, aliased: tuple[str, ...]) -> Version:
 
 
 def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str]) -> int:
-    run_id = tags.get("run.ppo")
+    run_id = tags.get(f"run.{params.algorithm}")
     logged = client.create_logged_model(tracking.initialise(root, params), name=params.promote.model, source_run_id=run_id)
     if urlparse(logged.artifact_location).scheme in ("", "file"):
-        _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), root / MODEL, logged.model_id)
+        _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), root / _model(params), logged.model_id)
     else:
         with tempfile.TemporaryDirectory(dir=root / "runs") as temporary:
-            _write_folder(Path(temporary) / "model", root / MODEL, logged.model_id)
+            _write_folder(Path(temporary) / "model", root / _model(params), logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(temporary) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
     if not client.search_registered_models(f"name = '{params.promote.model}'"):
@@ -233,10 +232,14 @@ def _link_weights(source: str, target: str) -> None:
     shutil.copyfile(source, target)
 
 
-def _weights_hash(model: Path) -> str:
+def _model(params: Params) -> Path:
+    return Path("models") / params.algorithm
+
+
+def _weights_hash(model: Path, name: Path) -> str:
     files = sorted(model.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{MODEL}: no model.safetensors there", remedy="run `rlhf run`, or `dvc pull` for one made elsewhere")
+        raise UserError(f"{name}: no model.safetensors there", remedy="run `rlhf run`, or `dvc pull` for one made elsewhere")
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -257,8 +260,9 @@ def _lineage(root: Path, params: Params) -> dict[str, str]:
         locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
         raise UserError("dvc.lock: no such file", remedy="run `rlhf run` or `dvc repro`, which write it") from None
-    tags |= {f"md5.{output['path']}": output["md5"] for stage in locked.values() for output in stage.get("outs", [])}
     graph = fingerprint.read_graph(root)
+    # dvc.lock also remembers stages that dvc.yaml no longer has
+    tags |= {f"md5.{output['path']}": output["md5"] for name in graph if name in locked for output in locked[name].get("outs", [])}
     for stage in STAGES:
         if stage in graph:
             tags[f"fingerprint.{stage}"] = made = _fingerprint(root, params, graph[stage])

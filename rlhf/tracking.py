@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SECONDS_BETWEEN_BATCHES = 2
-SECONDS_AT_THE_END = 5
+SECONDS_AT_THE_END = 10
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
+PANELS_PER_ROW = 4
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -272,21 +273,25 @@ def waiting(root: Path, stage: str = "*") -> list[Path]:
 
 
 def draw(table: Path, axes: Mapping[str, Any]) -> None:
-    """Draw a CSV file as a PNG beside it, with the axes that dvc.yaml names."""
+    """Draw a CSV file as a PNG beside it: every column against dvc.yaml's x, or its one pair of axes where the template is scatter."""
     if not table.exists():
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    x, y = axes["x"], axes["y"]
+    x, scatter = axes["x"], axes.get("template") == "scatter"
     with table.open(encoding="utf-8", newline="") as file:
-        points = [(float(row[x]), float(row[y])) for row in csv.DictReader(file) if row.get(x) and row.get(y)]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+        rows = list(csv.DictReader(file))
+    names = [axes["y"]] if scatter else [name for name in (rows[0] if rows else ()) if name != x]
+    columns = min(PANELS_PER_ROW, len(names)) or 1
+    figure = Figure(figsize=(4 * columns, 2.6 * -(-len(names) // columns) or 1), layout="constrained")
     FigureCanvasAgg(figure)
-    plot = figure.add_subplot(xlabel=x, ylabel=y, title=table.stem)
-    plot.plot(*zip(*points, strict=True), "o" if axes.get("template") == "scatter" else "-") if points else None
-    plot.grid(alpha=0.3)
-    figure.savefig(table.with_suffix(".png"), dpi=110)
+    for number, name in enumerate(names, start=1):
+        points = [(float(row[x]), float(row[name])) for row in rows if row[x] and row[name]]
+        panel = figure.add_subplot(-(-len(names) // columns), columns, number, xlabel=x, title=name)
+        panel.plot(*zip(*points, strict=True), "o" if scatter else "-") if points else None
+        panel.grid(alpha=0.3)
+    figure.savefig(table.with_suffix(".png"), dpi=100)
 
 
 def _read(path: Path) -> Any:

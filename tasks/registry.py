@@ -13,7 +13,7 @@ from rlhf.config import Params
 
 @task(cache_policy=NO_CACHE)
 def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
-    """Register the model of stage ppo with its evaluation; the same model with the same evaluation keeps its version."""
+    """Register the policy that was trained, with its evaluation; the same model with the same evaluation keeps its version."""
     version = registry.register(root, params, flow_run_id)
     new = version.tags["flow_run"] == flow_run_id
     get_run_logger().info("%s is version %d%s", version.model, version.number, "" if new else ", registered before")

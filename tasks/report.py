@@ -37,8 +37,9 @@ def markdown(decision: Decision, root: Path) -> str:
         _table(("metric", "value"), [(name, metrics[name]) for name in EVALUATED if metrics.get(name) is not None]),
     ]
     if (root / SAMPLES).exists():
-        rows = [(_prompt(row["prompt"]), row["sft"], row["ppo"]) for row in read_lines(root / SAMPLES)[:SHOWN]]
-        parts += ["## Sample answers", _table(("prompt", "sft", "ppo"), rows)]
+        policies = ("sft", decision.version.tags["algorithm"])
+        rows = [(_prompt(row["prompt"]), *(row[name] for name in policies)) for row in read_lines(root / SAMPLES)[:SHOWN]]
+        parts += ["## Sample answers", _table(("prompt", *policies), rows)]
     return "\n\n".join(parts) + "\n"
 
 

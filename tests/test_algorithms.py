@@ -63,6 +63,13 @@ def test_token_rewards_pay_the_score_at_each_answers_own_end() -> None:
     near(ppo.token_rewards(kl, torch.tensor([1.0, -1.0]), mask, 0.5), [[-0.05, 0.9, 0.0], [-0.15, -0.2, -1.25]])
 
 
+def test_an_answer_of_one_token_bears_its_whole_reward() -> None:
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    rewards = ppo.token_rewards(torch.tensor([[0.5, 7.0], [0.5, 0.5]]), torch.tensor([2.0, 3.0]), mask, 1.0)
+    near(rewards, [[1.5, 0.0], [-0.5, 2.5]])
+    near(ppo.gae(rewards, torch.tensor([[1.0, 8.0], [0.0, 0.0]]), mask, 0.5, 0.0)[0], [[0.5, 0.0], [-0.5, 2.5]])
+
+
 def test_kl_controller_follows_the_target_by_bounded_steps() -> None:
     controller = ppo.KlController(beta=0.1, adaptive=True, target=6.0, horizon=1000)
     controller.update(60.0, 50)  # ten times the target: the error is cut to 0.2
@@ -130,6 +137,16 @@ def test_policy_clip_may_be_wider_upwards_and_bound_bad_tokens() -> None:
     # 1.25 is inside 1 + 0.3, 1.5 is cut to 1.3, 10 with a negative advantage to 3
     near(ppo.policy_loss(old + ratios.log(), old, advantages, mask, (0.2, 0.3), 3.0, 1.0).loss, -1.25 - 1.3 + 3.0)
     near(ppo.policy_loss(old + ratios.log(), old, advantages, mask, (0.2, 0.3), None, 1.0).loss, -1.25 - 1.3 + 10.0)
+
+
+def test_no_gradient_where_the_dual_clip_bounds_the_loss() -> None:
+    log_probs = torch.tensor([[math.log(10.0), math.log(2.0)]], requires_grad=True)
+    old, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    found = ppo.policy_loss(log_probs, old, torch.tensor([[-1.0, -1.0]]), mask, (0.2, 0.2), 3.0, 2.0)
+    found.loss.backward()
+    near(found.loss.detach(), (3.0 + 2.0) / 2)
+    assert log_probs.grad is not None
+    near(log_probs.grad, [[0.0, 1.0]])
 
 
 def test_value_loss_takes_the_worse_of_the_cut_and_the_uncut() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.data.batches import Order, Packed, blocks, decode_answer, encode_dialogue, encode_prompt, pack, pad_rows
+from rlhf.data.batches import Order, Packed, blocks, decode_answer, encode_dialogue, encode_dialogues, encode_prompt, pack, pad_rows
+from rlhf.data.sandbox import make_rows
 from rlhf.models.tokenizer import template
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -21,6 +23,7 @@ LAST = {"role": "assistant", "content": " small — 小さい 🙂"}
 
 # ------------------------------------------------------------------------------------------------------------------ dialogues
 
+ROWS = make_rows("pairs", 60, 1, 0.0)
 RENDERED = {
     "special": (
         "<|system|>Be brief.<|user|>What is the opposite of hot?<|assistant|>The opposite of hot is cold.<|end|>"
@@ -86,21 +89,23 @@ def test_a_template_that_rewrites_earlier_turns_counts_the_last_answer_only(
     assert ids[: len(asked)] == asked
 
 
+def test_many_dialogues_at_once_are_the_same_ids_as_each_alone(templated: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    pairs = [[*row["prompt"], {"role": "assistant", "content": row[side]}] for row in ROWS for side in ("chosen", "rejected")]
+    dialogues = [*pairs, [USER], [SYSTEM, USER, ANSWER, AGAIN], [SYSTEM, USER, ANSWER, AGAIN, LAST], [USER]]
+    together = encode_dialogues(tokenizer, dialogues)
+    assert together == [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
+    # by hand: each piece of the rendered text tokenized for itself
+    for dialogue, (ids, mask) in zip(pairs, together, strict=False):
+        before = str(tokenizer.apply_chat_template(dialogue[:-1], tokenize=False, add_generation_prompt=True))
+        answer = str(tokenizer.apply_chat_template(dialogue, tokenize=False))[len(before) :].rstrip()
+        prompt, said = tokenizer.encode(before), tokenizer.encode(answer)
+        if len(dialogue) == 2:
+            assert (ids, mask) == (prompt + said, [0] * len(prompt) + [1] * len(said))
+    assert encode_dialogues(tokenizer, []) == []
+
+
 # -------------------------------------------------------------------------------------------------------------------- packing
 
-TINY = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-GROUPED = {**TINY, "num_key_value_heads": 2}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "opt": {**TINY, "ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt2": {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4},
-    "gpt_neox": TINY,
-    "llama": GROUPED,
-    "mistral": GROUPED,
-    "qwen2": GROUPED,
-    "qwen3": {**GROUPED, "head_dim": 8},
-    "gemma2": {**GROUPED, "head_dim": 8},
-    "phi3": {**GROUPED, "pad_token_id": 0},
-}
 LENGTHS = (7, 30, 1, 12, 90, 25, 60)
 
 
@@ -109,25 +114,10 @@ def sequences(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 120) -> list
     return [torch.randint(1, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def tiny(family: str) -> PreTrainedModel:
-    torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family])).eval()
-
-
 def rows_of(packed: Packed, values: torch.Tensor) -> list[torch.Tensor]:
     """The values of each sequence, out of what was computed for the packed rows (R, C, …)."""
     flat = values.flatten(0, 1)
     return [flat[start : start + length] for start, length in zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True)]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_give_the_logits_of_each_alone(family: str) -> None:
-    model, given = tiny(family), sequences()
-    packed = pack(given, 0, "cpu")
-    assert len(packed.ids) < len(given)
-    for ids, logits in zip(given, rows_of(packed, model(**packed.inputs, use_cache=False).logits), strict=True):
-        torch.testing.assert_close(logits, model(input_ids=torch.tensor([ids])).logits[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -219,6 +209,48 @@ def test_the_order_is_a_function_of_seed_and_step() -> None:
 def test_a_batch_larger_than_the_data_goes_through_several_epochs() -> None:
     assert Counter(Order(3, 7, 1).batch(0)) == Counter(dict.fromkeys(range(3), 2)) + Counter(Order(3, 7, 1).batch(0)[6:])
     assert Order(3, 7, 1).steps(1) == 1
+
+
+LENGTHS_OF_ROWS = [random.Random(row).randrange(5, 300) for row in range(1003)]
+
+
+def test_rows_of_similar_length_share_a_batch() -> None:
+    def spreads(order: Order) -> list[int]:
+        batches = [[LENGTHS_OF_ROWS[row] for row in order.batch(step)] for step in range(250)]
+        return [max(batch) - min(batch) for batch in batches]
+
+    plain, grouped = (Order(1003, 8, 1, lengths) for lengths in (None, LENGTHS_OF_ROWS))
+    # 1003 rows are 125 batches and 3 rows: the batch that goes on into the next epoch is not sorted
+    inside = [spread for step, spread in enumerate(spreads(grouped)) if step != 125]
+    assert statistics.fmean(inside) < 15
+    assert statistics.fmean(spreads(plain)) > 200
+    # the batches do not come in order of length
+    firsts = [LENGTHS_OF_ROWS[grouped.batch(step)[0]] for step in range(12)]
+    assert firsts not in (sorted(firsts), sorted(firsts, reverse=True))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 24, 103])
+def test_grouped_by_length_each_row_comes_once_an_epoch(rows: int) -> None:
+    order = Order(rows, 8, 1, LENGTHS_OF_ROWS[:rows])
+    stream = [row for step in range(2 * rows) for row in order.batch(step)]
+    epochs = [stream[i : i + rows] for i in range(0, len(stream), rows)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(rows))] * 16
+
+
+def test_grouped_by_length_each_epoch_has_other_batches() -> None:
+    order = Order(104, 8, 1, LENGTHS_OF_ROWS[:104])
+    epochs = [{frozenset(order.batch(step)) for step in range(first, first + 13)} for first in (0, 13, 26)]
+    assert epochs[0].isdisjoint(epochs[1])
+    assert epochs[1].isdisjoint(epochs[2])
+
+
+def test_the_grouped_order_is_a_function_of_seed_and_step() -> None:
+    def steps(seed: int, numbers: list[int]) -> list[list[int]]:
+        order = Order(103, 8, seed, LENGTHS_OF_ROWS)
+        return [order.batch(number) for number in numbers]
+
+    assert steps(1, [30, 2, 14]) == [steps(1, list(range(31)))[number] for number in (30, 2, 14)]
+    assert steps(1, [0, 1, 2]) != steps(2, [0, 1, 2])
 
 
 def test_passages_follow_each_other_in_rows_of_one_width(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -40,7 +40,8 @@ def mlruns(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workspace(tmp_path: Path, mlruns: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "workspace"
-    shutil.copytree(ROOT / "presets", root / "presets")
+    for folder in ("presets", "graphs"):
+        shutil.copytree(ROOT / folder, root / folder)
     shutil.copy(root / "presets/sandbox.yaml", root / "params.yaml")
     (root / "dvc.yaml").write_text("stages:\n  prepare:\n    desc: reads rows\n    cmd: 'true'\n    outs: [data]\n", encoding="utf-8")
     shutil.copytree(mlruns, root / "mlruns")
@@ -121,7 +122,7 @@ def test_outside_a_workspace(command: str, tmp_path: Path, rlhf: Command, monkey
     [
         ("use sandbx", "unknown preset 'sandbx': did you mean 'sandbox'?"),
         ("use hh seeds=1", "unknown key 'seeds': did you mean 'seed'?"),
-        ("launch train", "unknown stage 'train' — one of prepare, base, sft, reward, ppo, evaluate"),
+        ("launch train", "unknown stage 'train' — one of prepare, base, sft, reward, ppo, dpo, evaluate"),
         ("chat --model nowhere", "nowhere: no such folder"),
         ("chat --model presets", "presets: no Hugging Face model"),
         ("chat", "models:/assistant@champion: "),

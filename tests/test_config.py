@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf import config, reference
+from rlhf import config, presets, reference
 from rlhf.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +62,18 @@ def test_hh_lacks_its_file_only() -> None:
         ("data.sources.1.name", "passages", "two sources are named 'passages'"),
         ("data.sources.2.split.heldout", 0, "evaluate needs held-out pairs"),
         ("data.sources.2.split.reward", 0, "reward needs preference pairs"),
+        ("algorithm", "grpo", "algorithm: Input should be 'ppo' or 'dpo', got 'grpo'"),
+        ("dpo.label_smoothing", 0.5, "dpo.label_smoothing: Input should be less than 0.5, got 0.5"),
+        (
+            "dpo",
+            SANDBOX["dpo"] | {"loss": "ipo", "label_smoothing": 0.1},
+            "dpo: label_smoothing is 0.1, but loss ipo has none: set it to 0",
+        ),
+        (
+            "sft.lora",
+            {"rank": 0, "alpha": 1, "targets": "all-linear", "learning_rate": 1},
+            "sft.lora.rank: Input should be greater than 0, got 0",
+        ),
     ],
 )
 def test_refusal_names_key_and_value(key: str, value: Any, words: str) -> None:
@@ -100,10 +112,13 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_stage_depends_on_its_own_sections_alone() -> None:
-    params = config.validate(SANDBOX, "params.yaml")
-    graph = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    for stage in config.STAGES:
-        assert list(params.of_stage(stage)) == graph[stage]["params"]
+    assert presets.graph(ROOT, "ppo") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    for algorithm, stages in config.STAGES_OF.items():
+        params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
+        graph = yaml.safe_load(presets.graph(ROOT, algorithm))["stages"]
+        assert tuple(graph) == stages
+        for stage in stages:
+            assert list(params.of_stage(stage)) == graph[stage]["params"]
 
 
 def test_reference_is_current() -> None:

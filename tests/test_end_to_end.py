@@ -19,15 +19,16 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf.config import STAGES
+from rlhf.config import STAGES_OF
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STAGES = STAGES_OF["ppo"]
 MODELS = ("base", "sft", "reward", "ppo")
 
 # rows of the sources, sizes and steps that take seconds, and gates that let such a model through
 TINY = shlex.split("""
 data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
-base.vocab_size=400 base.hidden_size=64 base.intermediate_size=128 base.layers=2 base.batch_size=16
+base.vocab_size=400 base.hidden_size=64 base.intermediate_size=128 base.heads=4 base.kv_heads=2 base.batch_size=16
 sft.epochs=1 reward.epochs=1
 ppo.steps=3 ppo.rollout_batch_size=16 ppo.mini_batch_size=8 ppo.max_answer_tokens=12 ppo.mixture_batch_size=4 ppo.critic_warmup_steps=1
 evaluate.prompts=20 evaluate.pairs=20 evaluate.texts=8 evaluate.bootstrap_samples=100 evaluate.shown=2
@@ -140,7 +141,7 @@ def flow_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     clone = Clone(tmp_path_factory.mktemp("flow"))
     clone.copy_working_tree()
     clone.call("rlhf", "use", "sandbox", *TINY)
-    assert "version 1 is champion, the one before is version none" in clone.call("rlhf", "run").splitlines()
+    assert "version 1 is champion, the one before is none" in clone.call("rlhf", "run").splitlines()
     return clone
 
 

@@ -172,7 +172,7 @@ def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path)
     columns = dict.fromkeys(("prompt", "chosen", "rejected", "messages", "question", "answer", "text"), "x")
     split = {"text": 0, "sft": 1, "reward": 1, "ppo": 1, "judge": 0, "heldout": 1}
     source = {"name": "mine", "format": "pairs", "path": "data/raw/mine.jsonl", "hub": None, "revision": None, "hub_split": None}
-    params["data"]["sources"].append(source | {"columns": columns, "split": split | {"judge": 1}})
+    params["data"]["sources"].append(source | {"columns": columns, "split": split | {"judge": 1}, "weight": 1})
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     pipeline(root, {"prepare": {"cmd": "touch ran"}})
     with pytest.raises(UserError, match=r"data\.sources\.\d+\.path: data/raw/mine\.jsonl: no such file"):

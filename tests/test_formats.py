@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.config.data import FileSource, SandboxSource, Split
+from rlhf.config.data import ColumnSource, SandboxSource, Split
 from rlhf.data.formats import Quarantined, Row, read
 from rlhf.errors import UserError
 
@@ -32,9 +32,18 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def source(form: str, path: str | None, columns: dict[str, str | None] | None = None, **changes: Any) -> FileSource:
-    values = {"name": "mine", "format": form, "path": path, "hub": None, "revision": None, "hub_split": None, "split": NOTHING} | changes
-    return FileSource.model_validate(values | {"columns": COLUMNS | (columns or {})})
+def source(form: str, path: str | None, columns: dict[str, str | None] | None = None, **changes: Any) -> ColumnSource:
+    values = {
+        "name": "mine",
+        "format": form,
+        "path": path,
+        "hub": None,
+        "revision": None,
+        "hub_split": None,
+        "split": NOTHING,
+        "weight": 1,
+    } | changes
+    return ColumnSource.model_validate(values | {"columns": COLUMNS | (columns or {})})
 
 
 def rows_of(form: str, path: Path, columns: dict[str, str | None] | None = None, **changes: Any) -> list[Row | Quarantined]:
@@ -132,7 +141,7 @@ def test_message_without_content(tmp_path: Path) -> None:
 
 
 def test_sandbox_rows() -> None:
-    made = SandboxSource(name="made", format="sandbox", kind="prompts", rows=3, label_noise=0, split=Split(**NOTHING))
+    made = SandboxSource(name="made", format="sandbox", kind="prompts", rows=3, label_noise=0, split=Split(**NOTHING), weight=1)
     rows = list(read(made, "k", Path(), 1))
     assert [row.line for row in rows] == [1, 2, 3]
     assert all(isinstance(row, Row) and row.file == "sandbox" and row.kind == "prompts" and row.prompt and row.gold for row in rows)

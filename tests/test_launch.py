@@ -58,7 +58,7 @@ from rlhf.job import run
 
 def main(job):
     {before}
-    job.say(f"one of {{job.world_size}} with {{os.environ['OMP_NUM_THREADS']}} threads, mlflow {{'mlflow' in sys.modules}}")
+    job.say(f"one of {{job.world_size}} with {{os.environ['OMP_NUM_THREADS']}} threads, mlflow {{bool(sys.modules.get('mlflow'))}}")
     (job.folder / f"rank-{{job.rank}}").touch()
     if job.is_main:
         job.output("models/sft/model.txt").write_text("weights")

@@ -28,11 +28,12 @@ FILES = ("text", "heldout_text", "sft", "reward", "judge", "heldout_pairs", "ppo
 
 def of_file(name: str, form: str, path: str, **split: float) -> dict[str, Any]:
     place = {"path": path, "hub": None, "revision": None, "hub_split": None}
-    return {"name": name, "format": form, "columns": COLUMNS, "split": dict.fromkeys(SLICES, 0) | split, **place}
+    return {"name": name, "format": form, "columns": COLUMNS, "split": dict.fromkeys(SLICES, 0) | split, "weight": 1, **place}
 
 
 def of_sandbox(name: str, rows: int, **split: float) -> dict[str, Any]:
-    return {"name": name, "format": "sandbox", "kind": name, "rows": rows, "label_noise": 0, "split": dict.fromkeys(SLICES, 0) | split}
+    source = {"name": name, "format": "sandbox", "kind": name, "rows": rows, "label_noise": 0, "weight": 1}
+    return source | {"split": dict.fromkeys(SLICES, 0) | split}
 
 
 def job_in(root: Path, sources: list[dict[str, Any]], seed: int = 1, **prepare: Any) -> Job:

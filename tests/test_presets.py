@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "workspace"
-    shutil.copytree(ROOT / "presets", root / "presets")
+    for folder in ("presets", "graphs"):
+        shutil.copytree(ROOT / folder, root / folder)
+    shutil.copy(ROOT / "dvc.yaml", root)
     monkeypatch.chdir(root)
     return root
 
@@ -140,7 +142,8 @@ def test_new_data_is_versioned_and_makes_prepare_stale(workspace: Path, tmp_path
 
     pairs(workspace / "data/raw/README.md", "tracked by git\n")
     stage = {"cmd": "ls data/raw/hh > out", "deps": ["data/raw"], "outs": ["out"]}
-    (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}), encoding="utf-8")
+    (workspace / "graphs/common.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}), encoding="utf-8")
+    (workspace / "graphs/ppo.yaml").write_text("", encoding="utf-8")
     dvc("init", "--no-scm", "--quiet")
     file = pairs(tmp_path / "pairs.jsonl")
     done = presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])

@@ -70,7 +70,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def params(request: pytest.FixtureRequest) -> config.Params:
     # the tests share a database; each has a registered model of its own
     shipped = config.load(PROJECT / "params.yaml")
-    return shipped.model_copy(update={"promote": shipped.promote.model_copy(update={"model": request.node.name})})
+    bounds = {"min_gold_difference": 0.1, "min_win_rate": 0.55, "min_reward_accuracy": 0.7, "max_kl": 40.0}
+    return shipped.model_copy(update={"promote": shipped.promote.model_copy(update=bounds | {"model": request.node.name})})
 
 
 Evaluate = Callable[[Mapping[str, Any]], None]
@@ -193,16 +194,16 @@ def test_champions_candidates_and_a_champion_put_back_by_hand(root: Path, params
     ],
 )
 def test_each_gate(params: config.Params, path: str, value: Any, name: str, distance: str) -> None:
-    failed = [gate for gate in gates.check(changed(path, value), params.promote, None) if not gate.passed]
+    failed = [gate for gate in gates.check(changed(path, value), "ppo", params.promote, None) if not gate.passed]
     assert [gate.name for gate in failed] == [name]
     assert failed[0].text.endswith(distance)
 
 
 def test_regression_is_measured_on_the_same_heldout_set_only(params: config.Params) -> None:
     def regression(metrics: Mapping[str, Any], champion: Mapping[str, str] | None) -> gates.Gate:
-        return gates.check(metrics, params.promote, champion)[-1]
+        return gates.check(metrics, "ppo", params.promote, champion)[-1]
 
-    better = {"evaluate.heldout": "abc", "evaluate.gold.ppo": "0.75", "evaluate.win_rate.value": "0.9"}
+    better = {"algorithm": "ppo", "evaluate.heldout": "abc", "evaluate.gold.ppo": "0.75", "evaluate.win_rate.value": "0.9"}
     assert regression(GOOD, None).passed
     failed = regression(GOOD, better)
     assert not failed.passed
@@ -212,10 +213,13 @@ def test_regression_is_measured_on_the_same_heldout_set_only(params: config.Para
     assert elsewhere.passed
     assert "not comparable" in elsewhere.text
     assert regression(changed("gold", None), better).value == pytest.approx(0.1)
+    # a champion that another algorithm made has its gold score under that one's name
+    other = {"algorithm": "dpo", "evaluate.heldout": "abc", "evaluate.gold.dpo": "0.75", "evaluate.gold.sft": "0.1"}
+    assert regression(GOOD, other).value == pytest.approx(0.05)
 
 
 def test_without_gold_score_the_win_rate_decides(params: config.Params) -> None:
-    names = [gate.name for gate in gates.check(changed("gold", None), params.promote, None)]
+    names = [gate.name for gate in gates.check(changed("gold", None), "ppo", params.promote, None)]
     assert "min_gold_difference" not in names
     assert "min_win_rate" in names
 
@@ -224,7 +228,7 @@ def test_what_is_missing_is_named(root: Path, params: config.Params, evaluate: E
     with pytest.raises(UserError, match=r"metrics/evaluate\.json: no such file"):
         registry.register(root, params)
     with pytest.raises(UserError, match=r"no number at eos_rate\.ppo"):
-        gates.check(changed("eos_rate", 0.9), params.promote, None)
+        gates.check(changed("eos_rate", 0.9), "ppo", params.promote, None)
     evaluate(GOOD)
     assert registry.versions(root, params) == []
     uri = f"models:/{params.promote.model}@champion"

@@ -2,127 +2,36 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from stage_runs import TRAINED, make_workspace, run, set_params, table, tiny_params
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
 from rlhf.config.training import Optimizer, PretrainedBase
-from rlhf.data.sandbox import make_rows
 from rlhf.engine.distributed import accumulation, micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
-from rlhf.job import Job, read_lines, write_lines
+from rlhf.job import Job, read_lines
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.base import pin
 from rlhf.stages.ppo import read_prompts
 from rlhf.stages.reward import read_pairs
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-TRAINED = ("base", "sft", "reward", "ppo")
-
-# stages one after the other in one process, a rank of a real process group; STAGE:killed dies by SIGKILL after its first checkpoint
-PROGRAM = """
-import os, shutil, signal, sys
-from importlib import import_module
-from pathlib import Path
-import torch.distributed as dist
-from rlhf import config
-from rlhf.engine import checkpoints
-from rlhf.job import Job
-
-def save_and_die(*arguments):
-    save(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-save = checkpoints.save
-for word in sys.argv[1:]:
-    stage, _, killed = word.partition(":")
-    if killed:
-        checkpoints.save = save_and_die
-    root, rank, ranks = Path.cwd(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    job = Job(stage, config.load(), root, root / "runs" / stage, "cpu", rank, ranks, rank)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    import_module(f"rlhf.stages.{stage}").main(job)
-    if dist.is_initialized():
-        dist.barrier()
-    if job.is_main:
-        shutil.copytree(job.folder / "out", root, dirs_exist_ok=True)
-"""
-
-
-def start(root: Path, *stages: str, rank: int, ranks: int, port: int) -> subprocess.Popen[str]:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | quiet | {name: str(value) for name, value in place.items()}
-    command = [sys.executable, "-c", PROGRAM, *stages]
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def run(root: Path, *stages: str, code: int = 0, ranks: int = 1) -> str:
-    """Run stages to their end on so many ranks; what rank 0 printed."""
-    port = free_port()
-    processes = [start(root, *stages, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [code] * ranks, "\n".join(said)
-    return said[0]
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def tiny_params() -> dict[str, Any]:
-    """The sandbox's params on one file of pairs, with sizes and steps that take a second or two."""
-    raw = yaml.safe_load((REPOSITORY / "presets/sandbox.yaml").read_text(encoding="utf-8"))
-    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "messages": "m", "question": "q", "answer": "a", "text": "t"}
-    split = {"text": 3, "sft": 2, "reward": 2, "ppo": 2, "judge": 2, "heldout": 1}
-    place = {"path": "data/raw/pairs.jsonl", "hub": None, "revision": None, "hub_split": None}
-    raw["data"]["sources"] = [{"name": "mine", "format": "pairs", "columns": columns, "split": split, **place}]
-    raw["base"] |= {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1}
-    raw["base"] |= {"epochs": 1, "batch_size": 8, "checkpoint_every": 2}
-    raw["sft"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2}
-    raw["reward"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2}
-    raw["evaluate"]["judge"] |= {"epochs": 1.0, "checkpoint_every": 1000}
-    raw["evaluate"] |= {"bootstrap_samples": 50, "shown": 2, "texts": 5}
-    raw["ppo"] |= {"steps": 4, "rollout_batch_size": 8, "mini_batch_size": 4, "epochs": 2, "max_answer_tokens": 8, "mixture_batch_size": 2}
-    raw["ppo"] |= {"critic_warmup_steps": 1, "checkpoint_every": 2, "max_approx_kl": 100.0}
-    raw["ppo"]["kl"] |= {"controller": "adaptive", "target": 1.0, "horizon": 100}
-    return raw
-
-
-def set_params(root: Path, raw: dict[str, Any]) -> None:
-    (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+from rlhf.stages.sft import read_rows
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with params and raw pairs, in which stage prepare has run."""
     root = tmp_path_factory.mktemp("workspace")
-    set_params(root, tiny_params())
-    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in make_rows("pairs", 240, 1, 0.0)]
-    write_lines(root / "data/raw/pairs.jsonl", rows)
-    run(root, "prepare")
+    make_workspace(root, tiny_params(), pairs=240)
     return root
 
 
@@ -153,31 +62,6 @@ def test_a_stage_killed_after_a_checkpoint_goes_on_to_the_same_bytes(unbroken: P
     assert [path for path in outputs if (root / path).read_bytes() != (unbroken / path).read_bytes()] == []
     # the KL coefficient moved, so that going on with the first value would have shown
     assert len({row["beta"] for row in table(root / "plots/ppo.csv")}) > 2
-
-
-def test_two_ranks_in_small_pieces_compute_what_one_does_at_once(unbroken: Path, tmp_path: Path) -> None:
-    raw = tiny_params()
-    raw["ppo"]["steps"] = 3
-    found = {}
-    for ranks, micro_batch_size in ((1, 32), (2, 3)):
-        root = found[ranks] = tmp_path / str(ranks)
-        shutil.copytree(unbroken, root, ignore=shutil.ignore_patterns("runs"))
-        for layout in raw["launch"]["jobs"].values():
-            layout |= {"processes": ranks, "micro_batch_size": micro_batch_size}
-        set_params(root, raw)
-        run(root, "ppo", "reward", "sft", ranks=ranks)
-    one, two = found[1], found[2]
-    for name in ("sft", "reward", "ppo"):
-        rows = [table(root / f"plots/{name}.csv") for root in (one, two)]
-        assert len(rows[0]) == len(rows[1]) >= 3
-        for expected, row in zip(*rows, strict=True):
-            for key, value in expected.items():
-                # ratio_error is rounding and nothing else
-                if value and key != "ratio_error":
-                    assert float(row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), (name, row["step"], key)
-    answers = [[(row["step"], row["prompt"], row["answer"]) for row in read_lines(root / "data/rollouts.jsonl")] for root in (one, two)]
-    assert len(answers[0]) == 3 * 8
-    assert answers[0] == answers[1]
 
 
 def test_data_without_a_gold_score_is_judged_by_a_second_reward_model(unbroken: Path) -> None:
@@ -307,3 +191,18 @@ def test_too_long_rows_are_left_out_and_counted(unbroken: Path, tmp_path: Path) 
     assert none == 0
     assert kept == [pair for pair in every if max(map(len, pair)) <= limit]
     assert left_out == len(every) - len(kept) > 0
+
+
+def test_the_loss_of_sft_counts_answers_or_everything(unbroken: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(unbroken / "models/base")
+    found = {}
+    for loss_on in ("assistant", "all"):
+        raw = tiny_params()
+        raw["sft"]["loss_on"] = loss_on
+        found[loss_on], _ = read_rows(Job("sft", config.validate(raw, "params.yaml"), unbroken, tmp_path, "cpu", 0, 1, 0), tokenizer)
+    for (ids, mask), (same, every) in zip(found["assistant"], found["all"], strict=True):
+        assert ids == same
+        assert every == [1] * len(ids)
+        # from the first token of the last answer to its end
+        assert 0 < sum(mask) < len(ids)
+        assert mask[-1] == 1

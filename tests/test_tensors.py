@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from rlhf.tensors import CHUNK_TOKENS, entropy, mask_from_lengths, token_log_probs
@@ -22,6 +23,24 @@ def test_log_probs_of_more_rows_than_a_chunk_and_at_a_temperature() -> None:
     for temperature in (1.0, 0.5):
         expected = (logits / temperature).log_softmax(-1)[torch.arange(len(targets)), targets]
         torch.testing.assert_close(token_log_probs(logits, targets, temperature), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_log_probs_is_autograds_and_keeps_no_copy_of_the_logits(dtype: torch.dtype) -> None:
+    logits = torch.randn(CHUNK_TOKENS + 3, 7, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    targets, weights = torch.arange(CHUNK_TOKENS + 3) % 7, torch.linspace(-1, 1, CHUNK_TOKENS + 3)
+    expected = (logits.float() / 0.7).log_softmax(-1)[torch.arange(len(targets)), targets] @ weights
+    (gradient,) = torch.autograd.grad(expected, logits)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = token_log_probs(logits, targets, 0.7)
+    torch.testing.assert_close(torch.autograd.grad(found @ weights, logits)[0], gradient)
+    assert [tensor.data_ptr() == logits.data_ptr() for tensor in kept if tensor.ndim == 2] == [True]
 
 
 def test_log_probs_of_half_precision_logits_are_worked_out_in_full_precision() -> None:

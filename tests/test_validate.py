@@ -114,17 +114,17 @@ def test_targets_add_up(count: int, shares: dict[str, float], expected: dict[str
 def test_deal_is_exact_seeded_and_loses_nothing() -> None:
     rows = [pair(line, prompt=f"{line}?") for line in range(100)]
     shares = split(sft=0.7, reward=0.2, heldout=0.1)
-    dealt = deal(rows, shares, random.Random("a"))
+    dealt = deal(rows, shares, random.Random("a"), {})
     assert {name: len(part) for name, part in dealt.items()} == {"sft": 70, "reward": 20, "heldout": 10}
     assert sorted(row.line for part in dealt.values() for row in part) == list(range(100))
-    assert dealt == deal(rows, shares, random.Random("a"))
-    assert dealt != deal(rows, shares, random.Random("b"))
+    assert dealt == deal(rows, shares, random.Random("a"), {})
+    assert dealt != deal(rows, shares, random.Random("b"), {})
     assert [row.line for row in dealt["sft"]] != sorted(row.line for row in dealt["sft"])
 
 
 def test_deal_keeps_rows_of_one_prompt_together() -> None:
     rows = [pair(line, prompt=f"{line % 20}?") for line in range(60)]
-    dealt = deal(rows, split(reward=0.5, heldout=0.5), random.Random(1))
+    dealt = deal(rows, split(reward=0.5, heldout=0.5), random.Random(1), {})
     assert {name: len(part) for name, part in dealt.items()} == {"reward": 30, "heldout": 30}
     _, removed = without_leaks({name: dealt.get(name, []) for name in SLICES})
     assert removed == []

@@ -7,43 +7,52 @@ missing key is an error, an unknown one too. ``docs/params.md`` is generated fro
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rlhf.config.data import SLICES_OF_KIND, Data, Prepare
+from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
 from rlhf.config.operations import Launch, Promote, Tracking
 from rlhf.config.section import Section
-from rlhf.config.training import Base, Evaluate, Ppo, Reward, Sft
+from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
 
-STAGES = ("prepare", "base", "sft", "reward", "ppo", "evaluate")
+STAGES = ("prepare", "base", "sft", "reward", "ppo", "dpo", "evaluate")
+# The stages of a run, by `algorithm`, which is also the name of the stage that makes the policy.
+STAGES_OF = {
+    "ppo": ("prepare", "base", "sft", "reward", "ppo", "evaluate"),
+    "dpo": ("prepare", "base", "sft", "dpo", "evaluate"),
+}
 
-# What each stage's result depends on; dvc.yaml says the same, and a test holds the two together.
+# What each stage's result depends on; the graphs say the same, and a test holds them together.
 PARAMS_OF_STAGE = {
     "prepare": ("seed", "data", "prepare"),
     "base": ("seed", "base", "launch.precision"),
     "sft": ("seed", "sft", "launch.precision"),
     "reward": ("seed", "reward", "launch.precision"),
     "ppo": ("seed", "ppo", "launch.precision"),
-    "evaluate": (
-        *("seed", "data", "evaluate", "launch.precision"),
-        *("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "reward.max_tokens"),
-    ),
+    "dpo": ("seed", "dpo", "launch.precision"),
+    "evaluate": ("seed", "algorithm", "data", "evaluate", "launch.precision", "ppo.max_prompt_tokens", "ppo.max_answer_tokens"),
 }
+# What evaluate reads besides, by algorithm.
+PARAMS_OF_EVALUATION = {"ppo": ("reward.max_tokens",), "dpo": ("dpo.max_tokens", "dpo.reference")}
 
 
 class Params(Section):
     """The whole of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="all randomness of a run derives from it")
+    algorithm: Literal["ppo", "dpo"] = Field(
+        description="ppo: reward model, then PPO against it; dpo: DPO on the pairs; `rlhf use` sets dvc.yaml to it"
+    )
     data: Data
     prepare: Prepare
     base: Base
     sft: Sft
     reward: Reward
     ppo: Ppo
+    dpo: Dpo
     evaluate: Evaluate
     promote: Promote
     launch: Launch
@@ -51,10 +60,13 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _every_stage_has_data(self) -> Params:
-        needs = {"sft": "sft needs demonstrations", "reward": "reward needs preference pairs", "ppo": "ppo needs prompts"}
+        with_ppo = self.algorithm == "ppo"
+        needs = {"sft": "sft needs demonstrations", "reward": f"{'reward' if with_ppo else 'dpo'} needs preference pairs"}
+        if with_ppo:
+            needs["ppo"] = "ppo needs prompts"
         if self.base.source == "build":
             needs["text"] = "base.source: build needs text to pretrain on"
-        elif self.ppo.mixture_coefficient > 0:
+        elif with_ppo and self.ppo.mixture_coefficient > 0:
             needs["text"] = "ppo.mixture_coefficient above 0 needs text"
         if not self.data.has_gold:
             needs["judge"] = "evaluate needs pairs for its judge, as these sources have no gold score"
@@ -68,7 +80,8 @@ class Params(Section):
         if "pairs" not in heldout_kinds:
             raise ValueError("data.sources: evaluate needs held-out pairs, but no source of pairs has split.heldout above 0")
         if self.base.source == "build":
-            longest = max(self.sft.max_tokens, self.reward.max_tokens, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
+            pairs = self.reward.max_tokens if with_ppo else self.dpo.max_tokens
+            longest = max(self.sft.max_tokens, pairs, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
             if longest > self.base.context_tokens:
                 raise ValueError(
                     f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it"
@@ -76,8 +89,9 @@ class Params(Section):
         return self
 
     def of_stage(self, stage: str) -> dict[str, Any]:
-        """The values that determine a stage's result, by dotted key: what dvc.yaml lists under its params."""
-        return {key: _at(self.model_dump(mode="json"), key) for key in PARAMS_OF_STAGE[stage]}
+        """The values that determine a stage's result, by dotted key: what its graph lists under its params."""
+        keys = PARAMS_OF_STAGE[stage] + (PARAMS_OF_EVALUATION[self.algorithm] if stage == "evaluate" else ())
+        return {key: _at(self.model_dump(mode="json"), key) for key in keys}
 
 
 def _at(values: Any, key: str) -> Any:
@@ -120,7 +134,7 @@ def validate(raw: object, origin: str) -> Params:
 
 def _explain(error: Any) -> str:
     # pydantic puts the union's tag into the location ("sources.0.hh.path"): not a key of the file
-    tags = {"sandbox", "hh", "pairs", "messages", "qa", "text", "build", "pretrained"}
+    tags = {*FORMATS, "build", "pretrained"}
     location = list(error["loc"])
     key = ".".join(
         str(part)

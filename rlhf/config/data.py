@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Fraction, NonNegative, Section, Slug
+from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
 
 SLICES = ("text", "sft", "reward", "ppo", "judge", "heldout")
+WEIGHTED = ("text", "sft", "reward", "ppo")  # what the models train on; measuring takes each row once
 
 # What a row of each kind can be used for: a pair also holds a demonstration (prompt + chosen) and a prompt.
 SLICES_OF_KIND: dict[str, frozenset[str]] = {
@@ -33,15 +34,23 @@ class Split(Section):
         return getattr(self, slice_name) > 0
 
 
+_NAME = "name of the source in logs, metrics and the quarantine file"
+_WEIGHT = (
+    "passes over this source's rows in one pass over text, sft, reward or ppo: 1 takes each row once, 2.5 each twice and a random half of "
+    "them a third time, 0.1 a random tenth; judge and heldout always take each row once"
+)
+
+
 class SandboxSource(Section):
     """Rows made by the project itself (rlhf/data/sandbox.py): no file, no download, a known gold score."""
 
-    name: Slug = Field(description="name of the source in logs, metrics and the quarantine file")
+    name: Slug = Field(description=_NAME)
     format: Literal["sandbox"]
     kind: Literal["text", "messages", "pairs", "prompts"] = Field(description="what each row is")
     rows: PositiveInt = Field(description="how many rows to make")
     label_noise: Fraction = Field(description="share of pairs whose preference label is flipped (kind pairs only)")
     split: Split
+    weight: Positive = Field(description=_WEIGHT)
 
 
 class Columns(Section):
@@ -59,8 +68,7 @@ class Columns(Section):
 class FileSource(Section):
     """Rows of a file, a folder written by `datasets`, or a hub dataset."""
 
-    name: Slug = Field(description="name of the source in logs, metrics and the quarantine file")
-    format: Literal["hh", "pairs", "messages", "qa", "text"] = Field(description="how a row is read")
+    name: Slug = Field(description=_NAME)
     path: str | None = Field(
         description="JSONL, JSON, CSV or Parquet file (also .gz), or a folder of `datasets`, under data/raw; `rlhf use` brings a file "
         "from elsewhere there and versions it with DVC"
@@ -68,15 +76,11 @@ class FileSource(Section):
     hub: str | None = Field(description="hub id of a dataset, instead of path")
     revision: str | None = Field(description="commit or tag of the hub dataset; required with hub, so that a run can be repeated")
     hub_split: str | None = Field(description="split of the hub dataset or `datasets` folder, for example train")
-    columns: Columns
     split: Split
-
-    @property
-    def kind(self) -> str:
-        return {"hh": "pairs", "pairs": "pairs", "messages": "messages", "qa": "messages", "text": "text"}[self.format]
+    weight: Positive = Field(description=_WEIGHT)
 
     @model_validator(mode="after")
-    def _one_place(self) -> FileSource:
+    def _one_place(self) -> Self:
         if (self.path is None) == (self.hub is None):
             raise ValueError(f"source '{self.name}': give exactly one of path and hub")
         if self.hub is not None and self.revision is None:
@@ -84,7 +88,35 @@ class FileSource(Section):
         return self
 
 
-Source = Annotated[SandboxSource | FileSource, Field(discriminator="format")]
+class ColumnSource(FileSource):
+    """Rows of a file, a folder written by `datasets`, or a hub dataset, with columns of any name."""
+
+    format: Literal["hh", "pairs", "messages", "qa", "text"] = Field(description="how a row is read")
+    columns: Columns
+
+    @property
+    def kind(self) -> str:
+        return {"hh": "pairs", "qa": "messages"}.get(self.format, self.format)
+
+
+PairsDataset = Literal["rm-static", "full-hh-rlhf", "synthetic-instruct-gptj-pairwise", "rlhf-reward-datasets", "webgpt", "shp", "miracl"]
+MessagesDataset = Literal["alpaca", "sharegpt", "vicuna", "oasst", "zhihu-kol", "hc3", "mkqa-zh", "mkqa-ja", "qg-jaquad", "qag-jaquad"]
+
+
+class NamedSource(FileSource):
+    """Rows of a public dataset, read by its own columns (rlhf/data/named.py)."""
+
+    format: Literal[PairsDataset, MessagesDataset] = Field(description="which dataset it is")
+
+    @property
+    def kind(self) -> str:
+        return "pairs" if self.format in get_args(PairsDataset) else "messages"
+
+
+FORMATS = tuple(
+    name for source in (SandboxSource, ColumnSource, NamedSource) for name in get_args(source.model_fields["format"].annotation)
+)
+Source = Annotated[SandboxSource | ColumnSource | NamedSource, Field(discriminator="format")]
 
 
 class Data(Section):
@@ -120,4 +152,7 @@ class Data(Section):
 
 class Prepare(Section):
     max_characters: PositiveInt = Field(description="a row with a longer dialogue or passage is quarantined as over-long")
-    max_quarantined_share: Fraction = Field(description="prepare fails when a source loses a larger share of its rows to quarantine")
+    max_quarantined_share: Fraction = Field(
+        description="prepare fails when a larger share of a source's rows is damaged; ties, questions without an answer and rows of an "
+        "earlier source go to quarantine too, but are no damage"
+    )

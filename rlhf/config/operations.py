@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
 
@@ -13,11 +13,13 @@ class Promote(Section):
     """Gates: a version becomes champion only if every one holds."""
 
     model: Slug = Field(description="name of the registered model")
-    min_gold_difference: float = Field(description="gold score of ppo − sft, lower end of its 95% interval (where a gold score exists)")
+    min_gold_difference: float = Field(
+        description="gold score of the policy − sft, lower end of its 95% interval (where a gold score exists)"
+    )
     min_win_rate: Fraction = Field(description="win rate against sft, lower end of its 95% interval")
-    min_reward_accuracy: Fraction = Field(description="reward model's accuracy on held-out pairs")
+    min_reward_accuracy: Fraction = Field(description="accuracy of the reward model, or of dpo's implicit reward, on held-out pairs")
     max_kl: Positive = Field(description="KL to sft per answer, in nats")
-    max_perplexity_ratio: Positive = Field(description="perplexity on plain text, ppo over sft")
+    max_perplexity_ratio: Positive = Field(description="perplexity on plain text, policy over sft")
     min_eos_rate: Fraction = Field(description="share of answers that end by themselves")
     max_answer_tokens: Positive = Field(description="mean answer length, in tokens")
     max_regression: NonNegative = Field(
@@ -40,15 +42,65 @@ class Jobs(Section):
     sft: JobLayout
     reward: JobLayout
     ppo: JobLayout
+    dpo: JobLayout
     evaluate: JobLayout
+
+
+class FrozenEngine(Section):
+    """How the ranks hold a model that is only scored with."""
+
+    zero_stage: Literal[0, 3] = Field(description="0: each rank holds the whole model; 3: each rank holds its part of every parameter")
+    offload_parameters: bool = Field(description="keep the parts in the CPU's memory between uses; with zero_stage 3")
+
+    @model_validator(mode="after")
+    def _offload(self) -> Self:
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, but it is {self.zero_stage}")
+        return self
+
+
+class Engine(Section):
+    """How the ranks hold a model that is trained (ZeRO, arXiv 1910.02054)."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        description="what the ranks share out: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too; 0 counts as 1 in half "
+        "precision, whose fp32 weights are optimiser states"
+    )
+    offload_optimizer: bool = Field(description="keep optimiser states and step in the CPU's memory; with zero_stage 1 to 3")
+    offload_parameters: bool = Field(description="keep the parts in the CPU's memory between uses; with zero_stage 3")
+
+    @model_validator(mode="after")
+    def _offload(self) -> Self:
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, but it is {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage < 1:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3, but it is 0")
+        return self
+
+
+class Engines(Section):
+    """DeepSpeed's settings of each model."""
+
+    policy: Engine = Field(description="the model that base, sft and dpo train, and ppo's actor")
+    critic: Engine = Field(description="the reward model while it is trained (stage reward, the judge), and ppo's critic")
+    reference: FrozenEngine = Field(description="the frozen policy that ppo keeps near to")
+    reward: FrozenEngine = Field(description="the frozen reward model of ppo")
+
+
+class Checkpoints(Section):
+    keep: PositiveInt = Field(description="so many of a stage's newest checkpoints stay until it has ended, and its best one besides")
 
 
 class Launch(Section):
     """Where and how to run. No stage depends on it, precision aside: batch sizes are global, so the hardware changes no result."""
 
     accelerator: Literal["auto", "cpu", "cuda"] = Field(description="auto: cuda where a GPU is present, else cpu")
-    precision: Literal["fp32", "bf16"] = Field(description="arithmetic of the models; optimiser states are fp32")
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = Field(description="DeepSpeed ZeRO stage of the trained models")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        description="arithmetic of the models; optimiser states are fp32, and fp16 scales its loss dynamically"
+    )
+    engines: Engines
+    gradient_checkpointing: bool = Field(description="compute activations again in the backward pass: less memory, a third more work")
+    checkpoints: Checkpoints
     hostfile: str | None = Field(description="DeepSpeed hostfile for several nodes; null: this machine")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(description="rendezvous port of the ranks; 0: a free one")
     timeout_minutes: Positive = Field(description="a stage that runs longer is stopped")

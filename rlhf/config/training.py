@@ -1,4 +1,4 @@
-"""Sections base, sft, reward, ppo and evaluate: how the models are trained and measured."""
+"""Sections base, sft, reward, ppo, dpo and evaluate: how the models are trained and measured."""
 
 from __future__ import annotations
 
@@ -20,6 +20,22 @@ class Optimizer(Section):
     epsilon: Positive = Field(description="Adam's ε")
     weight_decay: NonNegative = Field(description="decoupled weight decay, on matrices only")
     max_grad_norm: Positive = Field(description="gradients are scaled down to this global norm")
+
+
+class Lora(Section):
+    """Low-rank adapters (arXiv 2106.09685). All other weights stay frozen, save the head of a reward model or critic."""
+
+    rank: PositiveInt = Field(description="rank of each adapter")
+    alpha: Positive = Field(description="an adapter's output is scaled by alpha / rank")
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        description="names of the layers that get an adapter, for example [q_proj, v_proj]; all-linear: every linear layer but the output"
+    )
+    learning_rate: Positive = Field(description="peak learning rate, instead of the optimiser's")
+
+
+def peak(optimizer: Optimizer, lora: Lora | None) -> Optimizer:
+    """The optimiser's settings for a model that is trained with or without adapters."""
+    return optimizer.model_copy(update={"learning_rate": lora.learning_rate}) if lora else optimizer
 
 
 class BuiltBase(Section):
@@ -67,6 +83,13 @@ class Sft(Section):
     epochs: Positive = Field(description="passes over the demonstrations, each in a fresh order")
     batch_size: PositiveInt = Field(description="dialogues per optimiser step, over all processes")
     max_tokens: PositiveInt = Field(description="longer dialogues are left out and counted")
+    loss_on: Literal["assistant", "all"] = Field(
+        description="assistant: the loss counts the assistant's tokens and their ends; all: the prompts' tokens, too"
+    )
+    group_by_length: bool = Field(
+        description="dialogues of similar length share a batch: other ones each epoch, the batches in random order"
+    )
+    lora: Lora | None = Field(description="adapters; null: all weights are trained")
     optimizer: Optimizer
     checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
 
@@ -75,6 +98,8 @@ class Reward(Section):
     epochs: Positive = Field(description="passes over the pairs, each in a fresh order")
     batch_size: PositiveInt = Field(description="pairs per optimiser step, over all processes")
     max_tokens: PositiveInt = Field(description="pairs with a longer side are left out and counted")
+    group_by_length: bool = Field(description="pairs of similar length share a batch: other ones each epoch, the batches in random order")
+    lora: Lora | None = Field(description="adapters; null: all weights are trained")
     optimizer: Optimizer
     checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
 
@@ -130,6 +155,10 @@ class Ppo(Section):
     critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(description="first steps in which only the critic learns")
     actor: Optimizer
     critic: Optimizer
+    actor_lora: Lora | None = Field(
+        description="adapters; the actor without them is then the reference policy; null: all weights are trained"
+    )
+    critic_lora: Lora | None = Field(description="adapters of the critic; null: all weights are trained")
     stop: PpoStop
     checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
 
@@ -140,9 +169,35 @@ class Ppo(Section):
         return self
 
 
+class Dpo(Section):
+    """Direct preference optimisation of sft's policy (arXiv 2305.18290), where `algorithm` is dpo."""
+
+    epochs: Positive = Field(description="passes over the pairs, each in a fresh order")
+    batch_size: PositiveInt = Field(description="pairs per optimiser step, over all processes")
+    max_tokens: PositiveInt = Field(description="pairs with a longer side are left out and counted")
+    loss: Literal["sigmoid", "ipo"] = Field(description="sigmoid: DPO; ipo: a squared distance from 1 / (2·beta), arXiv 2310.12036")
+    beta: Positive = Field(description="strength of the pull towards the reference policy")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        description="share of labels taken to be wrong (conservative DPO, sigmoid only); 0: off"
+    )
+    reference: Literal["live", "precomputed", "none"] = Field(
+        description="log-probabilities of sft's policy: live, by a frozen copy (with lora: adapters off) at each step; precomputed, once "
+        "before training; none, taken as 0 (reference-free)"
+    )
+    lora: Lora | None = Field(description="adapters; null: all weights are trained")
+    optimizer: Optimizer
+    checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> Dpo:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, but loss ipo has none: set it to 0")
+        return self
+
+
 class Evaluate(Section):
     prompts: PositiveInt = Field(description="at most so many held-out prompts are answered by each model")
-    pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model")
+    pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model (dpo: its implicit reward)")
     texts: PositiveInt = Field(description="at most so many held-out passages measure perplexity")
     batch_size: PositiveInt = Field(description="prompts answered at a time")
     temperature: Positive = Field(description="sampling temperature of the answers compared")

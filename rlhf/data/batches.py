@@ -7,7 +7,7 @@ itself. So the tokens that sft trains on, that the reward model reads and that P
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,39 +16,73 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
+Frozen = tuple[tuple[tuple[str, str], ...], ...]  # messages that can be looked up
+Encoded = tuple[list[int], list[int]]  # token ids and mask
 
 
-def encode_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> tuple[list[int], list[int]]:
+def encode_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Encoded:
     """Token ids of a dialogue and a mask of the same length: 1 on each assistant turn's tokens, its end token included.
 
     What the template writes after the last end token is left out. A dialogue that ends in a user turn ends with the generation prompt.
     """
-    ids: list[int] = []
-    mask: list[int] = []
+    return encode_dialogues(tokenizer, [messages])[0]
+
+
+def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Messages]) -> list[Encoded]:
+    """What `encode_dialogue` makes of each: every distinct text is rendered and tokenized once, and all of them in one call."""
+    frozen = [tuple(tuple(message.items()) for message in messages) for messages in dialogues]
+    before = _render(tokenizer, [part for messages in frozen for part in _before_answers(messages)], answer_follows=True)
+    after = _render(tokenizer, [part for messages in frozen for part in _after_answers(messages)], answer_follows=False)
+    end = str(tokenizer.eos_token)
+    cut = [_pieces(messages, before, after, end) for messages in frozen]
+    texts = list(dict.fromkeys(text for pieces in cut for text, _ in pieces))
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
+    return [
+        ([token for text, _ in pieces for token in ids[text]], [counted for text, counted in pieces for _ in ids[text]]) for pieces in cut
+    ]
+
+
+def _answers(messages: Frozen) -> list[int]:
+    return [i for i, message in enumerate(messages) if dict(message)["role"] == "assistant"]
+
+
+def _before_answers(messages: Frozen) -> list[Frozen]:
+    """What stands before each answer: the whole of a dialogue that ends in a user turn, too."""
+    answers = _answers(messages)
+    return [messages[:i] for i in answers] + ([] if len(messages) - 1 in answers else [messages])
+
+
+def _after_answers(messages: Frozen) -> list[Frozen]:
+    return [messages[: i + 1] for i in _answers(messages)]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Frozen], *, answer_follows: bool) -> dict[Frozen, str]:
+    distinct = list(dict.fromkeys(dialogues))
+    plain = [list(map(dict, messages)) for messages in distinct]
+    texts = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_follows) if plain else []
+    return dict(zip(distinct, texts, strict=True))
+
+
+def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after: dict[Frozen, str], end: str) -> list[tuple[str, int]]:
+    """The text of a dialogue, cut where answers begin and end; each piece with its mask."""
+    pieces: list[tuple[str, int]] = []
     done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:i], answer_follows=True)
-        after = _render(tokenizer, messages[: i + 1], answer_follows=False)
+    answers = _answers(messages)
+    for i in answers:
+        before, after = rendered_before[messages[:i]], rendered_after[messages[: i + 1]]
         if not (before.startswith(done) and after.startswith(before)):
             # a template that rewrites earlier turns: only the last answer can be learnt as it will be sampled
-            ids, mask, done = [], [], ""
-        answer = after[len(before) :] if after.startswith(before) else message["content"] + str(tokenizer.eos_token)
-        answer = answer[: answer.rindex(str(tokenizer.eos_token)) + len(str(tokenizer.eos_token))]
-        for piece, counted in ((before[len(done) :], 0), (answer, 1)):
-            tokens = tokenizer.encode(piece, add_special_tokens=False)
-            ids += tokens
-            mask += [counted] * len(tokens)
+            pieces, done = [], ""
+        answer = after[len(before) :] if after.startswith(before) else dict(messages[i])["content"] + end
+        answer = answer[: answer.rindex(end) + len(end)]
+        pieces += [(before[len(done) :], 0), (answer, 1)]
         done = before + answer
-    if messages[-1]["role"] != "assistant":
-        whole = _render(tokenizer, messages, answer_follows=True)
+    if len(messages) - 1 not in answers:
+        whole = rendered_before[messages]
         if not whole.startswith(done):
-            ids, mask, done = [], [], ""
-        tokens = tokenizer.encode(whole[len(done) :], add_special_tokens=False)
-        ids += tokens
-        mask += [0] * len(tokens)
-    return ids, mask
+            pieces, done = [], ""
+        pieces.append((whole[len(done) :], 0))
+    return pieces
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
@@ -58,10 +92,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows))
 
 
 @dataclass(frozen=True)
@@ -135,16 +165,18 @@ def pad_rows(rows: Sequence[Sequence[float]], value: float, device: str | torch.
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """Which rows make up which step: each epoch a fresh permutation, the epochs one after the other.
 
-    A function of the step alone, so that a resumed run needs no state to find its place.
+    With `lengths` the rows of a batch are of similar length, but for a batch that lies across two epochs. A function of the step alone,
+    so that a resumed run needs no state to find its place.
     """
 
     rows: int
     batch_size: int
     seed: int
+    lengths: Sequence[int] | None = None  # of each row; None: any rows may meet in a batch
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * self.rows / self.batch_size))
@@ -152,14 +184,35 @@ class Order:
     def batch(self, step: int) -> list[int]:
         """Row indices of step 0, 1, 2, …"""
         first = step * self.batch_size
-        return [_permutation(self.rows, self.seed, at // self.rows)[at % self.rows] for at in range(first, first + self.batch_size)]
+        return [_permutation(self, at // self.rows)[at % self.rows] for at in range(first, first + self.batch_size)]
 
 
 @lru_cache(maxsize=4)
-def _permutation(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    order = list(range(rows))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return tuple(order)
+def _permutation(order: Order, epoch: int) -> list[int]:
+    generator = random.Random(f"{order.seed}/{epoch}")
+    rows = list(range(order.rows))
+    generator.shuffle(rows)
+    return rows if order.lengths is None else _grouped(rows, order.lengths, order.batch_size, -epoch * order.rows, generator)
+
+
+WINDOW = 32  # at most so many batches' worth of shuffled rows is sorted by length, and a quarter of an epoch: each epoch has new batches
+
+
+def _grouped(rows: list[int], lengths: Sequence[int], size: int, boundary: int, generator: random.Random) -> list[int]:
+    """Shuffled rows so ordered that the batches which lie in this epoch hold rows of similar length; the batches in random order.
+
+    Args:
+        boundary: a place where a batch begins, modulo `size`.
+    """
+    begin = min(boundary % size, len(rows))
+    end = len(rows) - (len(rows) - begin) % size
+    width = size * max(1, min(WINDOW, (end - begin) // size // 4))
+    batches: list[list[int]] = []
+    for start in range(begin, end, width):
+        near = sorted(rows[start : min(start + width, end)], key=lengths.__getitem__)
+        batches += [near[i : i + size] for i in range(0, len(near), size)]
+    generator.shuffle(batches)
+    return [*rows[:begin], *(row for batch in batches for row in batch), *rows[end:]]
 
 
 def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ class Checker:
 
     def __init__(self, max_characters: int) -> None:
         self.max_characters = max_characters
-        self._seen: dict[bytes, str] = {}
+        self._seen: dict[bytes, tuple[str, str]] = {}  # source and place of the first such row
 
     def divide(self, rows: Iterable[Row | Quarantined]) -> tuple[list[Row], list[Quarantined]]:
         """The rows to use, and those to keep in quarantine."""
@@ -49,10 +49,10 @@ class Checker:
     def _repetition(self, row: Row) -> str | None:
         digest = _digest(row)
         if earlier := self._seen.get(digest):
-            return f"duplicate: same as {earlier}"
+            return f"{'duplicate' if earlier[0] == row.source else 'in another source'}: same as {earlier[1]}"
         if row.rejected is not None and (earlier := self._seen.get(_digest(replace(row, chosen=row.rejected, rejected=row.chosen)))):
-            return f"contradiction: prefers the opposite of {earlier}"
-        self._seen[digest] = f"line {row.line} of {row.file}"
+            return f"contradiction: prefers the opposite of {earlier[1]}"
+        self._seen[digest] = row.source, f"line {row.line} of {row.file}"
         return None
 
 

@@ -29,7 +29,12 @@ def start(job: Job) -> torch.device:
         # DeepSpeed would compile its shared-memory collectives at the first start; a fresh machine may lack a compiler, and gloo needs none
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
-    return torch.device("cuda", job.local_rank) if cuda else torch.device("cpu")
+    return device(job)
+
+
+def device(job: Job) -> torch.device:
+    """This rank's own."""
+    return torch.device("cuda", job.local_rank) if job.device == "cuda" else torch.device("cpu")
 
 
 def check_even(size: int, job: Job, name: str) -> None:

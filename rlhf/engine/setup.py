@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import accumulation, layout
+from rlhf.engine.partition import shape
+from rlhf.errors import UserError
 from rlhf.job import Job
+from rlhf.models.scalar import ScalarModel
 
 deepspeed_logger.setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at each call that DeepSpeed makes
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def learning_rate_factor(params: Optimizer, step: int, total: int) -> float:
@@ -33,42 +43,77 @@ def learning_rate_factor(params: Optimizer, step: int, total: int) -> float:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay on matrices only: not on norms and biases."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    groups = [
+        {"params": [p for p in trained if len(shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(shape(p)) < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # adapters are matrices only
 
 
-def train_engine(module: nn.Module, params: Optimizer, job: Job, batch_size: int, total_steps: int) -> DeepSpeedEngine:
+def settings(job: Job, name: str) -> dict[str, Any]:
+    """DeepSpeed's settings of engine `name` of launch.engines.
+
+    Raises:
+        UserError: the device cannot compute in fp16.
+    """
+    launch = job.params.launch
+    if launch.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("launch.precision is fp16, in which this machine's processor cannot train", remedy="set it to fp32 or bf16")
+    engine = getattr(launch.engines, name)
+    cpu = {"device": "cpu", "pin_memory": job.device == "cuda"}
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_parameters:
+        zero["offload_param"] = cpu
+    return {
+        "train_micro_batch_size_per_gpu": layout(job).micro_batch_size,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # torch's AdamW steps on the CPU as well; DeepSpeed's own would have to be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": launch.precision == "bf16"},
+        "fp16": {"enabled": launch.precision == "fp16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, batch_size: int, total_steps: int) -> DeepSpeedEngine:
     """A DeepSpeed engine that trains a module.
 
     Args:
+        name: its place in launch.engines: policy or critic.
         batch_size: rows of an optimiser step over all ranks; accumulation is derived from it.
         total_steps: optimiser steps of the whole run, which the schedule spans.
     """
     launch = job.params.launch
+    if launch.gradient_checkpointing:
+        model: Any = module.model if isinstance(module, ScalarModel) else module
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.train()  # without dropout it computes the same as in eval; only in train are activations checkpointed
     optimizer = torch.optim.AdamW(
         parameter_groups(module, params.weight_decay), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(params, step, total_steps))
-    steps = accumulation(batch_size, job)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=scheduler,
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": layout(job).micro_batch_size,
-            "gradient_accumulation_steps": steps,
-            "gradient_clipping": params.max_grad_norm,
-            "zero_optimization": {"stage": launch.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "bf16": {"enabled": launch.precision == "bf16"},
-            "steps_per_print": 10**9,
-        },
-    )
+    config = settings(job, name) | {"gradient_accumulation_steps": accumulation(batch_size, job), "gradient_clipping": params.max_grad_norm}
+    zero = config["zero_optimization"]
+    if launch.precision != "fp32":
+        zero["stage"] = max(1, zero["stage"])
+    if getattr(launch.engines, name).offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": job.device == "cuda"}
+    # norms and biases stay whole on every rank: to gather each of them would cost more than it saves
+    zero["stage3_param_persistence_threshold"] = max((math.prod(shape(p)) for p in module.parameters() if len(shape(p)) < 2), default=0)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, dist_init_required=False, config=config)
     return engine
+
+
+def frozen(module: Module, job: Job, name: str, device: torch.device) -> Module:
+    """A module that is only scored with, as launch.engines.NAME says; under ZeRO-3 each forward pass gathers what it needs."""
+    module.eval().requires_grad_(False)
+    if getattr(job.params.launch.engines, name).zero_stage == 0:
+        return module.to(device)
+    engine, *_ = deepspeed.initialize(model=module, dist_init_required=False, config=settings(job, name))
+    # the engine's hooks go with it; as an attribute of torch's kind it would be a child of its own child
+    object.__setattr__(module, "engine", engine)
+    return module
 
 
 def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
@@ -82,9 +127,31 @@ def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
 
 
 def step(engine: DeepSpeedEngine) -> float:
-    """Let the optimiser step, after the backward passes of all micro-batches; the global norm of the gradient before clipping."""
-    # DeepSpeed does not say the norm where the optimiser is torch's own
+    """Let the optimiser step, after the backward passes of all micro-batches; the global norm of the gradient before clipping.
+
+    Under fp16 an infinite norm means that the scaled gradient overflowed: DeepSpeed leaves the weights as they are and scales less.
+    """
+    # without ZeRO the optimiser is torch's own, which does not say the norm
     own = [p.grad for p in engine.module.parameters() if p.grad is not None] if engine.zero_optimization_stage() == 0 else []
     norm = torch.nn.utils.get_total_norm(own).item() if own else None
     engine.step()
     return float(engine.get_global_grad_norm()) if norm is None else norm
+
+
+def step_together(job: Job, engines: Sequence[DeepSpeedEngine]) -> list[float]:
+    """Let several optimisers step: all of them, or none if the fp16 gradient of one has overflowed. The norms, as from `step`."""
+    if job.params.launch.precision == "fp16":
+        for engine in engines:
+            engine.optimizer.check_overflow()
+        if any(engine.optimizer.overflow for engine in engines):
+            return [_skip(engine) for engine in engines]
+    return [step(engine) for engine in engines]
+
+
+def _skip(engine: DeepSpeedEngine) -> float:
+    """Have DeepSpeed find an overflow, whatever the gradient: it then drops the gradient and lowers the scale."""
+    optimizer = engine.optimizer
+    optimizer.check_overflow = lambda **_: setattr(optimizer, "overflow", True)
+    norm = step(engine)
+    del optimizer.check_overflow
+    return norm

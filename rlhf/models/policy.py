@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# the one that takes packed rows' masks as they are; a family without it (GPT-J, BLOOM, MPT) would read them as something else, unnoticed
+ATTENTION = "sdpa"
 
 
 def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -45,7 +47,7 @@ def load_policy(folder: Path, precision: str) -> PreTrainedModel:
         UserError: the folder is missing or holds no such model.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], attn_implementation=ATTENTION)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: no causal language model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
@@ -53,6 +55,24 @@ def load_policy(folder: Path, precision: str) -> PreTrainedModel:
     disable_dropout(model)
     model.config.use_cache = False
     return model
+
+
+def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
+    """Check that a model sees the whole of each sequence of so many tokens; packed rows know nothing of a sliding window.
+
+    Args:
+        key: what in params.yaml sets the length.
+
+    Raises:
+        UserError: names the key and the model's limit.
+    """
+    limits = {
+        "number of positions": getattr(model.config, "max_position_embeddings", None),
+        "sliding attention window": getattr(model.config, "sliding_window", None),
+    }
+    for name, limit in limits.items():
+        if limit is not None and tokens > limit:
+            raise UserError(f"{key}: {tokens} tokens are more than the model's {name}, {limit}", remedy=f"lower it to {limit} at most")
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -75,13 +95,19 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer with chat template, generation config."""
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer with chat template, generation config.
+
+    Args:
+        weights: the whole weights by name, where the model holds only a part of each.
+    """
     model.config.use_cache = True
     if model.can_generate():
         model.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
         )
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     model.config.use_cache = False

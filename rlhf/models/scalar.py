@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models.policy import DTYPES, disable_dropout
+from rlhf.models.policy import ATTENTION, DTYPES, disable_dropout
 
 
 class ScalarModel(nn.Module):
@@ -52,7 +52,7 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
     """
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=DTYPES[precision], pad_token_id=tokenizer.pad_token_id
+            folder, num_labels=1, dtype=DTYPES[precision], pad_token_id=tokenizer.pad_token_id, attn_implementation=ATTENTION
         )
     except (OSError, ValueError) as error:
         raise UserError(

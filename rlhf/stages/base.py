@@ -6,16 +6,19 @@ later stage reads one local copy with safe weights, a chat template and a known 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
+from rlhf.engine import output
 from rlhf.engine.distributed import start
+from rlhf.engine.partition import shape
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import build_policy, save_model
+from rlhf.models.policy import ATTENTION, build_policy
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, template
 from rlhf.stages.language_model import fit, perplexity
 
@@ -32,15 +35,15 @@ def main(job: Job) -> None:
         model, tokenizer = pin(params)
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
+    rows = blocks(held_out, tokenizer, 128)
+    metrics = {
+        "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "loss": history[-1]["loss"] if history else None,
+        "heldout_perplexity": perplexity(model.eval().to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
+    }
+    output.save(job, model, tokenizer, job.output("models/base"))
     if job.is_main:
-        rows = blocks(held_out, tokenizer, 128)
-        metrics = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "vocabulary": len(tokenizer),
-            "loss": history[-1]["loss"] if history else None,
-            "heldout_perplexity": perplexity(model.eval().to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
-        }
-        save_model(model, tokenizer, job.output("models/base"))
         job.write_metrics(metrics)
         job.write_plot("plots/base.csv", history)
 
@@ -70,7 +73,7 @@ def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     options = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(params.model, **options)
-        model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", **options)
+        model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", attn_implementation=ATTENTION, **options)
     except (OSError, ValueError) as error:
         raise UserError(
             f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",

@@ -1,4 +1,4 @@
-"""Stage evaluate: ppo against sft on held-out data, judged by something that PPO did not optimise.
+"""Stage evaluate: the new policy (of ppo or dpo) against sft on held-out data, judged by something that training did not optimise.
 
 Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of
 the judge slice that no other stage saw, and decides which answer wins.
@@ -19,11 +19,12 @@ from rlhf.data import sandbox
 from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
 from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.job import Job, read_lines, run, write_lines
+from rlhf.models import lora
 from rlhf.models.policy import load_policy
-from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
+from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, Sampling, generate
-from rlhf.stages import reward
+from rlhf.stages import dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
 
@@ -36,8 +37,8 @@ def main(job: Job) -> None:
     tokenizer = load_tokenizer(job.input("models/sft"))
     prompts_file = job.input("data/prepared/heldout_prompts.jsonl")
     prompts = [row for row in read_lines(prompts_file) if fits(job, tokenizer, row)][: params.prompts]
-    policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", "ppo")}
-    reward_model = load_scalar(job.input("models/reward"), tokenizer, precision).eval().to(device)
+    new = job.params.algorithm
+    policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", new)}
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
@@ -45,21 +46,16 @@ def main(job: Job) -> None:
     # 2. the judge scores the answers
     judge, score_all = make_judge(job, tokenizer, device)
     scores = {name: score_all(prompts, answers[name]) for name in policies}
-    rewards = {name: reward_scores(reward_model, tokenizer, prompts, answers[name], job) for name in policies}
     # 3. numbers
-    pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
-    accuracy = reward.accuracy(
-        *reward.score_pairs(reward_model, pairs[: params.pairs], tokenizer.pad_token_id, layout(job).micro_batch_size)
-    )
+    if new == "ppo":
+        reward_model = measure_reward_model(job, tokenizer, prompts, answers, device)
+    else:
+        reward_model = measure_implicit_reward(job, tokenizer, policies)
     metrics = {
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
         "win_rate": {**win_rate(job, scores), "judge": judge},
-        "reward_model": {
-            "accuracy": accuracy,
-            "n": len(pairs[: params.pairs]),
-            **{name: statistics.fmean(rewards[name]) for name in rewards},
-        },
-        "kl": kl(job, policies, rollouts["ppo"], tokenizer),
+        "reward_model": reward_model,
+        "kl": kl(job, policies, rollouts[new], tokenizer),
         "perplexity": perplexities(job, policies, tokenizer),
         "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
@@ -67,11 +63,13 @@ def main(job: Job) -> None:
         "temperature": params.temperature,
         "heldout": hashlib.sha256(prompts_file.read_bytes()).hexdigest(),
     }
+    judged = course(job, score_all) if new == "ppo" else []
     # 4. outputs
     if job.is_main:
         job.write_metrics(metrics)
         write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
-        job.write_plot("plots/gold_against_kl.csv", course(job, score_all))
+        if new == "ppo":
+            job.write_plot("plots/gold_against_kl.csv", judged)
         for line in table(prompts, answers, scores, params.shown):
             job.say(line)
 
@@ -109,8 +107,8 @@ def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devic
         return "gold score", lambda rows, answers: [sandbox.gold_score(row["gold"], text) for row, text in zip(rows, answers, strict=True)]
     params = job.params.evaluate.judge
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
-    second = load_scalar(job.input("models/base"), tokenizer, job.params.launch.precision)
-    initialise_head(second, job.seed("judge"))
+    second = reward.new_scalar(job, tokenizer, "judge")
+    lora.attach(second.model, params.lora, "models/base", "evaluate.judge.lora", job)
     reward.fit(job, second, pairs, params, tokenizer.pad_token_id)
     return f"second reward model, trained on {len(pairs)} held-out pairs", lambda rows, answers: reward_scores(
         second, tokenizer, rows, answers, job
@@ -131,9 +129,29 @@ def reward_scores(
 # --------------------------------------------------------------------------------------------------------------- numbers
 
 
+def measure_reward_model(
+    job: Job, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], device: torch.device
+) -> dict[str, float]:
+    """Accuracy of stage reward's model on held-out pairs, and the mean score that it gives each policy's answers."""
+    model = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision).eval().to(device)
+    pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
+    pairs = pairs[: job.params.evaluate.pairs]
+    scores = reward.score_pairs(model, pairs, tokenizer.pad_token_id, layout(job).micro_batch_size)
+    means = {name: statistics.fmean(reward_scores(model, tokenizer, prompts, answers[name], job)) for name in answers}
+    return {"accuracy": reward.accuracy(*scores), "n": len(pairs), **means}
+
+
+def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, policies: dict[str, PreTrainedModel]) -> dict[str, float]:
+    """Accuracy of DPO's implicit reward on held-out pairs."""
+    pairs, _ = dpo.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl")
+    pairs = pairs[: job.params.evaluate.pairs]
+    sizes = {"pad_id": tokenizer.pad_token_id, "batch_size": layout(job).micro_batch_size}
+    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, **sizes), "n": len(pairs)}
+
+
 def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
     """Mean gold score of both models, their difference with its 95% interval, and the means of each kind of task."""
-    differences = np.array(scores["ppo"]) - np.array(scores["sft"])
+    differences = np.array(scores[job.params.algorithm]) - np.array(scores["sft"])
     kinds = sorted({row["gold"]["kind"] for row in prompts})
     by_kind = {
         kind: {
@@ -147,9 +165,9 @@ def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, 
 
 
 def win_rate(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
-    """Share of prompts on which ppo's answer scores higher than sft's; a tie counts one half."""
-    ppo, sft = np.array(scores["ppo"]), np.array(scores["sft"])
-    wins = np.where(ppo == sft, 0.5, ppo > sft)
+    """Share of prompts on which the new policy's answer scores higher than sft's; a tie counts one half."""
+    new, sft = np.array(scores[job.params.algorithm]), np.array(scores["sft"])
+    wins = np.where(new == sft, 0.5, new > sft)
     return {"value": float(wins.mean()), "ci95": bootstrap(job, wins)}
 
 
@@ -162,7 +180,7 @@ def bootstrap(job: Job, values: np.ndarray) -> list[float]:
 
 @torch.no_grad()
 def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Mean over ppo's answers of log p_ppo(answer) − log p_sft(answer), in nats, at the sampling temperature."""
+    """Mean over the new policy's answers of log p(answer) − log p_sft(answer), in nats, at the sampling temperature."""
     total = 0.0
     rows = list(zip(rollouts.prompts, rollouts.answers, strict=True))
     for part in micro_batches(rows, layout(job).micro_batch_size):
@@ -174,7 +192,7 @@ def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts, token
             )
             for name, model in policies.items()
         }
-        total += (log_probs["ppo"] - log_probs["sft"]).sum().item()
+        total += (log_probs[job.params.algorithm] - log_probs["sft"]).sum().item()
     return total / len(rows)
 
 
@@ -184,7 +202,7 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
     texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
     rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     values = {name: perplexity(model, rows, tokenizer.pad_token_id, layout(job).micro_batch_size) for name, model in policies.items()}
-    return {**values, "ratio": values["ppo"] / values["sft"]}
+    return {**values, "ratio": values[job.params.algorithm] / values["sft"]}
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs

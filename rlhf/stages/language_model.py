@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.config.training import BuiltBase, Sft
+from rlhf.config.training import BuiltBase, Sft, peak
 from rlhf.data.batches import Order, pack
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import layout, micro_batches, share, sum_over_ranks
 from rlhf.engine.setup import backward, step, train_engine
+from rlhf.engine.steps import Steps
 from rlhf.job import Job
 
 Row = tuple[list[int], list[int]]  # token ids and loss mask
@@ -22,12 +23,15 @@ Row = tuple[list[int], list[int]]  # token ids and loss mask
 
 def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase | Sft, pad_id: int) -> list[dict[str, float]]:
     """Train `model` in place; returns a row per step for the plot."""
-    order = Order(len(rows), params.batch_size, job.seed("order"))
+    by_length = isinstance(params, Sft) and params.group_by_length
+    order = Order(len(rows), params.batch_size, job.seed("order"), [len(ids) for ids, _ in rows] if by_length else None)
     total = order.steps(params.epochs)
-    engine = train_engine(model, params.optimizer, job, params.batch_size, total)
+    optimizer = params.optimizer if isinstance(params, BuiltBase) else peak(params.optimizer, params.lora)
+    engine = train_engine(model, optimizer, job, "policy", params.batch_size, total)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
-    for number in range(state["step"], total):
+    steps = Steps(job, state["step"], total, params.checkpoint_every)
+    for number in steps:
         started = time.perf_counter()
         batch = [rows[i] for i in order.batch(number)]
         counted = sum(sum(mask[1:]) for _, mask in batch)  # of the global batch: every rank sees it whole
@@ -46,8 +50,8 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
         seconds = time.perf_counter() - started
         rate = {"learning_rate": engine.get_lr()[0]}
         job.log(number + 1, total, {**stats, **rate, "tokens_per_second": sum(len(ids) for ids, _ in batch) / seconds})
-        if (number + 1) % params.checkpoint_every == 0 and number + 1 < total:
-            checkpoints.save(job, number + 1, {"model": engine}, {"history": history})
+        if steps.checkpoint_due(number):
+            checkpoints.save(job, number + 1, {"model": engine}, {"history": history}, -loss_mean)
     return history
 
 

@@ -1,46 +1,55 @@
 """Stage ppo: proximal policy optimisation of the sft policy against the reward model.
 
 Four models: the actor (trained), the reference (sft, frozen), the critic (trained, from the reward model) and the reward model (frozen).
+Where the actor is trained by adapters, the reference is the actor without them.
 Each step: 1. rollout, 2. scoring, 3. rewards and advantages, 4. updates. The arithmetic stands in rlhf/algorithms/ppo.py.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.config.training import Ppo
-from rlhf.data.batches import Order, decode_answer, encode_prompt, pack
-from rlhf.engine import checkpoints, divergence
+from rlhf.config.training import Ppo, peak
+from rlhf.data.batches import Order, decode_answer, encode_dialogues, pack
+from rlhf.engine import checkpoints, divergence, output
 from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.ema import Ema
-from rlhf.engine.setup import backward, train_engine
-from rlhf.engine.setup import step as optimizer_step
+from rlhf.engine.partition import born, generating, written
+from rlhf.engine.setup import backward, frozen, settings, step_together, train_engine
+from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
-from rlhf.job import Job, read_lines, run, write_lines
-from rlhf.models.policy import load_policy, save_model
+from rlhf.job import Job, read_lines, run
+from rlhf.models import lora
+from rlhf.models.policy import check_length, load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, Sampling, generate
 from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
 
+MAX_RATIO_ERROR = 1e-3  # of the first mini-batch after a rollout, in fp32: rounding alone stays a hundred times below
+
 
 @dataclass
 class Models:
     actor: DeepSpeedEngine
     critic: DeepSpeedEngine
-    reference: PreTrainedModel
+    reference: lora.Reference
     reward: ScalarModel
+    adapters: lora.Adapters | None  # of the actor
     ema: Ema | None
     tokenizer: PreTrainedTokenizerBase
 
@@ -62,13 +71,13 @@ def main(job: Job) -> None:
     text_order = Order(len(texts), params.mixture_batch_size, job.seed("texts")) if texts else None
 
     engines = {"actor": models.actor, "critic": models.critic}
-    averages = models.ema.average if models.ema else {}
-    state = checkpoints.load(job, engines, averages)
+    state = checkpoints.load(job, engines, models.ema)
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
-    records = [row for row in read_lines(job.folder / "rollouts.jsonl") if row["step"] <= state["step"]] if state["step"] else []
+    records = Records(job, state.get("records_bytes", 0))
 
-    for step in range(state["step"], params.steps):
+    steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
+    for step in steps:
         clock = Clock()
         picked = share(order.batch(step), job, "ppo.rollout_batch_size")
         # 1. rollout
@@ -84,11 +93,12 @@ def main(job: Job) -> None:
         stats |= update(job, models, experience, targets, passages, step)
         clock.stop("training")
         divergence.check(job, step + 1, stats, params.stop.model_dump())
+        check_ratio(job, step + 1, stats["ratio_error"])
         controller.update(stats["kl"], params.rollout_batch_size)
 
         history.append({"step": step + 1, **stats})
         job.log(step + 1, params.steps, {**stats, **clock.report(experience.mask.sum().item())})
-        records += [
+        records.add(
             {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, ids[length:]), "kl": kl, "score": value}
             for i, ids, length, kl, value in zip(
                 order.batch(step),
@@ -98,18 +108,17 @@ def main(job: Job) -> None:
                 experience.scores.tolist(),
                 strict=True,
             )
-        ]
-        if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
-            if job.is_main:
-                write_lines(job.folder / "rollouts.jsonl", records)
-            checkpoints.save(job, step + 1, engines, {"history": history, "beta": controller.beta}, averages)
+        )
+        if steps.checkpoint_due(step):
+            going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes}
+            checkpoints.save(job, step + 1, engines, going, stats["reward"], models.ema)
 
     if models.ema:
         models.ema.copy_to(models.actor.module)
+    output.save(job, models.actor.module, tokenizer, job.output("models/ppo"), models.adapters)
     if job.is_main:
-        save_model(models.actor.module, tokenizer, job.output("models/ppo"))
-        write_lines(job.output("data/rollouts.jsonl"), records)
-        job.write_metrics({**history[-1], "prompts": len(prompts), "too_long": too_long})
+        shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
+        job.write_metrics({**history[-1], "prompts": len(prompts), "too_long": too_long, **lora.share(models.adapters)})
         job.write_plot("plots/ppo.csv", history)
 
 
@@ -123,7 +132,8 @@ def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dic
         UserError: none fits.
     """
     rows = read_lines(job.input("data/prepared/ppo.jsonl"))
-    encoded = [{"row": row, "ids": encode_prompt(tokenizer, row["prompt"])} for row in rows]
+    prompts = encode_dialogues(tokenizer, (row["prompt"] for row in rows))
+    encoded = [{"row": row, "ids": ids} for row, (ids, _) in zip(rows, prompts, strict=True)]
     fitting = [row for row in encoded if len(row["ids"]) <= job.params.ppo.max_prompt_tokens]
     if not fitting:
         raise UserError(
@@ -152,18 +162,25 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     params, precision = job.params.ppo, job.params.launch.precision
     updates = params.steps * updates_per_step(params)
     warmup = params.critic_warmup_steps * updates_per_step(params)
-    reference = load_policy(job.input("models/sft"), precision).eval().requires_grad_(False).to(device)
-    reward = load_scalar(job.input("models/reward"), tokenizer, precision).eval().requires_grad_(False).to(device)
-    critic = load_scalar(job.input("models/reward"), tokenizer, precision)
-    with torch.no_grad():
+    with born(settings(job, "reward")):
+        reward = load_scalar(job.input("models/reward"), tokenizer, precision)
+    reward = frozen(reward, job, "reward", device)
+    with born(settings(job, "critic")):
+        critic = load_scalar(job.input("models/reward"), tokenizer, precision)
+    with torch.no_grad(), written(critic.head.weight):
         critic.head.weight.div_(reward.std)  # in the units of the normalised reward
-    actor = load_policy(job.input("models/sft"), precision)
-    engine = train_engine(actor, params.actor, job, params.mini_batch_size, max(1, updates - warmup))
+    lora.attach(critic.model, params.critic_lora, "models/reward", "ppo.critic_lora", job)
+    with born(settings(job, "policy")):
+        actor = load_policy(job.input("models/sft"), precision)
+    check_length(actor, params.max_prompt_tokens + params.max_answer_tokens, "ppo.max_prompt_tokens + ppo.max_answer_tokens")
+    adapters = lora.attach(actor, params.actor_lora, "models/sft", "ppo.actor_lora", job)
+    engine = train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", params.mini_batch_size, max(1, updates - warmup))
     return Models(
         actor=engine,
-        critic=train_engine(critic, params.critic, job, params.mini_batch_size, updates),
-        reference=reference,
+        critic=train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.mini_batch_size, updates),
+        reference=lora.reference(adapters, job, job.input("models/sft"), device),
         reward=reward,
+        adapters=adapters,
         ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
         tokenizer=tokenizer,
     )
@@ -177,7 +194,8 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int) -> R
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
     seeds = [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(len(prompts))]
     ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
-    return generate(models.actor.module, prompts, seeds, sampling, **ids, policy_version=step)
+    with generating(models.actor) as actor:
+        return generate(actor, prompts, seeds, sampling, **ids, policy_version=step)
 
 
 @torch.no_grad()
@@ -191,7 +209,8 @@ def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
         prompt_lengths = torch.tensor([len(rollouts.prompts[i]) for i in index], device=device)
         lengths = [len(rollouts.answers[i]) for i in index]
         at = Layout.of(sequences, prompt_lengths, mask_from_lengths(torch.tensor(lengths, device=device), max(lengths)), models.pad_id)
-        reference = answer_log_probs(models.reference, at, params.temperature)[0].cpu()
+        with models.reference() as model:
+            reference = answer_log_probs(model, at, params.temperature)[0].cpu()
         values = answer_values(models.critic, at).cpu()
         raw = models.reward(**at.packed.inputs)[at.packed.last]
         scores = ((raw - models.reward.mean) / models.reward.std).tolist()
@@ -206,10 +225,10 @@ def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
     return scored
 
 
-def answer_log_probs(model: Any, at: Layout, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer token (B, A), 0 beyond the end; and the entropy of each prediction (N,)."""
+def answer_log_probs(model: Any, at: Layout, temperature: float, *, learn_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer token (B, A), 0 beyond the end; and each prediction's entropy (N,), with gradient where wanted."""
     logits = model(**at.packed.inputs).logits.flatten(0, 1)[at.before]
-    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits, temperature)
+    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits if learn_entropy else logits.detach(), temperature)
 
 
 def answer_values(critic: Any, at: Layout) -> Tensor:
@@ -297,11 +316,11 @@ def update(
                 add(sums, stats)
                 ratio_max = max(ratio_max, ratio, key=lambda value: abs(value - 1))
             add(sums, critic_step(job, models, part, tokens))
-        if train_actor:
-            norms["actor_grad_norm"] = max(norms["actor_grad_norm"], optimizer_step(models.actor))
-            if models.ema:
-                models.ema.update(models.actor.module)
-        norms["critic_grad_norm"] = max(norms["critic_grad_norm"], optimizer_step(models.critic))
+        trained = {"critic_grad_norm": models.critic} | ({"actor_grad_norm": models.actor} if train_actor else {})
+        for name, norm in zip(trained, step_together(job, list(trained.values())), strict=True):
+            norms[name] = max(norms[name], norm)
+        if models.ema and train_actor:
+            models.ema.update(models.actor.module)
         if number == 0 and train_actor:
             ratio_error = abs(ratio_max - 1)
         means = sum_over_ranks(sums, device)
@@ -320,6 +339,20 @@ def update(
         "ratio_error": ratio_error,
         "updates": updates,
     }
+
+
+def check_ratio(job: Job, step: int, error: float) -> None:
+    """Check that the first mini-batch after a rollout found the policy that sampled it: |ratio − 1| is rounding in fp32.
+
+    Raises:
+        UserError: it is more.
+    """
+    if job.params.launch.precision == "fp32" and error > MAX_RATIO_ERROR:
+        raise UserError(
+            f"stage ppo, step {step}: training does not find the log-probabilities that the answers were sampled with: "
+            f"|ratio − 1| is {error:.2g} before the first update, above {MAX_RATIO_ERROR:g}",
+            remedy="this is a fault in how base.model is run, not in your data: choose another model, and report this one",
+        )
 
 
 def mini_batches(job: Job, count: int, step: int) -> Iterator[list[int]]:
@@ -347,7 +380,7 @@ def actor_step(
         sums to log; the ratio that is furthest from 1
     """
     params, actor = job.params.ppo, models.actor
-    log_probs, entropies = answer_log_probs(actor, part.at, params.temperature)
+    log_probs, entropies = answer_log_probs(actor, part.at, params.temperature, learn_entropy=params.entropy_coefficient > 0)
     policy = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, params.dual_clip, tokens)
     loss, sums = policy.loss, {"policy_loss": policy.loss.item(), "entropy": entropies.sum().item()}
     if params.entropy_coefficient:
@@ -369,6 +402,24 @@ def critic_step(job: Job, models: Models, part: Part, tokens: float) -> dict[str
     value = ppo.value_loss(values, part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
     backward(models.critic, value.loss)
     return {"value_loss": value.loss.item(), **{name: sum_.item() for name, sum_ in value.sums.items()}}
+
+
+class Records:
+    """The rollouts so far, in a file of the job's folder that rank 0 appends to; what came after the last checkpoint is cut off."""
+
+    def __init__(self, job: Job, checkpointed: int) -> None:
+        self.path, self.job, self.bytes = job.folder / "rollouts.jsonl", job, checkpointed
+        if job.is_main:
+            self.path.touch()
+            os.truncate(self.path, checkpointed)
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        if self.job.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+            self.bytes = self.path.stat().st_size
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Stage prepare: read every source, put bad rows in quarantine, deal the others to slices, write what the stages read.
+"""Stage prepare: read every source, put bad rows in quarantine, deal the others to slices, blend them by weight, write.
 
 Makes data/prepared and metrics/prepare.json. Every random choice derives from params.seed and the name of the source.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import Params
-from rlhf.config.data import SLICES
-from rlhf.data.formats import Quarantined, Row, Turns, read
-from rlhf.data.split import deal, key_of, shuffled, without_leaks
+from rlhf.config.data import WEIGHTED
+from rlhf.data.formats import BY_DESIGN, Quarantined, Row, Turns, read
+from rlhf.data.split import blend, deal_sources, key_of, shared_prompts, shuffled, without_leaks
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.job import Job, run, write_lines
@@ -38,19 +39,18 @@ def main(job: Job) -> None:
         job.say(f"{source.name}: {len(good[source.name])} rows, {len(bad[source.name])} in quarantine")
     check_quarantine(job, good, bad)
 
-    dealt: Slices = {name: [] for name in SLICES}
-    for source in sources:
-        for name, rows in deal(good[source.name], source.split, job.random("split", source.name)).items():
-            dealt[name] += rows
+    dealt = deal_sources(good, sources, job.random)
     slices, leaked = without_leaks({name: shuffled(rows, job.random("order", name)) for name, rows in dealt.items()})
     job.say(", ".join(f"{name} {len(rows)}" for name, rows in slices.items()) + f"; {len(leaked)} training rows removed as held out")
+    weights = {source.name: source.weight for source in sources}
+    used = slices | {name: blend(slices[name], weights, partial(job.random, name)) for name in WEIGHTED}
 
-    files = files_of(slices)
+    files = files_of(used)
     check_needs(job.params, files)
     for name, lines in files.items():
         write_lines(job.output(f"data/prepared/{name}.jsonl"), lines)
     write_quarantine(job.output("data/prepared/quarantine.jsonl"), bad)
-    job.write_metrics(summary(good, bad, slices, leaked, files))
+    job.write_metrics(summary(good, bad, slices, leaked, used, files))
 
 
 def files_of(slices: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
@@ -102,11 +102,12 @@ def check_quarantine(job: Job, good: Mapping[str, Sequence[Row]], bad: Mapping[s
     complaints = []
     for name, rows in bad.items():
         total = len(rows) + len(good[name])
-        if len(rows) > limit * total:
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(row.category for row in rows).most_common(3))
-            places = ", ".join(f"{row.file}:{row.line}" for row in rows[:3])
+        damaged = [row for row in rows if row.category not in BY_DESIGN]
+        if len(damaged) > limit * total:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(row.category for row in damaged).most_common(3))
+            places = ", ".join(f"{row.file}:{row.line}" for row in damaged[:3])
             complaints.append(
-                f"source '{name}' has {len(rows)} bad rows of {total} ({len(rows) / total:.1%}): {reasons}; the first: {places}"
+                f"source '{name}' has {len(damaged)} bad rows of {total} ({len(damaged) / total:.1%}): {reasons}; the first: {places}"
             )
     if complaints:
         path = job.folder / "quarantine.jsonl"
@@ -123,8 +124,10 @@ def check_needs(params: Params, files: Mapping[str, Sequence[object]]) -> None:
     Raises:
         UserError: names the slice, and the keys that feed it.
     """
-    needed = {"sft": "sft", "reward": "reward", "ppo": "ppo", "heldout_pairs": "heldout"}
-    if params.base.source == "build" or params.ppo.mixture_coefficient > 0:
+    needed = {"sft": "sft", "reward": "reward", "heldout_pairs": "heldout"}
+    if params.algorithm == "ppo":
+        needed["ppo"] = "ppo"
+    if params.base.source == "build" or (params.algorithm == "ppo" and params.ppo.mixture_coefficient > 0):
         needed["text"] = "text"
     if not params.data.has_gold:
         needed["judge"] = "judge"
@@ -150,9 +153,10 @@ def summary(
     bad: Mapping[str, Sequence[Quarantined]],
     slices: Mapping[str, Sequence[Row]],
     leaked: Sequence[Row],
+    used: Mapping[str, Sequence[Row]],
     files: Mapping[str, Sequence[object]],
 ) -> dict[str, Any]:
-    """Where every row went: per source, rows = quarantined + leaked + its slices."""
+    """Where every row went: per source, rows = quarantined + leaked + its slices; `used` counts repetitions by weight."""
     leaked_of = Counter(row.source for row in leaked)
     sources = {}
     for name, rows in good.items():
@@ -164,11 +168,13 @@ def summary(
             "reasons": dict(sorted(Counter(row.category for row in bad[name]).items())),
             "leaked": leaked_of[name],
             "slices": {slice_name: sum(row.source == name for row in part) for slice_name, part in slices.items()},
+            "used": {slice_name: sum(row.source == name for row in part) for slice_name, part in used.items()},
         }
     return {
         "rows": sum(source["rows"] for source in sources.values()),
         "quarantined": sum(len(rows) for rows in bad.values()),
         "leaked": len(leaked),
+        "shared_prompts": shared_prompts(slices),
         "files": {name: len(lines) for name, lines in files.items()},
         "sources": sources,
     }

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from rlhf.algorithms.pairwise import pairwise_loss
-from rlhf.config.training import Reward
-from rlhf.data.batches import Order, encode_dialogue, pack
-from rlhf.engine import checkpoints, divergence
+from rlhf.config.training import Reward, peak
+from rlhf.data.batches import Order, encode_dialogues, pack
+from rlhf.engine import checkpoints, divergence, output
 from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
-from rlhf.engine.setup import backward, step, train_engine
+from rlhf.engine.partition import born, written
+from rlhf.engine.setup import backward, settings, step, train_engine
+from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import save_model
+from rlhf.models import lora
+from rlhf.models.policy import check_length
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 
@@ -30,13 +33,14 @@ def main(job: Job) -> None:
     tokenizer = load_tokenizer(job.input("models/base"))
     pairs, too_long = read_pairs(job, tokenizer, "data/prepared/reward.jsonl", params.max_tokens)
     held_out, _ = read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", params.max_tokens)
-    scalar = load_scalar(job.input("models/base"), tokenizer, job.params.launch.precision)
-    initialise_head(scalar, job.seed("head"))
+    scalar = new_scalar(job, tokenizer, "head")
+    check_length(scalar.model, params.max_tokens, "reward.max_tokens")
+    adapters = lora.attach(scalar.model, params.lora, "models/base", "reward.lora", job)
     history = fit(job, scalar, pairs, params, tokenizer.pad_token_id)
+    chosen, rejected = score_pairs(scalar, held_out, tokenizer.pad_token_id, params.batch_size)
+    normalise(scalar, chosen + rejected)
+    output.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
     if job.is_main:
-        chosen, rejected = score_pairs(scalar, held_out, tokenizer.pad_token_id, params.batch_size)
-        normalise(scalar, chosen + rejected)
-        save_model(scalar.model, tokenizer, job.output("models/reward"))
         job.write_metrics(
             {
                 "loss": history[-1]["loss"],
@@ -48,9 +52,19 @@ def main(job: Job) -> None:
                 "steps": len(history),
                 "pairs": len(pairs),
                 "too_long": too_long,
+                **lora.share(adapters),
             }
         )
         job.write_plot("plots/reward.csv", history)
+
+
+def new_scalar(job: Job, tokenizer: Any, purpose: str) -> ScalarModel:
+    """Base's backbone with a new head, whose weights `purpose` seeds."""
+    with born(settings(job, "critic")):
+        scalar = load_scalar(job.input("models/base"), tokenizer, job.params.launch.precision)
+    with written(scalar.head.weight):
+        initialise_head(scalar, job.seed(purpose))
+    return scalar
 
 
 def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[list[Pair], int]:
@@ -60,13 +74,9 @@ def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[li
         UserError: no pair is left.
     """
     rows = read_lines(job.input(path))
-    pairs = []
-    for row in rows:
-        sides = [
-            encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": row[side]}])[0] for side in ("chosen", "rejected")
-        ]
-        if max(map(len, sides)) <= max_tokens:
-            pairs.append((sides[0], sides[1]))
+    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows for side in ("chosen", "rejected"))
+    sides = [ids for ids, _ in encode_dialogues(tokenizer, dialogues)]
+    pairs = [pair for pair in zip(sides[::2], sides[1::2], strict=True) if max(map(len, pair)) <= max_tokens]
     if not pairs:
         raise UserError(
             f"{path}: none of {len(rows)} pairs fits in {max_tokens} tokens", remedy=f"raise {job.stage}'s max_tokens in params.yaml"
@@ -76,12 +86,14 @@ def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[li
 
 def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pad_id: int) -> list[dict[str, float]]:
     """Train a reward model in place; returns a row per step for the plot."""
-    order = Order(len(pairs), params.batch_size, job.seed("order"))
+    lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs] if params.group_by_length else None
+    order = Order(len(pairs), params.batch_size, job.seed("order"), lengths)
     total = order.steps(params.epochs)
-    engine = train_engine(scalar, params.optimizer, job, params.batch_size, total)
+    engine = train_engine(scalar, peak(params.optimizer, params.lora), job, "critic", params.batch_size, total)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
-    for number in range(state["step"], total):
+    steps = Steps(job, state["step"], total, params.checkpoint_every)
+    for number in steps:
         started = time.perf_counter()
         batch = [pairs[i] for i in order.batch(number)]
         mine = share(batch, job, f"{job.stage}.batch_size")
@@ -99,8 +111,8 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
         history.append({"step": number + 1, **means})
         speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
         job.log(number + 1, total, {**means, **speed})
-        if (number + 1) % params.checkpoint_every == 0 and number + 1 < total:
-            checkpoints.save(job, number + 1, {"model": engine}, {"history": history})
+        if steps.checkpoint_due(number):
+            checkpoints.save(job, number + 1, {"model": engine}, {"history": history}, -means["loss"])
     return history
 
 

@@ -1,14 +1,20 @@
-"""Stage sft: supervised fine-tuning of base on the demonstrations; the loss counts the assistant's tokens only."""
+"""Stage sft: supervised fine-tuning of base on the demonstrations; the loss counts the assistant's tokens, or all."""
 
 from __future__ import annotations
 
-from rlhf.data.batches import encode_dialogue
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.batches import encode_dialogues
+from rlhf.engine import output
 from rlhf.engine.distributed import start
+from rlhf.engine.partition import born
+from rlhf.engine.setup import settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import load_policy, save_model
+from rlhf.models import lora
+from rlhf.models.policy import check_length, load_policy
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages.language_model import fit
+from rlhf.stages.language_model import Row, fit
 
 
 def main(job: Job) -> None:
@@ -16,18 +22,33 @@ def main(job: Job) -> None:
     params = job.params.sft
     base = job.input("models/base")
     tokenizer = load_tokenizer(base)
-    encoded = [encode_dialogue(tokenizer, row["messages"]) for row in read_lines(job.input("data/prepared/sft.jsonl"))]
-    rows = [row for row in encoded if len(row[0]) <= params.max_tokens]
+    rows, too_long = read_rows(job, tokenizer)
+    with born(settings(job, "policy")):
+        model = load_policy(base, job.params.launch.precision)
+    check_length(model, params.max_tokens, "sft.max_tokens")
+    adapters = lora.attach(model, params.lora, "models/base", "sft.lora", job)
+    history = fit(job, model, rows, params, tokenizer.pad_token_id)
+    output.save(job, model, tokenizer, job.output("models/sft"), adapters)
+    if job.is_main:
+        counts = {"steps": len(history), "rows": len(rows), "too_long": too_long}
+        job.write_metrics({"loss": history[-1]["loss"], **counts, **lora.share(adapters)})
+        job.write_plot("plots/sft.csv", history)
+
+
+def read_rows(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], int]:
+    """The demonstrations as token ids and loss masks, and how many were left out as too long.
+
+    Raises:
+        UserError: none fits.
+    """
+    params = job.params.sft
+    encoded = encode_dialogues(tokenizer, (row["messages"] for row in read_lines(job.input("data/prepared/sft.jsonl"))))
+    rows = [(ids, mask if params.loss_on == "assistant" else [1] * len(ids)) for ids, mask in encoded if len(ids) <= params.max_tokens]
     if not rows:
         raise UserError(
             f"sft.max_tokens: none of {len(encoded)} dialogues fits in {params.max_tokens} tokens", remedy="raise sft.max_tokens"
         )
-    model = load_policy(base, job.params.launch.precision)
-    history = fit(job, model, rows, params, tokenizer.pad_token_id)
-    if job.is_main:
-        save_model(model, tokenizer, job.output("models/sft"))
-        job.write_metrics({"loss": history[-1]["loss"], "steps": len(history), "rows": len(rows), "too_long": len(encoded) - len(rows)})
-        job.write_plot("plots/sft.csv", history)
+    return rows, len(encoded) - len(rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,100 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a small matrix product beside each frozen weight is trained instead of the weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from rlhf.config.training import Lora
+from rlhf.engine.partition import born, shape
+from rlhf.engine.setup import frozen, settings
+from rlhf.errors import UserError
+from rlhf.job import Job
+from rlhf.models.policy import load_policy
+
+# The policy that PPO and DPO stay near, for as long as it is asked.
+Reference = Callable[[], AbstractContextManager[PreTrainedModel]]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters inside a model. The model stays the object that it was: who calls it need not know of them."""
+
+    model: PreTrainedModel
+    peft: PeftModel
+    trainable_share: float  # trained parameters as a share of all
+
+    @contextmanager
+    def off(self) -> Iterator[PreTrainedModel]:
+        """The model as it was before training, for measuring: no adapters, no gradients."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.peft.disable_adapter():
+                yield self.model
+        finally:
+            self.model.train(training)
+
+    def save_and_merge(self, folder: Path) -> None:
+        """Write the adapters in peft's form, then add them to the weights: the model is an ordinary one again."""
+        self.peft.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink()  # a form to fill in
+        self.peft.merge_and_unload()
+
+
+def attach(model: PreTrainedModel, lora: Lora | None, base: str, key: str, job: Job) -> Adapters | None:
+    """Put adapters into a model and freeze its other weights, save the head of a reward model or critic; None where `lora` is null.
+
+    An adapter starts at zero, so that the model computes at first what it did before.
+
+    Args:
+        base: output that the model was loaded from, for example models/sft; the saved adapters name it.
+        key: where `lora` stands in params.yaml, for example ppo.actor_lora.
+
+    Raises:
+        UserError: the model has no layer of one of the names.
+    """
+    if lora is None:
+        return None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
+        target_modules=lora.targets,
+        task_type=TaskType.CAUSAL_LM if model.can_generate() else TaskType.SEQ_CLS,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed(key))
+        try:
+            peft = get_peft_model(model, config, autocast_adapter_dtype=False)
+        except ValueError as error:
+            names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
+            raise UserError(f"{key}.targets: {str(error).splitlines()[0]}", remedy=f"names of this model: {', '.join(names)}") from None
+    # an output must not hold a path of this machine, nor the chance order of a set
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules or ())
+    sizes = [(math.prod(shape(parameter)), parameter.requires_grad) for parameter in model.parameters()]
+    trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    job.say(f"{key}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
+    return Adapters(model, peft, trained / total)
+
+
+def reference(adapters: Adapters | None, job: Job, folder: Path, device: torch.device) -> Reference:
+    """The policy in `folder`, from which training started: the trained one without its adapters; a frozen copy where it has none."""
+    if adapters:
+        return adapters.off
+    with born(settings(job, "reference")):
+        model = load_policy(folder, job.params.launch.precision)
+    scored = frozen(model, job, "reference", device)
+    return lambda: nullcontext(scored)
+
+
+def share(adapters: Adapters | None) -> dict[str, float]:
+    """What a stage's metrics file says of them."""
+    return {"trainable_share": adapters.trainable_share} if adapters else {}

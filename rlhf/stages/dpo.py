@@ -1,0 +1,155 @@
+"""Stage dpo: direct preference optimisation of the sft policy on the preference pairs, instead of reward and ppo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.algorithms.dpo import dpo_loss
+from rlhf.config.training import Dpo, peak
+from rlhf.data.batches import Order, encode_dialogue, pack
+from rlhf.engine import checkpoints, divergence, output
+from rlhf.engine.distributed import gather, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.partition import born
+from rlhf.engine.setup import backward, settings, step, train_engine
+from rlhf.engine.steps import Steps
+from rlhf.errors import UserError
+from rlhf.job import Job, read_lines, run
+from rlhf.models import lora
+from rlhf.models.policy import check_length, load_policy
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.tensors import token_log_probs
+
+Side = tuple[list[int], list[int]]  # token ids of prompt and answer; mask, 1 on the answer's tokens
+Pair = tuple[Side, Side]  # chosen, rejected
+
+
+def main(job: Job) -> None:
+    device = start(job)
+    params = job.params.dpo
+    tokenizer = load_tokenizer(job.input("models/sft"))
+    pairs, too_long = read_pairs(job, tokenizer, "data/prepared/reward.jsonl")
+    with born(settings(job, "policy")):
+        policy = load_policy(job.input("models/sft"), job.params.launch.precision)
+    check_length(policy, params.max_tokens, "dpo.max_tokens")
+    adapters = lora.attach(policy, params.lora, "models/sft", "dpo.lora", job)
+    reference = lora.reference(adapters, job, job.input("models/sft"), device) if params.reference == "live" else None
+    history = fit(job, policy, reference, pairs, tokenizer.pad_token_id)
+    output.save(job, policy, tokenizer, job.output("models/dpo"), adapters)
+    if job.is_main:
+        counts = {"steps": len(history), "pairs": len(pairs), "too_long": too_long}
+        job.write_metrics({**{name: history[-1][name] for name in ("loss", "accuracy", "margin")}, **counts, **lora.share(adapters)})
+        job.write_plot("plots/dpo.csv", history)
+
+
+def read_pairs(job: Job, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[list[Pair], int]:
+    """The pairs of a prepared file as token ids, and how many were left out as too long.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    limit = job.params.dpo.max_tokens
+    rows = read_lines(job.input(path))
+    pairs = [(encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"])) for row in rows]
+    fitting = [pair for pair in pairs if max(len(ids) for ids, _ in pair) <= limit]
+    if not fitting:
+        raise UserError(f"{path}: none of {len(rows)} pairs fits in {limit} tokens", remedy="raise dpo.max_tokens in params.yaml")
+    return fitting, len(rows) - len(fitting)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], answer: str) -> Side:
+    """Prompt and answer; earlier assistant turns of the prompt do not count, as both sides of a pair share them."""
+    ids, mask = encode_dialogue(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+    begin = len(mask) - mask[::-1].index(0)
+    return ids, [0] * begin + [1] * (len(ids) - begin)
+
+
+def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair], pad_id: int) -> list[dict[str, float]]:
+    """Train the policy in place; returns a row per step for the plot."""
+    params = job.params.dpo
+    order = Order(len(pairs), params.batch_size, job.seed("order"))
+    total = order.steps(params.epochs)
+    engine = train_engine(policy, peak(params.optimizer, params.lora), job, "policy", params.batch_size, total)
+    before = torch.tensor(reference_before_training(job, engine, pairs, pad_id), device=engine.device)  # (pairs, 2)
+    state = checkpoints.load(job, {"model": engine})
+    history: list[dict[str, float]] = state.get("history", [])
+    steps = Steps(job, state["step"], total, params.checkpoint_every)
+    for number in steps:
+        started = time.perf_counter()
+        batch = order.batch(number)
+        mine = share(batch, job, "dpo.batch_size")
+        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
+        for rows in micro_batches(mine, layout(job).micro_batch_size):
+            micro = [pairs[i] for i in rows]
+            if reference is None:
+                known = before[rows, 0], before[rows, 1]
+            else:
+                with reference() as model, torch.no_grad():
+                    known = pair_log_probs(model, micro, pad_id)
+            loss, stats = dpo_loss(
+                pair_log_probs(engine, micro, pad_id), known, params.loss, params.beta, params.label_smoothing, len(batch)
+            )
+            backward(engine, loss)
+            sums["loss"] += loss.item()
+            for name, value in stats.items():
+                sums[name] += value.item() / len(batch)
+        means = {**sum_over_ranks(sums, engine.device), "grad_norm": step(engine)}
+        divergence.check(job, number + 1, means, {})
+        history.append({"step": number + 1, **means})
+        speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
+        job.log(number + 1, total, {**means, **speed})
+        if steps.checkpoint_due(number):
+            checkpoints.save(job, number + 1, {"model": engine}, {"history": history}, -means["loss"])
+    return history
+
+
+def reference_before_training(job: Job, engine: Any, pairs: Sequence[Pair], pad_id: int) -> list[tuple[float, float]]:
+    """The reference's log-probabilities of all pairs, chosen and rejected, where they are not computed as they are needed.
+
+    The policy itself gives them, before its first step: it is still sft's. The ranks share the pairs.
+    """
+    if job.params.dpo.reference != "precomputed":
+        return [(0.0, 0.0)] * len(pairs)
+    return gather(log_probs_of(engine, pairs[job.rank :: job.world_size], pad_id, layout(job).micro_batch_size), job)
+
+
+@torch.no_grad()
+def log_probs_of(model: Any, pairs: Sequence[Pair], pad_id: int, batch_size: int) -> list[tuple[float, float]]:
+    """Log-probabilities of the chosen and the rejected answer of each pair, in the order given."""
+    training = model.training
+    model.eval()
+    found: list[tuple[float, float]] = []
+    for micro in micro_batches(pairs, batch_size):
+        chosen, rejected = pair_log_probs(model, micro, pad_id)
+        found += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    model.train(training)
+    return found
+
+
+def pair_log_probs(model: Any, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Σ log p(token) over the answer's tokens, chosen and rejected, each (B,); one forward pass for both."""
+    sides = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+    packed = pack([ids for ids, _ in sides], pad_id, model.device)
+    counted = packed.spread([mask for _, mask in sides]).flatten().nonzero().squeeze(1)
+    logits = model(**packed.inputs).logits.flatten(0, 1)[counted - 1]
+    log_probs = token_log_probs(logits, packed.ids.flatten()[counted])
+    sums = torch.zeros(len(sides), device=model.device).index_add(0, packed.segments.flatten()[counted], log_probs)
+    return sums[: len(pairs)], sums[len(pairs) :]
+
+
+def implicit_accuracy(
+    policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, pad_id: int, batch_size: int
+) -> float:
+    """Share of pairs whose chosen answer has the higher implicit reward."""
+    after = log_probs_of(policy, pairs, pad_id, batch_size)
+    before = log_probs_of(reference, pairs, pad_id, batch_size) if params.reference != "none" else [(0.0, 0.0)] * len(pairs)
+    return sum(c - known_c > r - known_r for (c, r), (known_c, known_r) in zip(after, before, strict=True)) / len(pairs)
+
+
+if __name__ == "__main__":
+    run("dpo", main)

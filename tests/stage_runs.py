@@ -1,0 +1,177 @@
+"""Real stages on tiny models, in processes of their own, for the tests that need them: `python tests/stage_runs.py WORD …`.
+
+The words run one after the other in one process, which is a rank of a real process group. A word is STAGE or FOLDER/STAGE, the folder
+(below the working directory) being a workspace with its own params.yaml. VARIANT at its end, as in sft:killed, changes what the stage
+runs on from there to the end of the process:
+
+    killed   dies by SIGKILL after its first checkpoint
+    padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
+    off      says of each sampled token that its log-probability was 0.01 lower than it was
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from rlhf.data.batches import Packed
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TRAINED = ("base", "sft", "reward", "ppo")
+
+# ------------------------------------------------------------------------------------------------- from the test's process
+
+
+def run(root: Path, *words: str, code: int = 0, ranks: int = 1) -> str:
+    """Run stages to their end on so many ranks; what rank 0 printed."""
+    port = free_port()
+    processes = [start(root, *words, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * ranks, "\n".join(said)
+    return said[0]
+
+
+def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> subprocess.Popen[str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | quiet | {name: str(value) for name, value in place.items()}
+    command = [sys.executable, __file__, *words]
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tiny_params() -> dict[str, Any]:
+    """The sandbox's params on one file of pairs, with sizes and steps that take a second or two."""
+    raw = yaml.safe_load((REPOSITORY / "presets/sandbox.yaml").read_text(encoding="utf-8"))
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "messages": "m", "question": "q", "answer": "a", "text": "t"}
+    split = {"text": 3, "sft": 2, "reward": 2, "ppo": 2, "judge": 2, "heldout": 1}
+    place = {"path": "data/raw/pairs.jsonl", "hub": None, "revision": None, "hub_split": None, "weight": 1}
+    raw["data"]["sources"] = [{"name": "mine", "format": "pairs", "columns": columns, "split": split, **place}]
+    raw["base"] |= {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1}
+    raw["base"] |= {"epochs": 1, "batch_size": 8, "checkpoint_every": 2}
+    raw["sft"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2, "group_by_length": True}
+    raw["reward"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2, "group_by_length": True}
+    raw["evaluate"]["judge"] |= {"epochs": 1.0, "checkpoint_every": 1000}
+    raw["evaluate"] |= {"bootstrap_samples": 50, "shown": 2, "texts": 5}
+    raw["ppo"] |= {"steps": 4, "rollout_batch_size": 8, "mini_batch_size": 4, "epochs": 2, "max_answer_tokens": 8, "mixture_batch_size": 2}
+    raw["ppo"] |= {"critic_warmup_steps": 1, "checkpoint_every": 2, "max_approx_kl": 100.0}
+    raw["ppo"]["kl"] |= {"controller": "adaptive", "target": 1.0, "horizon": 100}
+    return raw
+
+
+def set_params(root: Path, raw: dict[str, Any]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+
+
+def make_workspace(root: Path, raw: dict[str, Any], pairs: int) -> None:
+    """A folder with params and so many raw pairs, in which stage prepare has run."""
+    from rlhf import config
+    from rlhf.data.sandbox import make_rows
+    from rlhf.job import Job, write_lines
+    from rlhf.stages import prepare
+
+    set_params(root, raw)
+    rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in make_rows("pairs", pairs, 1, 0.0)]
+    write_lines(root / "data/raw/pairs.jsonl", rows)
+    prepare.main(Job("prepare", config.load(root / "params.yaml"), root, root / "runs/prepare", "cpu", 0, 1, 0))
+    shutil.copytree(root / "runs/prepare/out", root, dirs_exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------- in a rank's process
+
+
+def main(words: Sequence[str]) -> None:
+    import torch.distributed as dist
+
+    from rlhf import config
+    from rlhf.job import Job
+
+    for word in words:
+        place, _, variant = word.partition(":")
+        if variant:
+            {"killed": die_after_the_first_checkpoint, "padded": pad_instead_of_packing, "off": misstate_log_probs}[variant]()
+        root, stage = Path.cwd() / Path(place).parent, Path(place).name
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        job = Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        import_module(f"rlhf.stages.{stage}").main(job)
+        if dist.is_initialized():
+            dist.barrier()
+        if job.is_main:
+            shutil.copytree(job.folder / "out", root, dirs_exist_ok=True)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def die_after_the_first_checkpoint() -> None:
+    from rlhf.engine import checkpoints
+
+    save = checkpoints.save
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.save = save_and_die  # type: ignore[assignment]
+
+
+def pad_instead_of_packing() -> None:
+    for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
+        import_module(module).pack = padded  # type: ignore[attr-defined]
+
+
+def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> Packed:
+    """What `rlhf.data.batches.pack` gives, laid out with one sequence per row."""
+    import torch
+
+    from rlhf.data.batches import Packed, pad_rows
+
+    width = max(map(len, sequences))
+    lengths = [len(sequence) for sequence in sequences]
+    return Packed(
+        ids=pad_rows(sequences, pad_id, device),
+        positions=pad_rows([range(length) for length in lengths], 0, device),
+        segments=pad_rows([[number] * length for number, length in enumerate(lengths)], -1, device),
+        starts=torch.arange(len(sequences), device=device) * width,
+        lengths=torch.tensor(lengths, device=device),
+    )
+
+
+def misstate_log_probs() -> None:
+    from rlhf.stages import ppo
+
+    generate = ppo.generate
+
+    def generate_and_misstate(*arguments: Any, **options: Any) -> Any:
+        rollouts = generate(*arguments, **options)
+        return replace(rollouts, log_probs=[[value - 0.01 for value in row] for row in rollouts.log_probs])
+
+    ppo.generate = generate_and_misstate
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
