@@ -22,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.base import pin
-from rlhf.stages.ppo import read_prompts
+from rlhf.stages.ppo_setup import read_prompts
 from rlhf.stages.reward import read_pairs
 from rlhf.stages.sft import read_rows
 

@@ -7,55 +7,33 @@ Each step: 1. rollout, 2. scoring, 3. rewards and advantages, 4. updates. The ar
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.config.training import Ppo, peak
-from rlhf.data.batches import Order, decode_answer, encode_dialogues, pack
+from rlhf.config.training import Ppo
+from rlhf.data.batches import Order, decode_answer, pack
 from rlhf.engine import checkpoints, divergence, output
 from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
-from rlhf.engine.ema import Ema
-from rlhf.engine.partition import born, generating, written
-from rlhf.engine.setup import backward, frozen, settings, step_together, train_engine
+from rlhf.engine.partition import generating
+from rlhf.engine.setup import backward, step_together
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
-from rlhf.job import Job, read_lines, run
+from rlhf.job import Job, run
 from rlhf.models import lora
-from rlhf.models.policy import check_length, load_policy
-from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, Sampling, generate
+from rlhf.stages.ppo_setup import Clock, Models, Records, load_models, read_prompts, read_texts, updates_per_step
 from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
 
 MAX_RATIO_ERROR = 1e-3  # of the first mini-batch after a rollout, in fp32: rounding alone stays a hundred times below
-
-
-@dataclass
-class Models:
-    actor: DeepSpeedEngine
-    critic: DeepSpeedEngine
-    reference: lora.Reference
-    reward: ScalarModel
-    adapters: lora.Adapters | None  # of the actor
-    ema: Ema | None
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_token_id
 
 
 def main(job: Job) -> None:
@@ -120,70 +98,6 @@ def main(job: Job) -> None:
         shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
         job.write_metrics({**history[-1], "prompts": len(prompts), "too_long": too_long, **lora.share(models.adapters)})
         job.write_plot("plots/ppo.csv", history)
-
-
-# ---------------------------------------------------------------------------------------------------------------- set-up
-
-
-def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], int]:
-    """The prompts as token ids, and how many were left out as too long.
-
-    Raises:
-        UserError: none fits.
-    """
-    rows = read_lines(job.input("data/prepared/ppo.jsonl"))
-    prompts = encode_dialogues(tokenizer, (row["prompt"] for row in rows))
-    encoded = [{"row": row, "ids": ids} for row, (ids, _) in zip(rows, prompts, strict=True)]
-    fitting = [row for row in encoded if len(row["ids"]) <= job.params.ppo.max_prompt_tokens]
-    if not fitting:
-        raise UserError(
-            f"ppo.max_prompt_tokens: none of {len(rows)} prompts fits in {job.params.ppo.max_prompt_tokens} tokens", remedy="raise it"
-        )
-    return fitting, len(rows) - len(fitting)
-
-
-def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    width = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
-    texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
-    return [[*ids, tokenizer.eos_token_id][:width] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def mixture_batches(params: Ppo, texts: list[list[int]], order: Order, step: int) -> list[list[list[int]]]:
-    """The passages of each update of a step."""
-    updates = updates_per_step(params)
-    return [[texts[i] for i in order.batch(step * updates + update)] for update in range(updates)]
-
-
-def updates_per_step(params: Ppo) -> int:
-    return params.epochs * (params.rollout_batch_size // params.mini_batch_size)
-
-
-def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Models:
-    params, precision = job.params.ppo, job.params.launch.precision
-    updates = params.steps * updates_per_step(params)
-    warmup = params.critic_warmup_steps * updates_per_step(params)
-    with born(settings(job, "reward")):
-        reward = load_scalar(job.input("models/reward"), tokenizer, precision)
-    reward = frozen(reward, job, "reward", device)
-    with born(settings(job, "critic")):
-        critic = load_scalar(job.input("models/reward"), tokenizer, precision)
-    with torch.no_grad(), written(critic.head.weight):
-        critic.head.weight.div_(reward.std)  # in the units of the normalised reward
-    lora.attach(critic.model, params.critic_lora, "models/reward", "ppo.critic_lora", job)
-    with born(settings(job, "policy")):
-        actor = load_policy(job.input("models/sft"), precision)
-    check_length(actor, params.max_prompt_tokens + params.max_answer_tokens, "ppo.max_prompt_tokens + ppo.max_answer_tokens")
-    adapters = lora.attach(actor, params.actor_lora, "models/sft", "ppo.actor_lora", job)
-    engine = train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", params.mini_batch_size, max(1, updates - warmup))
-    return Models(
-        actor=engine,
-        critic=train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.mini_batch_size, updates),
-        reference=lora.reference(adapters, job, job.input("models/sft"), device),
-        reward=reward,
-        adapters=adapters,
-        ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
-        tokenizer=tokenizer,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- a step
@@ -289,6 +203,12 @@ class Part:
         mask = e.mask[rows]
         at = Layout.of([e.sequences[i] for i in rows], e.prompt_lengths[rows], mask, pad_id)
         return cls(at, mask, e.log_probs[rows], e.values[rows], targets.advantages[rows], targets.returns[rows])
+
+
+def mixture_batches(params: Ppo, texts: list[list[int]], order: Order, step: int) -> list[list[list[int]]]:
+    """The passages of each update of a step."""
+    updates = updates_per_step(params)
+    return [[texts[i] for i in order.batch(step * updates + update)] for update in range(updates)]
 
 
 def update(
@@ -402,43 +322,6 @@ def critic_step(job: Job, models: Models, part: Part, tokens: float) -> dict[str
     value = ppo.value_loss(values, part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
     backward(models.critic, value.loss)
     return {"value_loss": value.loss.item(), **{name: sum_.item() for name, sum_ in value.sums.items()}}
-
-
-class Records:
-    """The rollouts so far, in a file of the job's folder that rank 0 appends to; what came after the last checkpoint is cut off."""
-
-    def __init__(self, job: Job, checkpointed: int) -> None:
-        self.path, self.job, self.bytes = job.folder / "rollouts.jsonl", job, checkpointed
-        if job.is_main:
-            self.path.touch()
-            os.truncate(self.path, checkpointed)
-
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        if self.job.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            self.bytes = self.path.stat().st_size
-
-
-class Clock:
-    """Seconds and shares of the phases of a step."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def stop(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = now - self.last
-        self.last = now
-
-    def report(self, tokens: float) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        shares = {f"{phase}_share": seconds / total for phase, seconds in self.seconds.items()}
-        speeds = {f"{phase}_tokens_per_second": tokens / self.seconds[phase] for phase in ("generation", "training")}
-        return {"seconds": total, **shares, **speeds}
 
 
 if __name__ == "__main__":
