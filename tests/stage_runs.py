@@ -144,8 +144,8 @@ def pad_instead_of_packing() -> None:
         import_module(module).pack = padded  # type: ignore[attr-defined]
 
 
-def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> Packed:
-    """What `rlhf.data.batches.pack` gives, laid out with one sequence per row."""
+def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any, *, together: int = 1) -> Packed:
+    """What `rlhf.data.batches.pack` gives, laid out with one sequence per row; none shares its beginning, whatever `together` says."""
     import torch
 
     from rlhf.data.batches import Packed, pad_rows
@@ -156,7 +156,8 @@ def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> Pack
         ids=pad_rows(sequences, pad_id, device),
         positions=pad_rows([range(length) for length in lengths], 0, device),
         segments=pad_rows([[number] * length for number, length in enumerate(lengths)], -1, device),
-        starts=torch.arange(len(sequences), device=device) * width,
+        branches=None,
+        places=torch.arange(len(sequences) * width, device=device).view(-1, width),
         lengths=torch.tensor(lengths, device=device),
     )
 

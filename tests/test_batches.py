@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def sequences(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 120) -> list
 def rows_of(packed: Packed, values: torch.Tensor) -> list[torch.Tensor]:
     """The values of each sequence, out of what was computed for the packed rows (R, C, …)."""
     flat = values.flatten(0, 1)
-    return [flat[start : start + length] for start, length in zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True)]
+    return [flat[places[:length]] for places, length in zip(packed.places, packed.lengths.tolist(), strict=True)]
 
 
 @torch.no_grad()
@@ -125,13 +126,27 @@ def test_no_sequence_sees_another(llama: LlamaForCausalLM) -> None:
     given = sequences((40, 30, 20))
     packed = pack(given, 0, "cpu")
     assert len(packed.ids) == 1
-    changed = Packed(packed.ids.clone(), packed.positions, packed.segments, packed.starts, packed.lengths)
-    first = packed.starts[1].item()
-    changed.ids[0, first : first + 30] = 7
+    changed = replace(packed, ids=packed.ids.clone())
+    changed.ids[0, packed.places[1, :30]] = 7
     before, after = (rows_of(p, llama(**p.inputs, use_cache=False).logits) for p in (packed, changed))
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[2], after[2])
     assert not torch.equal(before[1], after[1])
+
+
+@torch.no_grad()
+def test_a_common_beginning_stands_once_and_each_sequence_reads_as_if_alone(llama: LlamaForCausalLM) -> None:
+    prompt, other, *answers = sequences((40, 6, 12, 1, 9, 20))
+    # the second pair's answers begin alike too, the third one is a sequence and its own beginning
+    given = [prompt + answers[0], prompt + answers[1], other + answers[2], other + answers[2][:4] + answers[3], other, other + answers[3]]
+    packed = pack(given, 0, "cpu", together=2)
+    assert (packed.segments >= 0).sum() == (40 + 12 + 1) + (10 + 5 + 20) + (6 + 20)
+    assert [packed.ids.flatten()[places[:length]].tolist() for places, length in zip(packed.places, packed.lengths, strict=True)] == given
+    logits = rows_of(packed, llama(**packed.inputs, use_cache=False).logits)
+    for ids, found in zip(given, logits, strict=True):
+        alone = llama(torch.tensor([ids]), use_cache=False).logits[0]
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=5e-5)
+    assert packed.ids.flatten()[packed.last].tolist() == [ids[-1] for ids in given]
 
 
 def test_layout_of_packed_rows() -> None:
@@ -142,7 +157,7 @@ def test_layout_of_packed_rows() -> None:
         (places,) = (segments == number).nonzero(as_tuple=True)
         assert flat[places].tolist() == ids
         assert positions[places].tolist() == list(range(len(ids)))
-        assert (places[0].item(), places[-1].item()) == (packed.starts[number].item(), packed.last[number].item())
+        assert (places[0].item(), places[-1].item()) == (packed.places[number, 0].item(), packed.last[number].item())
     assert (flat[segments == -1] == 0).all()
     # 225 tokens in rows of 128 need two rows
     assert packed.ids.shape == (2, 128)

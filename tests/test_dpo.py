@@ -19,7 +19,7 @@ from rlhf import config, fingerprint, launch, presets
 from rlhf.algorithms.dpo import dpo_loss
 from rlhf.errors import UserError
 from rlhf.job import read_lines
-from rlhf.stages.dpo import encode, log_probs_of, pair_log_probs
+from rlhf.stages.dpo import encode_pairs, log_probs_of, pair_log_probs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -73,7 +73,8 @@ def test_the_gradient_raises_the_chosen_and_lowers_the_rejected_answer() -> None
 
 def test_only_the_last_answer_counts(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "What is the opposite of hot?")]
-    ids, mask = encode(tokenizer, [{"role": role, "content": text} for role, text in turns], "Cold.")
+    row = {"prompt": [{"role": role, "content": text} for role, text in turns], "chosen": "Cold.", "rejected": "Hot."}
+    (((ids, mask), _),) = encode_pairs(tokenizer, [row])
     assert tokenizer.decode([token for token, counted in zip(ids, mask, strict=True) if counted]) == "Cold.<|end|>"
 
 
@@ -81,7 +82,7 @@ def test_only_the_last_answer_counts(tokenizer: PreTrainedTokenizerFast) -> None
 def test_packed_pairs_give_each_answers_own_log_probability(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = [{"role": "user", "content": "What is the opposite of hot?"}]
     texts = [("The opposite of hot is cold.", "Hot."), ("Cold.", "I do not know, and nobody does.")]
-    pairs = [(encode(tokenizer, prompt, chosen), encode(tokenizer, prompt, rejected)) for chosen, rejected in texts]
+    pairs = encode_pairs(tokenizer, [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in texts])
 
     def alone(ids: list[int], mask: list[int]) -> float:
         log_probs = llama(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -120,6 +121,14 @@ def again(trained: Path, root: Path, **changes: Any) -> Path:
     return root
 
 
+def same_curves(root: Path, other: Path) -> None:
+    found, expected = ([{name: float(value) for name, value in row.items()} for row in table(r / "plots/dpo.csv")] for r in (root, other))
+    # before the first step policy and reference agree: rounding alone decides which answer of a pair is ahead
+    for rows in (found, expected):
+        del rows[0]["accuracy"]
+    assert found == [pytest.approx(row, rel=1e-3, abs=1e-4) for row in expected]
+
+
 def test_training_starts_at_the_reference_and_learns_the_pairs(trained: Path) -> None:
     steps = [{name: float(value) for name, value in row.items()} for row in table(trained / "plots/dpo.csv")]
     assert len(steps) >= 5
@@ -135,10 +144,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_a_known_reference_changes_no
     assert "dpo: goes on from step 2" in run(tmp_path, "root/dpo", "unbroken/dpo")
     outputs = ("models/dpo/model.safetensors", "metrics/dpo.json", "plots/dpo.csv")
     assert [path for path in outputs if (root / path).read_bytes() != (unbroken / path).read_bytes()] == []
-    for row, expected in zip(table(root / "plots/dpo.csv"), table(trained / "plots/dpo.csv"), strict=True):
-        assert {name: float(value) for name, value in row.items()} == pytest.approx(
-            {name: float(value) for name, value in expected.items()}, rel=1e-3, abs=1e-4
-        )
+    same_curves(root, trained)
 
 
 def test_two_ranks_in_small_pieces_compute_what_one_does_at_once(trained: Path, tmp_path: Path) -> None:
@@ -147,10 +153,7 @@ def test_two_ranks_in_small_pieces_compute_what_one_does_at_once(trained: Path, 
     raw["launch"]["jobs"]["dpo"] |= {"processes": 2, "micro_batch_size": 3}
     set_params(root, raw)
     run(root, "dpo", ranks=2)
-    for row, expected in zip(table(root / "plots/dpo.csv"), table(trained / "plots/dpo.csv"), strict=True):
-        assert {name: float(value) for name, value in row.items()} == pytest.approx(
-            {name: float(value) for name, value in expected.items()}, rel=1e-3, abs=1e-4
-        )
+    same_curves(root, trained)
 
 
 def test_the_evaluation_of_a_dpo_run(trained: Path) -> None:

@@ -71,7 +71,7 @@ def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]
 
 def of_each(packed: Packed, values: Tensor) -> list[Tensor]:
     """The values of each sequence, out of what was computed for the packed rows, flattened."""
-    return [values[start : start + length] for start, length in zip(packed.starts.tolist(), packed.lengths.tolist(), strict=True)]
+    return [values[places[:length]] for places, length in zip(packed.places, packed.lengths.tolist(), strict=True)]
 
 
 def near(found: Tensor, expected: Tensor) -> None:

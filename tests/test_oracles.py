@@ -69,14 +69,6 @@ def dataset(*columns: str) -> Any:
     return Dataset.from_list([{name: row["chosen" if name == "completion" else name] for name in columns} for row in rows])
 
 
-def sides(tokenizer: PreTrainedTokenizerFast) -> list[dpo_stage.Pair]:
-    """The same rows, tokenized by this project."""
-    return [
-        (dpo_stage.encode(tokenizer, row["prompt"], row["chosen"]), dpo_stage.encode(tokenizer, row["prompt"], row["rejected"]))
-        for row in ROWS
-    ]
-
-
 def gradient(model: PreTrainedModel, loss: Tensor) -> Tensor:
     model.zero_grad()
     loss.backward()
@@ -94,7 +86,9 @@ def test_sft_loss_and_gradient_are_trls(tokenizer: PreTrainedTokenizerFast, tmp_
     expected = gradient(model, theirs)
 
     rows = [encode_dialogue(tokenizer, [*row["prompt"], *said(row["chosen"])]) for row in ROWS]
-    rows[2] = sides(tokenizer)[2][0]  # where a stage learns from every answer of a dialogue, TRL's completion is the last one
+    rows[2] = dpo_stage.encode_pairs(tokenizer, ROWS)[2][
+        0
+    ]  # where a stage learns from every answer of a dialogue, TRL's completion is the last one
     packed = pack([ids for ids, _ in rows], tokenizer.pad_token_id, "cpu")
     loss_mask = packed.spread([mask for _, mask in rows])
     ours = next_token_loss(model(**packed.inputs).logits, packed.ids, loss_mask, loss_mask.sum().item())
@@ -110,9 +104,10 @@ def test_reward_loss_gradient_and_statistics_are_trls(tokenizer: PreTrainedToken
     expected = gradient(model, theirs)
     logged = {name: trainer._metrics["train"][name][-1] for name in ("accuracy", "margin", "mean_reward")}
 
-    packed = pack([pair[side][0] for side in (0, 1) for pair in sides(tokenizer)], tokenizer.pad_token_id, "cpu")
+    sides = [ids for pair in dpo_stage.encode_pairs(tokenizer, ROWS) for ids, _ in pair]
+    packed = pack(sides, tokenizer.pad_token_id, "cpu", together=2)
     scores = ScalarModel(model)(**packed.inputs)[packed.last]
-    ours, sums = pairwise_loss(scores[:4], scores[4:], 4)
+    ours, sums = pairwise_loss(scores[::2], scores[1::2], 4)
     near(ours, theirs)
     near(gradient(model, ours), expected)
     near(sums["accuracy"] / 4, logged["accuracy"])
@@ -135,7 +130,7 @@ def test_dpo_loss_gradient_and_statistics_are_trls(
     expected = gradient(model, theirs)
     logged = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
 
-    given = sides(tokenizer)
+    given = dpo_stage.encode_pairs(tokenizer, ROWS)
     before = dpo_stage.pair_log_probs(reference, given, tokenizer.pad_token_id)
     now = dpo_stage.pair_log_probs(model, given, tokenizer.pad_token_id)
     known = before[0].detach(), before[1].detach()

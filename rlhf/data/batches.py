@@ -6,6 +6,7 @@ itself. So the tokens that sft trains on, that the reward model reads and that P
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,65 +99,104 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
 class Packed:
     """Sequences laid side by side in rows, so that next to no work is done on padding. None sees another: attention is block-diagonal.
 
+    Sequences that begin alike, such as the two answers of a preference pair, may share that beginning: it stands there once, and each
+    one's own part sees it and itself.
+
     Models take a 4-D mask for this; it knows nothing of sliding windows, so sequences must not be longer than a model's window.
     """
 
     ids: Tensor  # (R, C)
     positions: Tensor  # (R, C) counted from each sequence's own start
-    segments: Tensor  # (R, C) number of the sequence, −1 on padding
-    starts: Tensor  # (B,) index of each sequence's first token in the flattened (R·C)
+    segments: Tensor  # (R, C) number of the block, −1 on padding: a sequence, or several with their common beginning
+    branches: Tensor | None  # (R, C) 0 on a common beginning, 1, 2, … on what follows it; None: nothing is shared
+    places: Tensor  # (B, T) where each token of each sequence stands in the flattened (R·C); 0 beyond its end
     lengths: Tensor  # (B,)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a Hugging Face model is called with."""
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
-        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": (same & causal)[:, None]}
+        seen = self.segments[:, :, None] == self.segments[:, None, :]
+        if self.branches is not None:
+            seen &= (self.branches[:, None, :] == 0) | (self.branches[:, :, None] == self.branches[:, None, :])
+        causal = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
+        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": (seen & causal)[:, None]}
 
     @property
     def last(self) -> Tensor:
         """(B,) index of each sequence's last token in the flattened (R·C)."""
-        return self.starts + self.lengths - 1
+        return self.places.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
     def spread(self, values: Sequence[Sequence[int]]) -> Tensor:
         """One number per token of each sequence → (R, C), 0 on padding."""
         flat = torch.zeros(self.ids.numel(), device=self.ids.device)
-        for start, row in zip(self.starts.tolist(), values, strict=True):
-            flat[start : start + len(row)] = torch.tensor(row, dtype=flat.dtype, device=flat.device)
+        within = torch.arange(self.places.shape[1], device=self.ids.device) < self.lengths[:, None]
+        flat[self.places[within]] = torch.tensor([value for row in values for value in row], dtype=flat.dtype, device=flat.device)
         return flat.view(self.ids.shape)
 
 
 MIN_WIDTH = 128  # of a packed row: wide enough for little waste, narrow enough for cheap attention
 
 
-def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.device) -> Packed:
-    """First-fit-decreasing packing into rows as wide as the longest sequence (at least MIN_WIDTH, at most all tokens)."""
-    width = max(*map(len, sequences), min(MIN_WIDTH, sum(map(len, sequences))))
-    rows: list[list[int]] = []  # sequence numbers
+def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.device, *, together: int = 1) -> Packed:
+    """First-fit-decreasing packing into rows as wide as the longest block (at least MIN_WIDTH, at most all tokens).
+
+    Args:
+        together: so many sequences, one after the other, are a block: what they all begin with is laid out, and computed, once.
+    """
+    blocks = [sequences[i : i + together] for i in range(0, len(sequences), together)]
+    common = [_common(block) if together > 1 else 0 for block in blocks]
+    sizes = [shared + sum(len(sequence) - shared for sequence in block) for block, shared in zip(blocks, common, strict=True)]
+    width = max(*sizes, min(MIN_WIDTH, sum(sizes)))
+    rows: list[list[int]] = []  # numbers of blocks
     used: list[int] = []
-    for number in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
-        length = len(sequences[number])
-        place = next((i for i, tokens in enumerate(used) if tokens + length <= width), None)
-        if place is None:
-            place = len(rows)
+    for number in sorted(range(len(blocks)), key=lambda i: -sizes[i]):
+        row = next((i for i, tokens in enumerate(used) if tokens + sizes[number] <= width), None)
+        if row is None:
+            row = len(rows)
             rows.append([])
             used.append(0)
-        rows[place].append(number)
-        used[place] += length
-    ids, positions, segments = [], [], []
-    starts = [0] * len(sequences)
-    for r, numbers in enumerate(rows):
-        padding = width - used[r]
-        at = r * width
+        rows[row].append(number)
+        used[row] += sizes[number]
+    ids, positions, segments, branches = list[int](), list[int](), list[int](), list[int]()
+    places: list[list[int]] = [[]] * len(sequences)
+    for numbers in rows:
+        start = len(ids)
         for number in numbers:
-            starts[number] = at
-            at += len(sequences[number])
-        ids.append([token for number in numbers for token in sequences[number]] + [pad_id] * padding)
-        positions.append([t for number in numbers for t in range(len(sequences[number]))] + [0] * padding)
-        segments.append([number for number in numbers for _ in sequences[number]] + [-1] * padding)
-    tensors = [torch.tensor(value, device=device) for value in (ids, positions, segments, starts, [len(s) for s in sequences])]
-    return Packed(*tensors)
+            shared = common[number]
+            beginning = list(range(len(ids), len(ids) + shared))
+            ids += blocks[number][0][:shared]
+            positions += range(shared)
+            branches += [0] * shared
+            for branch, sequence in enumerate(blocks[number]):
+                own = len(sequence) - shared
+                places[number * together + branch] = [*beginning, *range(len(ids), len(ids) + own)]
+                ids += sequence[shared:]
+                positions += range(shared, len(sequence))
+                branches += [branch + 1] * own
+            segments += [number] * sizes[number]
+        padding = start + width - len(ids)
+        ids += [pad_id] * padding
+        positions += [0] * padding
+        segments += [-1] * padding
+        branches += [0] * padding
+
+    def laid_out(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device).view(len(rows), width)
+
+    return Packed(
+        ids=laid_out(ids),
+        positions=laid_out(positions),
+        segments=laid_out(segments),
+        branches=laid_out(branches) if any(common) else None,
+        places=pad_rows(places, 0, device),
+        lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
+    )
+
+
+def _common(sequences: Sequence[Sequence[int]]) -> int:
+    """With how many tokens all of them begin."""
+    alike = (len(set(tokens)) == 1 for tokens in zip(*sequences, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, alike))
 
 
 def pad_rows(rows: Sequence[Sequence[float]], value: float, device: str | torch.device) -> Tensor:

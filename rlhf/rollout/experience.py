@@ -75,9 +75,9 @@ class Layout:
         """Of prompts with their answers; mask (B, A) is 1 on answer tokens."""
         packed = pack(sequences, pad_id, mask.device)
         valid = mask.bool()
-        steps = torch.arange(mask.shape[1], device=mask.device)
-        before = ((packed.starts + prompt_lengths - 1)[:, None] + steps)[valid]
-        return cls(packed, before, packed.ids.flatten()[before + 1], valid)
+        row, step = valid.nonzero(as_tuple=True)
+        token = prompt_lengths[row] + step  # number of each answer token in its sequence
+        return cls(packed, packed.places[row, token - 1], packed.ids.flatten()[packed.places[row, token]], valid)
 
     def fill(self, values: Tensor) -> Tensor:
         """One number per answer token (N,) → (B, A), 0 beyond each answer's end."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms.dpo import dpo_loss
 from rlhf.config.training import Dpo, peak
-from rlhf.data.batches import Order, encode_dialogue, pack
+from rlhf.data.batches import Order, encode_dialogues, pack, pad_rows
 from rlhf.engine import checkpoints, divergence, output
 from rlhf.engine.distributed import gather, layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.partition import born
@@ -55,18 +55,20 @@ def read_pairs(job: Job, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple
     """
     limit = job.params.dpo.max_tokens
     rows = read_lines(job.input(path))
-    pairs = [(encode(tokenizer, row["prompt"], row["chosen"]), encode(tokenizer, row["prompt"], row["rejected"])) for row in rows]
-    fitting = [pair for pair in pairs if max(len(ids) for ids, _ in pair) <= limit]
+    fitting = [pair for pair in encode_pairs(tokenizer, rows) if max(len(ids) for ids, _ in pair) <= limit]
     if not fitting:
         raise UserError(f"{path}: none of {len(rows)} pairs fits in {limit} tokens", remedy="raise dpo.max_tokens in params.yaml")
     return fitting, len(rows) - len(fitting)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], answer: str) -> Side:
-    """Prompt and answer; earlier assistant turns of the prompt do not count, as both sides of a pair share them."""
-    ids, mask = encode_dialogue(tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-    begin = len(mask) - mask[::-1].index(0)
-    return ids, [0] * begin + [1] * (len(ids) - begin)
+def encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> list[Pair]:
+    """Rows with prompt, chosen and rejected; earlier assistant turns of a prompt do not count, as both sides of a pair share them."""
+    sides: list[Side] = []
+    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows for side in ("chosen", "rejected"))
+    for ids, mask in encode_dialogues(tokenizer, dialogues):
+        begin = len(mask) - mask[::-1].index(0)
+        sides.append((ids, [0] * begin + [1] * (len(ids) - begin)))
+    return list(zip(sides[::2], sides[1::2], strict=True))
 
 
 def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair], pad_id: int) -> list[dict[str, float]]:
@@ -133,13 +135,13 @@ def log_probs_of(model: Any, pairs: Sequence[Pair], pad_id: int, batch_size: int
 
 def pair_log_probs(model: Any, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
     """Σ log p(token) over the answer's tokens, chosen and rejected, each (B,); one forward pass for both."""
-    sides = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
-    packed = pack([ids for ids, _ in sides], pad_id, model.device)
-    counted = packed.spread([mask for _, mask in sides]).flatten().nonzero().squeeze(1)
-    logits = model(**packed.inputs).logits.flatten(0, 1)[counted - 1]
-    log_probs = token_log_probs(logits, packed.ids.flatten()[counted])
-    sums = torch.zeros(len(sides), device=model.device).index_add(0, packed.segments.flatten()[counted], log_probs)
-    return sums[: len(pairs)], sums[len(pairs) :]
+    sides = [side for pair in pairs for side in pair]
+    packed = pack([ids for ids, _ in sides], pad_id, model.device, together=2)
+    row, token = pad_rows([mask for _, mask in sides], 0, model.device).nonzero(as_tuple=True)
+    logits = model(**packed.inputs).logits.flatten(0, 1)[packed.places[row, token - 1]]
+    log_probs = token_log_probs(logits, packed.ids.flatten()[packed.places[row, token]])
+    sums = torch.zeros(len(sides), device=model.device).index_add(0, row, log_probs)
+    return sums[::2], sums[1::2]
 
 
 def implicit_accuracy(

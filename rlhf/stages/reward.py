@@ -99,9 +99,10 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
         mine = share(batch, job, f"{job.stage}.batch_size")
         sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_score": 0.0, "rejected_score": 0.0}
         for micro in micro_batches(mine, layout(job).micro_batch_size):
-            packed = pack([ids for pair in zip(*micro, strict=True) for ids in pair], pad_id, engine.device)
-            scores = engine(**packed.inputs)[packed.last]  # first the chosen, then the rejected
-            loss, stats = pairwise_loss(scores[: len(micro)], scores[len(micro) :], len(batch))
+            # both answers of a pair follow the same prompt: it is computed once
+            packed = pack([ids for pair in micro for ids in pair], pad_id, engine.device, together=2)
+            scores = engine(**packed.inputs)[packed.last]
+            loss, stats = pairwise_loss(scores[::2], scores[1::2], len(batch))
             backward(engine, loss)
             sums["loss"] += loss.item()
             for name, value in stats.items():
@@ -117,20 +118,25 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
 
 
 @torch.no_grad()
-def score(scalar: ScalarModel, rows: Sequence[list[int]], pad_id: int, batch_size: int) -> list[float]:
-    """The raw score of each row of token ids, in the order given."""
+def score(scalar: ScalarModel, rows: Sequence[list[int]], pad_id: int, batch_size: int, *, together: int = 1) -> list[float]:
+    """The raw score of each row of token ids, in the order given.
+
+    Args:
+        batch_size: rows of a forward pass, a multiple of `together`.
+        together: so many rows, one after the other, begin alike.
+    """
     scalar.eval()
     device = next(scalar.parameters()).device
     scores: list[float] = []
     for part in micro_batches(rows, batch_size):
-        packed = pack(part, pad_id, device)
+        packed = pack(part, pad_id, device, together=together)
         scores += scalar(**packed.inputs)[packed.last].tolist()
     return scores
 
 
 def score_pairs(scalar: ScalarModel, pairs: Sequence[Pair], pad_id: int, batch_size: int) -> tuple[list[float], list[float]]:
-    scores = score(scalar, [pair[0] for pair in pairs] + [pair[1] for pair in pairs], pad_id, batch_size)
-    return scores[: len(pairs)], scores[len(pairs) :]
+    scores = score(scalar, [ids for pair in pairs for ids in pair], pad_id, 2 * batch_size, together=2)
+    return scores[::2], scores[1::2]
 
 
 def accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
