@@ -36,6 +36,9 @@ COLUMNS = ("gold_sft", "gold_ppo", "gold_difference", "ci95_low", "win_rate", "k
 def main(
     variants: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(VARIANTS)}; all where none is named.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them.")] = "1",
+    clones: Annotated[
+        Path | None, typer.Option(help="What `bench/seeds.py --keep` left: its stages before PPO need not run again.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = REPOSITORY / "bench" / "ablations.json",
 ) -> None:
     """Run PPO on the sandbox with one part changed at a time, and print gold score, win rate and perplexity of each."""
@@ -46,10 +49,11 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 160)
     rows: list[dict[str, Any]] = []
     with ExitStack() as afterwards:
-        place = Path(tempfile.mkdtemp(prefix="rlhf-ablations-"))
-        afterwards.callback(shutil.rmtree, place, ignore_errors=True)
-        clones = {int(seed): Clone(place / seed) for seed in seeds.split(",")}
-        for seed, clone in clones.items():
+        place = clones or Path(tempfile.mkdtemp(prefix="rlhf-ablations-"))
+        if not clones:
+            afterwards.callback(shutil.rmtree, place, ignore_errors=True)
+        for seed in map(int, seeds.split(",")):
+            clone = Clone(place / str(seed))
             for name in names:
                 clone.run("rlhf", "use", "sandbox", f"seed={seed}", *VARIANTS[name])
                 # DVC knows which stages the change leaves as they were

@@ -22,7 +22,10 @@ LINES_SHOWN = 20
 
 
 class Clone:
-    """The repository at HEAD in a folder of its own. Its commands use this interpreter's packages and the clone's code."""
+    """The repository at HEAD in a folder of its own, or as an earlier benchmark left it there.
+
+    Its commands use this interpreter's packages and the clone's code.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.root, self.log = folder / "clone", folder / "log.txt"
@@ -34,7 +37,8 @@ class Clone:
             "DVC_SITE_CACHE_DIR": str(folder / "dvc"),
             "DO_NOT_TRACK": "true",
         }
-        subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.root)], check=True)
+        if not self.root.exists():
+            subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(self.root)], check=True)
 
     def run(self, *words: str) -> tuple[float, float]:
         """Run a command to its end; its seconds and its peak memory in GiB.

@@ -88,7 +88,9 @@ def disturb(clone: Clone, stage: str, ranks: int, kills: int, chance: random.Ran
             time.sleep(chance.uniform(0, LONGEST_WAIT))
             victims[kill(process, victim)] += 1
             await_end(process)
-            cut += any(not (path / "COMPLETE").exists() for path in clone.root.glob(f"runs/{stage}/*/checkpoints/*"))
+            whole = [f"COMPLETE-{rank}" for rank in range(ranks)]
+            found = clone.root.glob(f"runs/{stage}/*/checkpoints/*")
+            cut += any(not (path / marker).exists() for path in found for marker in whole)
         said = process.communicate()[0]
         goes_on += "goes on from step" in said
     if process.returncode:

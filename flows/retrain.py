@@ -23,7 +23,7 @@ from tasks.stage import run_stage, stop_all
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
 
 
-@flow(name="retrain", log_prints=True, task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]
+@flow(name="retrain", log_prints=True, task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]  # Prefect names a narrower type than it takes
 def retrain(root: Path | None = None) -> dict[str, Any]:
     """Retrain, register and decide.
 

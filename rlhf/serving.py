@@ -27,7 +27,7 @@ class Assistant(PythonModel):
         generation = self.model.generation_config
         self.max_new_tokens = int((context.model_config or {}).get("max_new_tokens") or generation.max_new_tokens or 256)
 
-    def predict(self, model_input: list[str | Message | list[Message]]) -> list[str]:  # type: ignore[override]
+    def predict(self, model_input: list[str | Message | list[Message]]) -> list[str]:  # type: ignore[override]  # the base class is untyped in its arguments
         """One answer for each question; a bare list of messages is one dialogue."""
         questions: list[Any] = list(model_input)
         if questions and isinstance(questions[0], dict):

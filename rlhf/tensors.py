@@ -44,7 +44,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # the base class is untyped in its arguments
         """d log p(target) / d logits = (1[target] − softmax) / temperature."""
         logits, targets, totals = ctx.saved_tensors
         result = torch.empty_like(logits)

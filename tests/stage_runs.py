@@ -1,4 +1,4 @@
-"""Real stages on tiny models, in processes of their own, for the tests that need them: `python tests/stage_runs.py WORD …`.
+"""Real stages on tiny models, in processes of their own, for the tests that need them.
 
 The words run one after the other in one process, which is a rank of a real process group. A word is STAGE or FOLDER/STAGE, the folder
 (below the working directory) being a workspace with its own params.yaml. VARIANT at its end, as in sft:killed, changes what the stage
@@ -12,17 +12,21 @@ runs on from there to the end of the process:
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import yaml
 
@@ -39,17 +43,59 @@ def run(root: Path, *words: str, code: int = 0, ranks: int = 1) -> str:
     """Run stages to their end on so many ranks; what rank 0 printed."""
     port = free_port()
     processes = [start(root, *words, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
-    said = [process.communicate()[0] for process in processes]
+    said = [process.end() for process in processes]
     assert [process.returncode for process in processes] == [code] * ranks, "\n".join(said)
     return said[0]
 
 
-def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> subprocess.Popen[str]:
+@dataclass(frozen=True)
+class Rank:
+    """A process that runs stages."""
+
+    process: Any  # of multiprocessing
+    log: Path
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; −N where signal N ended it."""
+        return self.process.exitcode
+
+    def end(self) -> str:
+        """Wait for its end; what it printed."""
+        self.process.join()
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    quiet = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    environment = os.environ | quiet | {name: str(value) for name, value in place.items()}
-    command = [sys.executable, __file__, *words]
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    descriptor, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".txt", dir=root)
+    os.close(descriptor)
+    process = _server().Process(target=rank_main, args=(root, words, {key: str(value) for key, value in place.items()}, Path(name)))
+    process.start()
+    return Rank(process, Path(name))
+
+
+@cache
+def _server() -> Any:
+    """Where ranks are forked from: a process that has loaded torch, transformers and DeepSpeed once, which takes seconds."""
+    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "dpo", "evaluate")])
+    with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def rank_main(root: Path, words: Sequence[str], place: dict[str, str], log: Path) -> None:
+    """In the process of a rank."""
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= place
+    os.chdir(root)
+    try:
+        main(words)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def free_port() -> int:
@@ -134,6 +180,7 @@ def die_after_the_first_checkpoint() -> None:
 
     def save_and_die(*arguments: Any) -> None:
         save(*arguments)
+        checkpoints.settle()
         os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoints.save = save_and_die  # type: ignore[assignment]
@@ -172,7 +219,3 @@ def misstate_log_probs() -> None:
         return replace(rollouts, log_probs=[[value - 0.01 for value in row] for row in rollouts.log_probs])
 
     ppo.generate = generate_and_misstate
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

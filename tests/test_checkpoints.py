@@ -43,7 +43,7 @@ def copy(base: Path, target: Path, raw: dict[str, Any]) -> Path:
 
 
 def checkpoints(root: Path) -> list[str]:
-    return sorted(path.parent.name for path in root.glob("runs/sft/checkpoints/*/COMPLETE"))
+    return sorted(path.parent.name for path in root.glob("runs/sft/checkpoints/*/COMPLETE-0"))
 
 
 def test_the_newest_and_the_best_are_kept_and_one_that_is_not_whole_is_passed_over(base: Path, tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_sigterm_to_one_rank_ends_all_with_a_checkpoint(base: Path, tmp_path: Pa
     ranks = [start(root, "sft", rank=rank, ranks=2, port=port) for rank in range(2)]
     log = root / "runs/sft/metrics.jsonl"
     while not log.exists():
-        assert all(rank.poll() is None for rank in ranks)
+        assert all(rank.returncode is None for rank in ranks)
         time.sleep(0.05)
-    ranks[1].send_signal(signal.SIGTERM)
-    said = [rank.communicate()[0] for rank in ranks]
+    ranks[1].process.terminate()
+    said = [rank.end() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [128 + signal.SIGTERM] * 2, "\n".join(said)
     done = json.loads(log.read_text().splitlines()[-1])["step"]
     assert f"sft: stopped after step {done}\n" in said[0]

@@ -217,11 +217,11 @@ def test_dvc_alone_in_another_clone_gives_the_same_bytes(flow_clone: Clone, dvc_
 
 def test_a_changed_value_reruns_its_stage_and_what_follows(flow_clone: Clone, dvc_clone: Clone) -> None:
     before, weights, lock = dvc_clone.published(), dvc_clone.weights(), dvc_clone.locked()
-    dvc_clone.call("rlhf", "use", "sandbox", *TINY, "sft.optimizer.learning_rate=0.002")
-    assert re.findall(r"Running stage '(\w+)'", dvc_clone.call("dvc", "repro")) == ["sft", "ppo", "evaluate"]
+    dvc_clone.call("rlhf", "use", "sandbox", *TINY, "ppo.actor.learning_rate=0.002")
+    assert re.findall(r"Running stage '(\w+)'", dvc_clone.call("dvc", "repro")) == ["ppo", "evaluate"]
     after, other = dvc_clone.published(), dvc_clone.weights()
-    assert {stage for stage in STAGES if after[stage] != before[stage]} == {"sft", "ppo", "evaluate"}
-    assert {name for name in MODELS if other[name] != weights[name]} == {"sft", "ppo"}
+    assert {stage for stage in STAGES if after[stage] != before[stage]} == {"ppo", "evaluate"}
+    assert {name for name in MODELS if other[name] != weights[name]} == {"ppo"}
 
     # set back again, the old outputs come out of the cache
     dvc_clone.call("rlhf", "use", "sandbox", *TINY)

@@ -165,9 +165,9 @@ def test_a_family_that_cannot_take_packed_rows_is_refused(
 ) -> None:
     config = AutoConfig.for_model(family, vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no causal language model .* does not support .*scaled_dot_product_attention"):
+    with pytest.raises(UserError, match=r"cannot be a causal language model .* does not support .*scaled_dot_product_attention"):
         load_policy(tmp_path, "fp32")
-    with pytest.raises(UserError, match=r"no reward model can be made of it .* does not support .*scaled_dot_product_attention"):
+    with pytest.raises(UserError, match=r"cannot be a reward model .* does not support .*scaled_dot_product_attention"):
         load_scalar(tmp_path, tokenizer, "fp32")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -117,12 +118,23 @@ def test_a_saved_policy_is_an_ordinary_folder(llama: LlamaForCausalLM, tokenizer
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match=r"nowhere: no causal language model"):
+    with pytest.raises(UserError, match=r"nowhere: cannot be a causal language model"):
         load_policy(tmp_path / "nowhere", "fp32")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(UserError, match=r"no causal language model"):
+    with pytest.raises(UserError, match=r"cannot be a causal language model"):
         load_policy(tmp_path, "fp32")
-    with pytest.raises(UserError, match=r"no reward model can be made of it"):
+    with pytest.raises(UserError, match=r"cannot be a reward model"):
+        load_scalar(tmp_path, tokenizer, "fp32")
+
+
+def test_a_model_that_lacks_weights_is_refused(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_model(llama, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot be a causal language model: no weights for model\.norm\.weight"):
+        load_policy(tmp_path, "fp32")
+    with pytest.raises(UserError, match=r"cannot be a reward model: no weights for model\.norm\.weight"):
         load_scalar(tmp_path, tokenizer, "fp32")
 
 

@@ -55,7 +55,7 @@ def test_a_stage_killed_after_a_checkpoint_goes_on_to_the_same_bytes(unbroken: P
         said = run(root, *words, code=-signal.SIGKILL if killed else 0)
         assert not before or f"{before}: goes on from step 2" in said
         if killed:
-            assert [path.parent.name for path in root.glob(f"runs/{killed}/checkpoints/*/COMPLETE")] == ["step-2"]
+            assert [path.parent.name for path in root.glob(f"runs/{killed}/checkpoints/*/COMPLETE-0")] == ["step-2"]
             assert not (root / "models" / killed).exists()
     outputs = [f"models/{name}/model.safetensors" for name in TRAINED] + ["models/reward/config.json", "data/rollouts.jsonl"]
     outputs += [f"{kind}/{name}.{ending}" for name in TRAINED for kind, ending in (("metrics", "json"), ("plots", "csv"))]

@@ -1,11 +1,14 @@
 """Checkpoints of a stage under way: what a rerun goes on from. They live in the job's folder and never become outputs.
 
-A checkpoint is a folder step-N, whole once its file COMPLETE exists, which lists size and SHA-256 of every other file:
+A checkpoint is a folder step-N:
 
     ENGINE/             weights, optimiser, schedule, loss scale: DeepSpeed's own form, shared out among the ranks as in training
     state.json          step, layout, and what else the loop needs
     rank-R.pt           generators of random numbers of rank R
     ema-R.safetensors   the moving average, in as many parts as the model is held in
+    COMPLETE-R          size and SHA-256 of rank R's share of the files above, which are on the disk
+
+It is whole once the COMPLETE of every rank exists. They are written in the background, while training goes on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,9 @@ from rlhf.job import Job
 
 MARKER = "COMPLETE"
 
+_background = ThreadPoolExecutor(max_workers=1)
+_sealing: list[Future[None]] = []
+
 
 def save(
     job: Job, step: int, engines: Mapping[str, DeepSpeedEngine], state: Mapping[str, Any], quality: float, ema: Ema | None = None
@@ -42,7 +49,11 @@ def save(
         engines: the DeepSpeed engines by name.
         state: what else the loop needs, as JSON: counters, the KL coefficient, rows of the plot.
         quality: the higher, the better; the best checkpoint is kept besides the newest.
+
+    Raises:
+        OSError: this one, or the one before it, cannot be written.
     """
+    settle()
     folder = _root(job) / f"step-{step}"
     if job.is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -55,12 +66,21 @@ def save(
         save_file(ema.average, folder / f"ema-{job.rank}.safetensors")
     if job.is_main:
         layout = {"ranks": job.world_size, "zero": {name: engine.zero_optimization_stage() for name, engine in engines.items()}}
-        (folder / "state.json").write_text(json.dumps({"step": step, "layout": layout, **state}), encoding="utf-8")
+        content = {"step": step, "quality": quality, "layout": layout, "loop": state}
+        (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
     dist.barrier()
-    _seal(job, folder, quality)
-    if job.is_main:
-        _prune(job)
-    dist.barrier()
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and MARKER not in path.name)
+    _sealing.append(_background.submit(_seal, job, folder, paths[job.rank :: job.world_size]))
+
+
+def settle() -> None:
+    """Wait until what this rank has saved is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    while _sealing:
+        _sealing.pop().result()
 
 
 def load(job: Job, engines: Mapping[str, DeepSpeedEngine], ema: Ema | None = None) -> dict[str, Any]:
@@ -75,8 +95,8 @@ def load(job: Job, engines: Mapping[str, DeepSpeedEngine], ema: Ema | None = Non
     folder = _newest(job)
     if folder is None:
         return {"step": 0}
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    layout = state.pop("layout")
+    saved = _state(folder)
+    layout = saved["layout"]
     for name, engine in engines.items():
         before, now = layout["zero"][name], engine.zero_optimization_stage()
         if bool(before) != bool(now):
@@ -93,8 +113,8 @@ def load(job: Job, engines: Mapping[str, DeepSpeedEngine], ema: Ema | None = Non
     if (own := folder / f"rank-{job.rank}.pt").exists():
         _restore_random_states(torch.load(own, weights_only=False))
     moved = f", on {job.world_size} ranks instead of {layout['ranks']}" if job.world_size != layout["ranks"] else ""
-    job.say(f"goes on from step {state['step']}{moved}")
-    return state
+    job.say(f"goes on from step {saved['step']}{moved}")
+    return {"step": saved["step"], **saved["loop"]}
 
 
 def _root(job: Job) -> Path:
@@ -115,20 +135,18 @@ def _parts_to_read(folder: Path, ema: Ema) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- whole or not
 
 
-def _seal(job: Job, folder: Path, quality: float) -> None:
-    """Bring every file to the disk, the ranks sharing the work, and list them in the marker."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found: list[dict[str, Any]] = [{}] * job.world_size
-    dist.all_gather_object(found, {str(path.relative_to(folder)): _measure(path) for path in paths[job.rank :: job.world_size]})
+def _seal(job: Job, folder: Path, files: list[Path]) -> None:
+    """Bring a rank's share of the files to the disk, then list them; rank 0 removes checkpoints that need not stay."""
+    listed = {str(path.relative_to(folder)): _measure(path) for path in files}
+    beside = folder / f".{MARKER}-{job.rank}"
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(listed, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(folder / f"{MARKER}-{job.rank}")
+    _sync_folder(folder)
     if job.is_main:
-        files = {name: measured for part in found for name, measured in part.items()}
-        beside = folder / f".{MARKER}"
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump({"quality": quality, "files": files}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(folder / MARKER)
-        _sync_folder(folder)
+        _prune(job)
 
 
 def _measure(path: Path) -> dict[str, Any]:
@@ -160,28 +178,43 @@ def _newest(job: Job) -> Path | None:
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None: nothing."""
-    try:
-        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    if not _is_sealed(folder):
         return "cut off while it was written"
-    except (ValueError, KeyError, TypeError):
-        return f"{MARKER} cannot be read"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.exists():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or _measure(path) != expected:
-            return f"{name} has changed"
+    for marker in folder.glob(f"{MARKER}-*"):
+        try:
+            listed = dict(json.loads(marker.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            return f"{marker.name} cannot be read"
+        for name, expected in listed.items():
+            path = folder / name
+            if not path.exists():
+                return f"{name} is missing"
+            if _measure(path) != expected:
+                return f"{name} has changed"
     return None
+
+
+def _is_sealed(folder: Path) -> bool:
+    """Whether every rank came to the end of its part; its files may have changed since."""
+    try:
+        ranks = _state(folder)["layout"]["ranks"]
+    except (FileNotFoundError, ValueError):
+        return False
+    return all((folder / f"{MARKER}-{rank}").exists() for rank in range(ranks))
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
 def _prune(job: Job) -> None:
     """Remove all but the newest launch.checkpoints.keep, and the best."""
-    folders = [folder for folder in _by_step(job) if (folder / MARKER).exists()]
-    quality = {folder: json.loads((folder / MARKER).read_text(encoding="utf-8"))["quality"] for folder in folders}
-    keep = {*folders[: job.params.launch.checkpoints.keep], max(folders, key=quality.__getitem__)}
+    folders = [folder for folder in _by_step(job) if _is_sealed(folder)]
+    if not folders:
+        return
+    keep = {*folders[: job.params.launch.checkpoints.keep], max(folders, key=lambda folder: _state(folder)["quality"])}
     for folder in set(folders) - keep:
-        (folder / MARKER).unlink()  # first: a kill on the way leaves one that is seen to be cut off
+        (folder / f"{MARKER}-0").unlink()  # first: a kill on the way leaves one that is seen to be cut off
         shutil.rmtree(folder)
 
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 def start(job: Job) -> torch.device:
     """Join the job's process group and make the arithmetic repeatable. Returns the rank's device."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch gives no types; nothing here reads memory that it has not written
     torch.manual_seed(job.seed("torch"))
     cuda = job.device == "cuda"
     if cuda:

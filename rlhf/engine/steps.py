@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from rlhf.engine import checkpoints
 from rlhf.engine.distributed import device, sum_over_ranks
 from rlhf.job import Job
 
@@ -26,6 +27,7 @@ class Steps:
             for number in range(self.first, self.total):
                 yield number
                 if self.stopping:
+                    checkpoints.settle()
                     self.job.say(f"stopped after step {number + 1}")
                     sys.exit(128 + signal.SIGTERM)
         finally:

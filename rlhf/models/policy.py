@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
@@ -46,12 +48,37 @@ def load_policy(folder: Path, precision: str) -> PreTrainedModel:
     Raises:
         UserError: the folder is missing or holds no such model.
     """
+    return load(AutoModelForCausalLM, folder, precision, "a causal language model")
+
+
+def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[str] = frozenset(), **options: Any) -> PreTrainedModel:
+    """A model in one of transformers' forms, dropout off.
+
+    Args:
+        form: an AutoModel class.
+        purpose: what it is to be, for messages.
+        new: weights that the folder need not have.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: the folder is missing, or holds no model of this form or not all of its weights.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report new weights as a fault; those that are one are named below
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision], attn_implementation=ATTENTION)
+        model, report = form.from_pretrained(
+            folder, dtype=DTYPES[precision], attn_implementation=ATTENTION, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder}: no causal language model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
+            f"{folder}: cannot be {purpose} ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
         ) from None
+    finally:
+        logging.set_verbosity(before)
+    if lacking := sorted(set(report["missing_keys"]) - new):
+        raise UserError(
+            f"{folder}: cannot be {purpose}: no weights for {', '.join(lacking[:3])}", remedy="give a folder with a whole model"
+        )
     disable_dropout(model)
     model.config.use_cache = False
     return model

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.errors import UserError
-from rlhf.models.policy import ATTENTION, DTYPES, disable_dropout
+from rlhf.models.policy import load
+
+HEAD = frozenset({"score.weight"})
 
 
 class ScalarModel(nn.Module):
@@ -50,17 +51,8 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
     Raises:
         UserError: the folder is missing or its architecture has no sequence-classification form.
     """
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=DTYPES[precision], pad_token_id=tokenizer.pad_token_id, attn_implementation=ATTENTION
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: no reward model can be made of it ({str(error).splitlines()[0]})", remedy="choose another base.model"
-        ) from None
-    disable_dropout(model)
-    model.config.use_cache = False
-    return ScalarModel(model)
+    given = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    return ScalarModel(load(AutoModelForSequenceClassification, folder, precision, "a reward model", HEAD, **given))
 
 
 def initialise_head(scalar: ScalarModel, seed: int) -> None:

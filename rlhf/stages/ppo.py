@@ -7,6 +7,7 @@ Each step: 1. rollout, 2. scoring, 3. rewards and advantages, 4. updates. The ar
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,9 +238,9 @@ def update(
                 ratio_max = max(ratio_max, ratio, key=lambda value: abs(value - 1))
             add(sums, critic_step(job, models, part, tokens))
         trained = {"critic_grad_norm": models.critic} | ({"actor_grad_norm": models.actor} if train_actor else {})
-        for name, norm in zip(trained, step_together(job, list(trained.values())), strict=True):
-            norms[name] = max(norms[name], norm)
-        if models.ema and train_actor:
+        found = dict(zip(trained, step_together(job, list(trained.values())), strict=True))
+        norms |= {name: max(norms[name], norm) for name, norm in found.items()}
+        if models.ema and math.isfinite(found.get("actor_grad_norm", math.inf)):  # else there was no step: critic warm-up, or overflow
             models.ema.update(models.actor.module)
         if number == 0 and train_actor:
             ratio_error = abs(ratio_max - 1)
