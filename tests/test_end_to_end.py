@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -213,6 +214,26 @@ def test_a_second_run_trains_nothing_and_registers_nothing(flow_clone: Clone) ->
 def test_dvc_alone_in_another_clone_gives_the_same_bytes(flow_clone: Clone, dvc_clone: Clone) -> None:
     assert dvc_clone.weights() == flow_clone.weights()
     assert dvc_clone.locked() == flow_clone.locked()
+
+
+def test_sigterm_to_a_stage_leaves_a_checkpoint_of_the_step_under_way(dvc_clone: Clone) -> None:
+    dvc_clone.call("rlhf", "use", "sandbox", *TINY, "sft.epochs=500", "sft.checkpoint_every=1000000")
+    stage = subprocess.Popen(
+        ["rlhf", "launch", "sft"],
+        cwd=dvc_clone.root,
+        env=dvc_clone.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert stage.stdout
+    said = [next(line for line in stage.stdout if line.startswith("sft 1/"))]
+    stage.terminate()
+    said += stage.communicate()[0].splitlines()
+    assert stage.returncode == 128 + signal.SIGTERM
+    (step,) = [match[1] for line in said if (match := re.fullmatch(r"sft: stopped after step (\d+)", line))]
+    assert len(list(dvc_clone.root.glob(f"runs/sft/*/checkpoints/step-{step}/COMPLETE-0"))) == 1
+    dvc_clone.call("rlhf", "use", "sandbox", *TINY)
 
 
 def test_a_changed_value_reruns_its_stage_and_what_follows(flow_clone: Clone, dvc_clone: Clone) -> None:
