@@ -17,6 +17,7 @@ import tasks.report
 from rlhf import config, fingerprint, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.registry.history import person
 from tasks import graph
 from tasks.stage import run_stage, stop_all
 
@@ -42,7 +43,8 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         stages = run_stages(root)
         tracking.send_waiting(root)
         version = tasks.registry.register(root, params, str(runtime.flow_run.id))
-        decision = tasks.registry.promote(version, root, params)
+        verdict = tasks.registry.check(version, root, params)
+        decision = tasks.registry.carry_out(verdict, root, params, by=person(), why=f"flow run {runtime.flow_run.name}: all gates passed")
         tasks.report.publish(decision, root)
     return {
         "stages": stages,

@@ -7,17 +7,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf import config
+from rlhf import cli_versions, config
 from rlhf.errors import UserError
-
-if TYPE_CHECKING:
-    from rlhf.registry import Version
+from rlhf.workspace import workspace
 
 app = typer.Typer(
     help="Scheduled, reproducible RLHF retraining: from raw data to a promoted model.\n\nCommands work on the nearest folder upwards that "
@@ -46,19 +44,6 @@ def main() -> None:
         return
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(1)
-
-
-def workspace() -> Path:
-    """The nearest folder, from the current one upwards, that holds params.yaml and dvc.yaml.
-
-    Raises:
-        UserError: there is none.
-    """
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() and ((folder / "params.yaml").is_file() or (folder / "presets").is_dir()):
-            return folder
-    raise UserError(f"{here}: no workspace (a folder with params.yaml and dvc.yaml) here or above", remedy="change to the project's folder")
 
 
 @app.command()
@@ -171,35 +156,8 @@ def _questions() -> Iterator[str]:
             return
 
 
-@app.command()
-def models() -> None:
-    """List the registered versions, newest first: aliases, date, score and the gates that failed."""
-    from rlhf import registry
-
-    root = workspace()
-    params = config.load(root / "params.yaml")
-    versions = registry.versions(root, params)
-    if not versions:
-        print(f"no version of {params.promote.model} is registered yet: `rlhf run` registers one")
-        return
-    table = Table("version", "aliases", "created (UTC)", "gold", "win rate", "gates", box=None)
-    for version in versions:
-        table.add_row(*_row(version))
-    Console().print(table)
-
-
-def _row(version: Version) -> list[str]:
-    def number(tag: str) -> str:
-        return f"{float(version.tags[tag]):.3f}" if tag in version.tags else "—"
-
-    scores = [number(f"evaluate.gold.{version.tags.get('algorithm')}"), number("evaluate.win_rate.value")]
-    return [
-        str(version.number),
-        ", ".join(version.aliases),
-        f"{version.created:%Y-%m-%d %H:%M}",
-        *scores,
-        version.tags.get("gates", "not checked"),
-    ]
+for _command in cli_versions.COMMANDS:
+    app.command()(_command)
 
 
 @app.command()

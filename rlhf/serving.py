@@ -2,24 +2,76 @@
 
 It stands alone: nothing of this project is imported, only torch, transformers and mlflow. The artifact `config` is the config.json of an
 ordinary Hugging Face folder. Questions are texts, or dialogues as lists of {role, content}; each gets one answer, greedily.
+
+The version's folder holds files.json, the SHA-256 of every file in it. A model is loaded only if they are all as they were registered.
 """
 
+import hashlib
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# what `predict` takes is a union on purpose
+logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 
 Message = dict[str, str]
+
+LIST = "files.json"
+# MLflow writes down here which version the folder was fetched for
+NOT_LISTED = (LIST, "registered_model_meta")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a version, by its path in the folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in NOT_LISTED and "__pycache__" not in path.parts:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def differences(folder: Path, listed: str | None = None) -> list[str]:
+    """What is not as it was registered, in words that name the file; nothing if all is.
+
+    Args:
+        folder: of the version.
+        listed: SHA-256 of files.json itself, where it is known from elsewhere.
+    """
+    try:
+        content = (folder / LIST).read_bytes()
+        before = json.loads(content)
+    except (OSError, ValueError):
+        return [f"{folder / LIST} is missing or damaged"]
+    if listed not in (None, hashlib.sha256(content).hexdigest()):
+        return [f"{folder / LIST} is not the one that was registered"]
+    after = hashes(folder)
+    said = {path: "was changed" for path in before.keys() & after.keys() if before[path] != after[path]}
+    said |= dict.fromkeys(before.keys() - after.keys(), "is missing") | dict.fromkeys(after.keys() - before.keys(), "was added")
+    return [f"{folder / path} {what} after it was registered" for path, what in sorted(said.items())]
 
 
 class Assistant(PythonModel):
     """Answers questions with the chat template, the end tokens and the answer length of the model's folder."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        """Open the model.
+
+        Raises:
+            ValueError: names the files that are not as they were registered.
+        """
+        # late: whoever only checks the files does not wait for the frameworks
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         folder = Path(context.artifacts["config"]).parent
+        if wrong := differences(folder.parent):
+            raise ValueError(f"this version is refused: {'; '.join(wrong)}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         if torch.cuda.is_available():
@@ -35,6 +87,8 @@ class Assistant(PythonModel):
         return [self._answer([{"role": "user", "content": question}] if isinstance(question, str) else question) for question in questions]
 
     def _answer(self, messages: list[Message]) -> str:
+        import torch
+
         prompt: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         prompt = prompt.to(self.model.device)
         with torch.inference_mode():

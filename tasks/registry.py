@@ -1,14 +1,17 @@
-"""Prefect tasks around the model registry: register, then decide."""
+"""Prefect tasks around the model registry: register, compare with the champion, check the gates, ask, decide."""
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from rlhf import registry
+from rlhf import comparison, registry
 from rlhf.config import Params
+from rlhf.errors import UserError
+from tasks.stage import LAST_LINES, follow
 
 
 @task(cache_policy=NO_CACHE)
@@ -21,9 +24,36 @@ def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
 
 
 @task(cache_policy=NO_CACHE)
-def promote(version: registry.Version, root: Path, params: Params) -> registry.Decision:
-    """Check the gates and move alias champion, or candidate."""
-    decision = registry.promote(version, root, params)
+def check(version: registry.Version, root: Path, params: Params) -> registry.Verdict:
+    """Hold the version against the champion, where there is another one, and check the gates.
+
+    Raises:
+        UserError: the comparison failed.
+    """
+    champion = registry.aliases(root, params).get("champion")
+    pairs = None
+    if champion not in (None, version.number) and "promoted" not in version.tags:
+        other = registry.find(root, params, champion)
+        if not comparison.is_done(version, other, root):
+            _compare(root, champion)
+        pairs = comparison.pairs(version, other, root)
+    return registry.check(version, root, params, pairs)
+
+
+def _compare(root: Path, champion: int) -> None:
+    # in a process of its own: it takes signals and forks, which threads of a flow must not
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    if follow(["rlhf", "compare", str(champion)], root, {}, lines.append):
+        what = f"the comparison with version {champion} failed: {' | '.join(lines)}"
+        raise UserError(what, remedy="mend that, then run again: no stage is repeated")
+
+
+@task(cache_policy=NO_CACHE)
+def carry_out(
+    verdict: registry.Verdict, root: Path, params: Params, *, by: str, why: str, declined: str | None = None
+) -> registry.Decision:
+    """Move alias champion, or candidate."""
+    decision = registry.carry_out(verdict, root, params, by=by, why=why, declined=declined)
     for line in decision.lines:
         get_run_logger().info(line)
     return decision

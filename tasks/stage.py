@@ -61,7 +61,7 @@ def watch(watcher: Watcher) -> None:
 
 
 def stop_all() -> None:
-    """Kill the process groups of all stages that are running."""
+    """Kill the process groups of all that is running."""
     for process in list(_running):
         _kill(process)
 
@@ -80,23 +80,16 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
     if stage.current:
         _tell(Progress(stage.name, "up to date"))
         return Completed(name="Cached", message="up to date")
-    log = get_run_logger()
     _tell(Progress(stage.name, "running"))
     lines: deque[str] = deque(maxlen=LAST_LINES)
-    process = _start(stage, root, environment)
-    _running.add(process)
-    try:
-        assert process.stdout
-        for raw in process.stdout:
-            if line := raw.rstrip():
-                log.info(line)
-                if not line.startswith("ERROR: failed to reproduce"):
-                    lines.append(line)
-                _tell(_progress(stage.name, line))
-        code = process.wait()
-    finally:
-        _kill(process)
-        _running.discard(process)
+
+    def take(line: str) -> None:
+        if not line.startswith("ERROR: failed to reproduce"):
+            lines.append(line)
+        _tell(_progress(stage.name, line))
+
+    # --wait-for-lock: a stage that ends while another one commits would be lost without it
+    code = follow(["dvc", "--wait-for-lock", "repro", "--single-item", stage.name], root, environment, take)
     if code:
         failure = StageError(stage.name, code, list(lines))
         _tell(Progress(stage.name, "failed", failure.what))
@@ -105,12 +98,28 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
     return None
 
 
-def _start(stage: Stage, root: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+def follow(command: list[str], root: Path, environment: dict[str, str], take: Callable[[str], None]) -> int:
+    """Run one of the environment's programs in a session of its own; its lines go to the run's log and to `take`. Its exit code."""
+    log = get_run_logger()
+    process = _start(command, root, environment)
+    _running.add(process)
+    try:
+        assert process.stdout
+        for raw in process.stdout:
+            if line := raw.rstrip():
+                log.info(line)
+                take(line)
+        return process.wait()
+    finally:
+        _kill(process)
+        _running.discard(process)
+
+
+def _start(command: list[str], root: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     programs = Path(sys.executable).parent
     quiet = {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true"}
-    # --wait-for-lock: a stage that ends while another one commits would be lost without it
     return subprocess.Popen(
-        [str(programs / "dvc"), "--wait-for-lock", "repro", "--single-item", stage.name],
+        [str(programs / command[0]), *command[1:]],
         cwd=root,
         env=os.environ | quiet | environment,
         stdin=subprocess.DEVNULL,

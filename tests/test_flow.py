@@ -14,7 +14,7 @@ from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.retrain import retrain, run_stages
-from rlhf import registry
+from rlhf import config, registry
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from tasks import report, stage
@@ -24,7 +24,7 @@ DVC = str(Path(sys.executable).with_name("dvc"))
 METRICS = {
     "gold": None,
     "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "second reward model"},
-    "reward_model": {"accuracy": 0.9, "n": 500},
+    "reward_model": {"accuracy": 0.9, "n": 500, "ci95": [0.5, 0.7]},
     "kl": 12.0,
     "perplexity": {"sft": 10.0, "ppo": 10.5, "ratio": 1.05},
     "eos_rate": {"sft": 0.95, "ppo": 0.99},
@@ -136,7 +136,8 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     (root / "evaluate.json").write_text(json.dumps(METRICS))
     (root / "samples.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a|b"}], "sft": "x", "ppo": "y"}) + "\n")
     (root / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
-    copying = "mkdir -p metrics data; cp evaluate.json metrics/; cp samples.jsonl data/"
+    (root / "answers.jsonl").write_text("{}\n")
+    copying = "mkdir -p metrics data; cp evaluate.json metrics/; cp samples.jsonl answers.jsonl data/"
     pipeline(
         root,
         {
@@ -144,7 +145,7 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
             "evaluate": {
                 "cmd": copying,
                 "deps": ["models/ppo"],
-                "outs": ["data/samples.jsonl"],
+                "outs": ["data/samples.jsonl", "data/answers.jsonl"],
                 "metrics": [{"metrics/evaluate.json": {"cache": False}}],
             },
         },
@@ -156,10 +157,11 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     assert set(second["stages"].values()) == {"up to date"}
     assert (second["version"], second["champion"], second["promoted"]) == (1, 1, True)
 
-    params = registry.tracking.config.load(root / "params.yaml")
+    params = config.load(root / "params.yaml")
     [version] = registry.versions(root, params)
     assert version.tags["md5.models/ppo"].endswith(".dir")
-    page = report.markdown(registry.promote(version, root, params), root)
+    decision = registry.Decision(version, registry.check(version, root, params).gates, 1, ["version 1 is champion already"])
+    page = report.markdown(decision, root)
     assert "| user: a\\|b | x | y |" in page
     assert "| min_win_rate | yes |" in page
 

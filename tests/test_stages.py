@@ -90,6 +90,30 @@ def test_ppo_starts_at_the_policy_that_it_keeps_near(unbroken: Path) -> None:
         assert mean == pytest.approx(step["kl"], abs=1e-5)
 
 
+def test_a_champion_is_judged_as_evaluate_judged(unbroken: Path, tmp_path: Path) -> None:
+    """The first-tuned model in the part of the champion: its answers, scores and rewards must come out as evaluate had them."""
+    for name, same in (("anew", False), ("again", True)):
+        shutil.copytree(unbroken, tmp_path / name, ignore=shutil.ignore_patterns("runs"))
+        (tmp_path / name / "runs/compare").mkdir(parents=True)
+        champion = {"folder": str(unbroken / "models/sft"), "algorithm": "sft", "same_evaluation": same}
+        (tmp_path / name / "runs/compare/champion.json").write_text(json.dumps(champion), encoding="utf-8")
+    shutil.copy(unbroken / "data/answers.jsonl", unbroken / "models/evaluation.jsonl")
+    shutil.rmtree(tmp_path / "again/models/judge")  # the known answers are not judged once more
+    run(tmp_path, "anew/compare", "again/compare")
+    evaluated = read_lines(unbroken / "data/answers.jsonl")
+    anew, again = (read_lines(tmp_path / name / "comparison.jsonl") for name in ("anew", "again"))
+    assert len(anew) == len(evaluated) > 0
+    for before, after in zip(evaluated, anew, strict=True):
+        assert (after["prompt"], after["kind"]) == (before["prompt"], None)
+        assert after["answers"] == {"new": before["answers"]["ppo"], "champion": before["answers"]["sft"]}
+        assert after["scores"]["champion"] == pytest.approx(before["scores"]["sft"], abs=1e-5)
+        assert after["rewards"]["champion"] == pytest.approx(before["rewards"]["sft"], abs=1e-5)
+        assert (after["scores"]["new"], after["rewards"]["new"]) == (before["scores"]["ppo"], before["rewards"]["ppo"])
+    assert [row["answers"] for row in again] == [row["answers"] for row in anew]
+    judge = json.loads((unbroken / "models/judge/judge.json").read_text(encoding="utf-8"))
+    assert judge["fingerprint"] == json.loads((unbroken / "metrics/evaluate.json").read_text(encoding="utf-8"))["judge"]
+
+
 # ---------------------------------------------------------------------------------------------------------- the given model
 
 

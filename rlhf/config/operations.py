@@ -6,7 +6,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
+from rlhf.config.section import Fraction, Positive, Section, Slug
+
+
+class Approval(Section):
+    """Whether a person has the last word."""
+
+    required: bool = Field(
+        description="the flow asks in Prefect (needs a server, see `make serve`) before it promotes a version that passed"
+    )
+    wait_minutes: Positive = Field(description="who has not answered by then has declined; `rlhf promote` does it later")
 
 
 class Promote(Section):
@@ -22,9 +31,13 @@ class Promote(Section):
     max_perplexity_ratio: Positive = Field(description="perplexity on plain text, policy over sft")
     min_eos_rate: Fraction = Field(description="share of answers that end by themselves")
     max_answer_tokens: Positive = Field(description="mean answer length, in tokens")
-    max_regression: NonNegative = Field(
-        description="how far the score (gold, or else win rate) may lie below the champion's on the same held-out set"
+    min_champion_win_rate: Fraction = Field(
+        description="win rate against the champion on the same held-out prompts, lower end of its 95% interval; 0.5 is as good as it"
     )
+    min_kind_win_rate: Fraction = Field(
+        description="the same for each kind of task by itself, upper end of the interval: below it, this kind has surely become worse"
+    )
+    approval: Approval
 
 
 class JobLayout(Section):

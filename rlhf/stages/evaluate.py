@@ -7,8 +7,11 @@ the judge slice that no other stage saw, and decides which answer wins.
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import sandbox
 from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
+from rlhf.engine import output
 from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora
@@ -28,6 +32,8 @@ from rlhf.stages import dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
 
+ANSWERS = "data/answers.jsonl"
+JUDGE = "models/judge"
 JUDGED_ROLLOUTS = 5000  # at most so many answers of PPO's course are judged for the plot
 
 
@@ -35,8 +41,7 @@ def main(job: Job) -> None:
     device = start(job)
     params, precision = job.params.evaluate, job.params.launch.precision
     tokenizer = load_tokenizer(job.input("models/sft"))
-    prompts_file = job.input("data/prepared/heldout_prompts.jsonl")
-    prompts = [row for row in read_lines(prompts_file) if fits(job, tokenizer, row)][: params.prompts]
+    prompts = [row for row in read_lines(job.input("data/prepared/heldout_prompts.jsonl")) if fits(job, tokenizer, row)][: params.prompts]
     new = job.params.algorithm
     policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", new)}
 
@@ -44,16 +49,17 @@ def main(job: Job) -> None:
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
     answers = {name: [decode_answer(tokenizer, ids) for ids in rollouts[name].answers] for name in policies}
     # 2. the judge scores the answers
-    judge, score_all = make_judge(job, tokenizer, device)
-    scores = {name: score_all(prompts, answers[name]) for name in policies}
+    judge = make_judge(job, tokenizer)
+    scores = {name: judge.score(prompts, answers[name]) for name in policies}
     # 3. numbers
+    rewards: dict[str, list[float]] = {}
     if new == "ppo":
-        reward_model = measure_reward_model(job, tokenizer, prompts, answers, device)
+        reward_model, rewards = measure_reward_model(job, tokenizer, prompts, answers, device)
     else:
         reward_model = measure_implicit_reward(job, tokenizer, policies)
     metrics = {
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
-        "win_rate": {**win_rate(job, scores), "judge": judge},
+        "win_rate": {**win_rate(job, scores), "judge": judge.name},
         "reward_model": reward_model,
         "kl": kl(job, policies, rollouts[new], tokenizer),
         "perplexity": perplexities(job, policies, tokenizer),
@@ -61,12 +67,14 @@ def main(job: Job) -> None:
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
         "prompts": len(prompts),
         "temperature": params.temperature,
-        "heldout": hashlib.sha256(prompts_file.read_bytes()).hexdigest(),
+        "heldout": heldout(job, prompts),
     }
-    judged = course(job, score_all) if new == "ppo" else []
+    judged = course(job, judge.score) if new == "ppo" else []
     # 4. outputs
+    fingerprint = judge.save(job, tokenizer)
     if job.is_main:
-        job.write_metrics(metrics)
+        job.write_metrics({**metrics, "judge": fingerprint})
+        write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards))
         write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
         if new == "ppo":
             job.write_plot("plots/gold_against_kl.csv", judged)
@@ -101,18 +109,45 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ScoreAll = Callable[[Sequence[dict[str, Any]], Sequence[str]], list[float]]
 
 
-def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[str, ScoreAll]:
-    """The judge's name, and the function that scores answers to held-out rows."""
+@dataclass(frozen=True)
+class Judge:
+    """What decides which answer is better: `score` takes held-out rows and an answer to each. The gold score has no `model`."""
+
+    name: str
+    score: ScoreAll
+    model: ScalarModel | None = None
+    adapters: lora.Adapters | None = None
+
+    def save(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Write models/judge, so that other models' answers can be judged later; returns a hash of all that decides a score."""
+        folder = job.output(JUDGE)
+        if self.model is not None:
+            output.save(job, self.model.model, tokenizer, folder, self.adapters)
+        if not job.is_main:
+            return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        # the gold score is decided by its source alone
+        files = sorted(folder.glob("*.safetensors")) if self.model else [Path(sandbox.__file__), Path(sandbox.facts.__file__)]
+        fingerprint = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        (folder / "judge.json").write_text(json.dumps({"name": self.name, "fingerprint": fingerprint}) + "\n", encoding="utf-8")
+        return fingerprint
+
+
+def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase) -> Judge:
+    """The gold score where there is one, else a second reward model, trained here."""
     if job.params.data.has_gold:
-        return "gold score", lambda rows, answers: [sandbox.gold_score(row["gold"], text) for row, text in zip(rows, answers, strict=True)]
+        return Judge("gold score", gold_scores)
     params = job.params.evaluate.judge
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
     second = reward.new_scalar(job, tokenizer, "judge")
-    lora.attach(second.model, params.lora, "models/base", "evaluate.judge.lora", job)
+    adapters = lora.attach(second.model, params.lora, "models/base", "evaluate.judge.lora", job)
     reward.fit(job, second, pairs, params, tokenizer.pad_token_id)
-    return f"second reward model, trained on {len(pairs)} held-out pairs", lambda rows, answers: reward_scores(
-        second, tokenizer, rows, answers, job
-    )
+    name = f"second reward model, trained on {len(pairs)} held-out pairs"
+    return Judge(name, lambda rows, answers: reward_scores(second, tokenizer, rows, answers, job), second, adapters)
+
+
+def gold_scores(rows: Sequence[dict[str, Any]], answers: Sequence[str]) -> list[float]:
+    return [sandbox.gold_score(row["gold"], text) for row, text in zip(rows, answers, strict=True)]
 
 
 def reward_scores(
@@ -131,17 +166,20 @@ def reward_scores(
 
 def measure_reward_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], device: torch.device
-) -> dict[str, float]:
-    """Accuracy of stage reward's model on held-out pairs, and the mean score that it gives each policy's answers."""
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Accuracy of stage reward's model on held-out pairs, the mean score that it gives each policy's answers and how much it rose from
+    sft, with its 95% interval; and all its scores."""
     model = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision).eval().to(device)
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
     pairs = pairs[: job.params.evaluate.pairs]
     scores = reward.score_pairs(model, pairs, tokenizer.pad_token_id, layout(job).micro_batch_size)
-    means = {name: statistics.fmean(reward_scores(model, tokenizer, prompts, answers[name], job)) for name in answers}
-    return {"accuracy": reward.accuracy(*scores), "n": len(pairs), **means}
+    given = {name: reward_scores(model, tokenizer, prompts, answers[name], job) for name in answers}
+    means = {name: statistics.fmean(values) for name, values in given.items()}
+    rise = bootstrap(job, np.array(given["ppo"]) - np.array(given["sft"]))
+    return {"accuracy": reward.accuracy(*scores), "n": len(pairs), **means, "ci95": rise}, given
 
 
-def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, policies: dict[str, PreTrainedModel]) -> dict[str, float]:
+def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, policies: dict[str, PreTrainedModel]) -> dict[str, Any]:
     """Accuracy of DPO's implicit reward on held-out pairs."""
     pairs, _ = dpo.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl")
     pairs = pairs[: job.params.evaluate.pairs]
@@ -206,6 +244,21 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs
+
+
+def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:
+    """A hash of what is asked and how: scores of two models with the same one can be compared."""
+    asked = [[row["prompt"], row["gold"]] for row in prompts]
+    content = json.dumps([asked, job.params.evaluate.temperature, job.params.ppo.max_answer_tokens])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def all_answers(
+    prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]], rewards: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo)."""
+    columns: dict[str, dict[str, list[Any]]] = {"answers": answers, "scores": scores, "rewards": rewards}
+    return [{**row, **{key: {name: by[name][i] for name in by} for key, by in columns.items()}} for i, row in enumerate(prompts)]
 
 
 def samples(

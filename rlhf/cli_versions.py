@@ -1,0 +1,100 @@
+"""The commands of `rlhf` around registered versions. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import config
+from rlhf.workspace import workspace
+
+if TYPE_CHECKING:
+    from rlhf.registry import Move, Version
+
+Named = Annotated[str, typer.Argument(metavar="VERSION", help="Number of a version, or an alias such as candidate.")]
+Why = Annotated[str, typer.Option(help="The reason, for the history.")]
+
+
+def models() -> None:
+    """List the registered versions, newest first: aliases, date, scores, gates; and who put which into service, when and why."""
+    from rlhf import registry
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    versions = registry.versions(root, params)
+    if not versions:
+        print(f"no version of {params.promote.model} is registered yet: `rlhf run` registers one")
+        return
+    table = Table("version", "aliases", "created (UTC)", "gold", "win rate", "gates", box=None)
+    for version in versions:
+        table.add_row(*_row(version))
+    Console().print(table)
+    for move in reversed(registry.moves(root, params)):
+        print(move.line)
+
+
+def _row(version: Version) -> list[str]:
+    def number(tag: str) -> str:
+        return f"{float(version.tags[tag]):.3f}" if tag in version.tags else "—"
+
+    scores = [number(f"evaluate.gold.{version.tags.get('algorithm')}"), number("evaluate.win_rate.value")]
+    return [
+        str(version.number),
+        ", ".join(version.aliases),
+        f"{version.created:%Y-%m-%d %H:%M}",
+        *scores,
+        version.tags.get("gates", "not checked"),
+    ]
+
+
+def promote(version: Named, why: Why = "no reason given") -> None:
+    """Put a version into service by hand, whatever its gates said. The one in service now becomes `previous`."""
+    from rlhf import registry
+    from rlhf.registry.history import person
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    seen = registry.aliases(root, params).get("champion")
+    chosen = registry.resolve(root, params, version)
+    _show(registry.promote(chosen, seen, root, params, by=person(), why=why))
+    if chosen.tags.get("gates") != "passed":
+        print(f"its gates: {chosen.tags.get('gates', 'not checked')}")
+
+
+def rollback(why: Why = "no reason given") -> None:
+    """Put the version before into service again, at once and without training. Done a second time, it undoes itself."""
+    from rlhf import registry
+    from rlhf.registry.history import person
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    seen = registry.aliases(root, params).get("champion")
+    _show(registry.rollback(seen, root, params, by=person(), why=why))
+
+
+def _show(move: Move) -> None:
+    before = f", previous is version {move.replaces}" if move.replaces else ""
+    print(f"version {move.version} is champion{before}; {move.action} by {move.by} at {move.at}: {move.why}")
+
+
+def compare(version: Named = "champion") -> None:
+    """Hold the last registered model of this folder against a version: the champion's answers to the same prompts, the same judge."""
+    from rlhf import comparison, gates, processes, registry
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    own, other = registry.register(root, params), registry.resolve(root, params, version)
+    try:
+        with processes.stoppable():
+            comparison.compare(own, other, root, params)
+    except processes.Stopped as stop:
+        sys.exit(128 + stop.number)
+    for gate in gates.against_champion(comparison.pairs(own, other, root), params):
+        print(gate.line)
+
+
+COMMANDS = (models, promote, rollback, compare)

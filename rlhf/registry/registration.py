@@ -1,0 +1,181 @@
+"""Registration: the trained policy, its evaluation and what it was made of become a version of the registered model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import mlflow
+import yaml
+from mlflow import MlflowClient
+from mlflow.models import Model
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from rlhf import fingerprint, gates, serving, tracking
+from rlhf.config import STAGES, Params
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from rlhf.registry.versions import Version, connect, find
+
+ANSWERS = Path("data/answers.jsonl")
+# Parts of metrics/evaluate.json that become tags of the version.
+EVALUATED = ("gold", "win_rate", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
+
+
+def register(root: Path, params: Params, flow_run_id: str | None = None) -> Version:
+    """Register the trained policy with its evaluation. The same model with the same evaluation keeps its version.
+
+    Raises:
+        UserError: the model, its metrics or dvc.lock is missing, or MLflow is away.
+    """
+    metrics = gates.read_metrics(root)
+    weights = _weights_hash(root / _model(params), _model(params))
+    evaluation = hashlib.sha256((root / gates.METRICS).read_bytes()).hexdigest()
+    if not (root / ANSWERS).is_file():
+        raise UserError(f"{ANSWERS}: no such file", remedy="run `dvc repro evaluate`, or `dvc pull`")
+    name = params.promote.model
+    with lock(root, "registry"):
+        client = connect(root, params)
+        same = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{weights}' and tags.evaluation = '{evaluation}'")
+        if same:
+            return find(root, params, int(same[0].version))
+        tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none", "algorithm": params.algorithm}
+        tags |= _lineage(root, params) | _evaluated(metrics)
+        number = _store(client, root, params, tags)
+        return find(root, params, number)
+
+
+# ------------------------------------------------------------------------------------------------------- what a version is made of
+
+
+def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str]) -> int:
+    run_id = tags.get(f"run.{params.algorithm}")
+    logged = client.create_logged_model(tracking.initialise(root, params), name=params.promote.model, source_run_id=run_id)
+    made = root / _model(params), root / ANSWERS
+    if urlparse(logged.artifact_location).scheme in ("", "file"):
+        listed = _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), *made, logged.model_id)
+    else:
+        with tempfile.TemporaryDirectory(dir=root / "runs") as temporary:
+            listed = _write_folder(Path(temporary) / "model", *made, logged.model_id)
+            client.log_model_artifacts(logged.model_id, str(Path(temporary) / "model"))
+    client.finalize_logged_model(logged.model_id, "READY")
+    if not client.search_registered_models(f"name = '{params.promote.model}'"):
+        client.create_registered_model(params.promote.model)
+    # the tags go in with the version: nobody sees one without its lineage
+    source = f"models:/{logged.model_id}"
+    tags = tags | {"sha256.files": listed}
+    return int(client.create_model_version(params.promote.model, source, run_id=run_id, tags=tags, model_id=logged.model_id).version)
+
+
+def _write_folder(place: Path, model: Path, answers: Path, model_id: str) -> str:
+    """Write a version's files (model, answers in its evaluation, what serves it), list their hashes, make all read-only.
+
+    Returns:
+        The list's own SHA-256.
+    """
+    packages = ("torch", "transformers", "jinja2")
+    mlflow.pyfunc.save_model(
+        place,
+        python_model=serving.__file__,
+        artifacts={"config": str(model / "config.json")},
+        pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
+        mlflow_model=Model(model_id=model_id),
+    )
+    shutil.copyfile(answers, place / "evaluation.jsonl")
+    shutil.copytree(model, place / "artifacts", copy_function=_link_weights, dirs_exist_ok=True)
+    content = json.dumps(serving.hashes(place), indent=2).encode()
+    (place / serving.LIST).write_bytes(content)
+    for path in place.rglob("*"):
+        if path.is_file():
+            path.chmod(0o444)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _link_weights(source: str, target: str) -> None:
+    # outputs are replaced by rename, never written in place, so a link keeps what it points at and spares a copy of gigabytes
+    if source.endswith(".safetensors"):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system
+            pass
+    shutil.copyfile(source, target)
+
+
+def _model(params: Params) -> Path:
+    return Path("models") / params.algorithm
+
+
+def _weights_hash(model: Path, name: Path) -> str:
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name}: no model.safetensors there", remedy="run `rlhf run`, or `dvc pull` for one made elsewhere")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _lineage(root: Path, params: Params) -> dict[str, str]:
+    """Git revision, DVC hashes, params, and the fingerprint and MLflow run of each stage."""
+    training = params.model_dump(mode="json", exclude={"launch", "tracking"})
+    tags = {"params": hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()}
+    tags["git.revision"] = _git(root, "rev-parse", "HEAD") or "none"
+    # what a run itself writes does not make the code another one
+    outputs = [f":(exclude){path}" for path in ("dvc.lock", "metrics", "plots")]
+    tags["git.dirty"] = str(bool(_git(root, "status", "--porcelain", "--", ".", *outputs))).lower()
+    try:
+        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        raise UserError("dvc.lock: no such file", remedy="run `rlhf run` or `dvc repro`, which write it") from None
+    graph = fingerprint.read_graph(root)
+    # dvc.lock also remembers stages that dvc.yaml no longer has
+    tags |= {f"md5.{output['path']}": output["md5"] for name in graph if name in locked for output in locked[name].get("outs", [])}
+    for stage in STAGES:
+        if stage in graph:
+            tags[f"fingerprint.{stage}"] = made = _fingerprint(root, params, graph[stage])
+            if run_id := tracking.run_of(made, root, params):
+                tags[f"run.{stage}"] = run_id
+    return tags
+
+
+def _fingerprint(root: Path, params: Params, node: fingerprint.Node) -> str:
+    lineage = root / "models" / node.name / "lineage.json"
+    if lineage.exists():
+        return str(json.loads(lineage.read_text(encoding="utf-8"))["fingerprint"])
+    return fingerprint.fingerprint(node.name, params.of_stage(node.name), fingerprint.hash_inputs(root, node.inputs))
+
+
+def _evaluated(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers that the gates read, each under its path in the file."""
+    tags: dict[str, str] = {}
+
+    def add(path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(f"{path}.{key}", inner)
+        elif value is not None:
+            tags[path] = json.dumps(value) if isinstance(value, list) else str(value)
+
+    for key in EVALUATED:
+        add(f"evaluate.{key}", metrics.get(key))
+    return tags
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,87 @@
+"""The champion's answers to the held-out prompts of this evaluation, judged as evaluate judged the new policy's.
+
+No stage of the graph: which version is in service is no input of a model. rlhf/comparison.py starts it, before the gates.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.batches import decode_answer
+from rlhf.engine.distributed import start
+from rlhf.job import Job, read_lines, run, write_lines
+from rlhf.models.policy import check_length, load_policy
+from rlhf.models.scalar import load_scalar
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.stages import evaluate
+
+CHAMPION = "champion.json"  # in the job's folder: where the champion lies, what made it, whether it was evaluated like this version
+OUTPUT = "comparison.jsonl"
+
+
+def main(job: Job) -> None:
+    # laid out, and seeded, as evaluate is
+    job = replace(job, stage="evaluate")
+    device = start(job)
+    rows = read_lines(job.input(evaluate.ANSWERS))
+    champion = json.loads((job.folder / CHAMPION).read_text(encoding="utf-8"))
+    folder, name = Path(champion["folder"]), champion["algorithm"]
+    if champion["same_evaluation"]:
+        earlier = {json.dumps(row["prompt"]): row for row in read_lines(folder.parent / "evaluation.jsonl")}
+        found = [earlier[json.dumps(row["prompt"])] for row in rows]
+        answers, scores = [row["answers"][name] for row in found], [row["scores"][name] for row in found]
+    else:
+        answers = answers_of(job, folder, rows, device)
+        scores = judge(job, rows, answers, device)
+    new = job.params.algorithm
+    rewards = rewards_of(job, rows, answers, device) if new == "ppo" else [None] * len(rows)
+    if job.is_main:
+        lines = [
+            {
+                "prompt": row["prompt"],
+                "kind": (row["gold"] or {}).get("kind"),
+                "answers": {"new": row["answers"][new], "champion": answers[i]},
+                "scores": {"new": row["scores"][new], "champion": scores[i]},
+                "rewards": {"new": row["rewards"].get(new), "champion": rewards[i]},
+            }
+            for i, row in enumerate(rows)
+        ]
+        write_lines(job.output(OUTPUT), lines)
+
+
+def answers_of(job: Job, folder: Path, rows: list[dict[str, Any]], device: torch.device) -> list[str]:
+    """What the model in `folder` answers, sampled as evaluate samples."""
+    tokenizer = load_tokenizer(folder)
+    policy = load_policy(folder, job.params.launch.precision).eval()
+    check_length(policy, job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens, "ppo.max_prompt_tokens + max_answer_tokens")
+    rollouts = evaluate.answer(job, policy.to(device), tokenizer, rows)
+    return [decode_answer(tokenizer, ids) for ids in rollouts.answers]
+
+
+def judge(job: Job, rows: list[dict[str, Any]], answers: list[str], device: torch.device) -> list[float]:
+    """The scores of evaluate's judge."""
+    if job.params.data.has_gold:
+        return evaluate.gold_scores(rows, answers)
+    return scored(job, evaluate.JUDGE, load_tokenizer(job.input(evaluate.JUDGE)), rows, answers, device)
+
+
+def rewards_of(job: Job, rows: list[dict[str, Any]], answers: list[str], device: torch.device) -> list[float]:
+    """The scores of the reward model that the new policy was trained against."""
+    return scored(job, "models/reward", load_tokenizer(job.input("models/reward")), rows, answers, device)
+
+
+def scored(
+    job: Job, path: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], answers: list[str], device: torch.device
+) -> list[float]:
+    model = load_scalar(job.input(path), tokenizer, job.params.launch.precision).eval().to(device)
+    return evaluate.reward_scores(model, tokenizer, rows, answers, job)
+
+
+if __name__ == "__main__":
+    run("evaluate", main)
