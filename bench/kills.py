@@ -37,7 +37,7 @@ SMALL = [
 ]
 STAGES = ("sft", "reward", "ppo")
 VICTIMS = ("rank", "deepspeed", "launcher")
-LONGEST_WAIT = 4.0  # seconds after a step was logged
+LONGEST_WAIT = 3.0  # seconds after a step was logged
 
 
 def main(
@@ -79,30 +79,37 @@ def disturb(clone: Clone, stage: str, ranks: int, kills: int, chance: random.Ran
     expected = weights(clone, stage)
     forget(clone, stage)
     victims: Counter[str] = Counter()
-    goes_on = cut = 0
-    for number in range(kills + 1):
-        process = start(clone, stage)
-        if number < kills:
+    same, goes_on, cut = True, 0, 0
+    while True:
+        process, last = start(clone, stage), victims.total() == kills
+        if not last:
             victim = chance.choice(VICTIMS)
             await_step(clone, stage, process)
             time.sleep(chance.uniform(0, LONGEST_WAIT))
-            victims[kill(process, victim)] += 1
+            if kill(process, victim):
+                victims[victim] += 1
             await_end(process)
             whole = [f"COMPLETE-{rank}" for rank in range(ranks)]
             found = clone.root.glob(f"runs/{stage}/*/checkpoints/*")
             cut += any(not (path / marker).exists() for path in found for marker in whole)
         said = process.communicate()[0]
         goes_on += "goes on from step" in said
-    if process.returncode:
-        print(said[-2000:], file=sys.stderr)
+        if process.returncode == 0:  # it came to its end, whether it was left alone or the kill came too late
+            same &= weights(clone, stage) == expected
+        if last:
+            if process.returncode:
+                print(said[-2000:], file=sys.stderr)
+            break
+        if process.returncode == 0:
+            forget(clone, stage)
     return {
         "stage": stage,
         "ranks": ranks,
-        "kills": sum(victims.values()) - victims["ended before"],
+        "kills": victims.total(),
         **{f"{victim} killed": victims[victim] for victim in VICTIMS},
         "went_on": goes_on,
         "cut_checkpoints": cut,
-        "same": process.returncode == 0 and weights(clone, stage) == expected,
+        "same": same and process.returncode == 0,
         "steps_once": steps_once(clone, stage),
     }
 
@@ -129,15 +136,15 @@ def logged(clone: Clone, stage: str) -> int:
     return sum(len(path.read_bytes()) for path in clone.root.glob(f"runs/{stage}/*/metrics.jsonl"))
 
 
-def kill(process: subprocess.Popen[str], victim: str) -> str:
-    """Kill one process of a stage; who it was, or that the stage had ended before."""
+def kill(process: subprocess.Popen[str], victim: str) -> bool:
+    """Kill one process of a stage; False where it had ended before."""
     if process.poll() is not None:
-        return "ended before"
+        return False
     found = [process.pid] if victim == "launcher" else of(process.pid, victim)
     if not found:
-        return "ended before"
+        return False
     psutil.Process(found[-1]).send_signal(signal.SIGKILL)
-    return victim
+    return True
 
 
 def of(pid: int, victim: str) -> list[int]:
