@@ -214,6 +214,7 @@ def _write_folder(place: Path, model: Path, model_id: str) -> None:
     mlflow.pyfunc.save_model(
         place,
         python_model=str(Path(__file__).with_name("serving.py")),
+        code_paths=[str(Path(__file__).parent)],
         artifacts={"config": str(model / "config.json")},
         pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
         mlflow_model=Model(model_id=model_id),

@@ -1,7 +1,8 @@
 """The registered model: MLflow stores this file beside the weights and runs it where the model is served.
 
-It stands alone: nothing of this project is imported, only torch, transformers and mlflow. The artifact `config` is the config.json of an
-ordinary Hugging Face folder. Questions are texts, or dialogues as lists of {role, content}; each gets one answer, greedily.
+MLflow stores this package beside it, so that answers come from the code that training sampled with; of it, only what needs no more than
+torch, transformers and mlflow is imported. The artifact `config` is the config.json of an ordinary Hugging Face folder. Questions are
+texts, or dialogues as lists of {role, content}; each gets one answer, greedily.
 """
 
 from pathlib import Path
@@ -12,6 +13,11 @@ import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.data.batches import decode_answer, encode_dialogues
+from rlhf.rollout.generate import generate
+from rlhf.rollout.sampling import Sampling
+
+SLOTS = 64  # answers written at a time
 Message = dict[str, str]
 
 
@@ -28,18 +34,16 @@ class Assistant(PythonModel):
         self.max_new_tokens = int((context.model_config or {}).get("max_new_tokens") or generation.max_new_tokens or 256)
 
     def predict(self, model_input: list[str | Message | list[Message]]) -> list[str]:  # type: ignore[override]
-        """One answer for each question; a bare list of messages is one dialogue."""
+        """One answer for each question, whatever else is asked; a bare list of messages is one dialogue."""
         questions: list[Any] = list(model_input)
         if questions and isinstance(questions[0], dict):
             questions = [questions]
-        return [self._answer([{"role": "user", "content": question}] if isinstance(question, str) else question) for question in questions]
-
-    def _answer(self, messages: list[Message]) -> str:
-        prompt: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        prompt = prompt.to(self.model.device)
-        with torch.inference_mode():
-            tokens = self.model.generate(**prompt, do_sample=False, max_new_tokens=self.max_new_tokens)
-        return str(self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+        dialogues = [[{"role": "user", "content": question}] if isinstance(question, str) else question for question in questions]
+        prompts = [ids for ids, _ in encode_dialogues(self.tokenizer, dialogues)]
+        greedy = Sampling(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=self.max_new_tokens)
+        ends = {"eos_id": self.tokenizer.eos_token_id, "pad_id": self.tokenizer.pad_token_id}
+        answers = generate(self.model, prompts, [0] * len(prompts), greedy, **ends, slots=SLOTS).answers
+        return [decode_answer(self.tokenizer, answer) for answer in answers]
 
 
 mlflow.models.set_model(Assistant())
