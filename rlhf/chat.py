@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlhf.data.batches import encode_prompt
 from rlhf.errors import UserError
-from rlhf.models.policy import load_policy
+from rlhf.models.policy import context_tokens, load_policy
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.rollout.generate import Sampling, generate
+from rlhf.rollout.generate import generate
+from rlhf.rollout.sampling import Sampling
 
 Write = Callable[[str], Any]
 Message = dict[str, str]
@@ -45,16 +46,19 @@ def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return model.to(device), load_tokenizer(folder)
 
 
-def converse(folder: Path, lines: Iterable[str], write: Write, temperature: float, max_tokens: int) -> None:
+def converse(folder: Path, lines: Iterable[str], write: Write, temperature: float, max_tokens: int, stop_texts: Sequence[str] = ()) -> None:
     """Answer each line, remembering the dialogue, until /quit or the end; /reset forgets it.
 
     At temperature 0 the likeliest answer is given. An answer takes half of the model's context at most, and the rest is for the dialogue.
+
+    Args:
+        stop_texts: an answer ends before the first of them.
 
     Raises:
         UserError: the folder is no model to chat with.
     """
     model, tokenizer = load(folder)
-    context = getattr(model.config, "max_position_embeddings", 4096)
+    context = context_tokens(model)
     sampling = Sampling(temperature, top_k=0, top_p=1.0, max_new_tokens=min(max_tokens, context // 2))
     dialogue: list[Message] = []
     for line in map(str.strip, lines):
@@ -68,30 +72,47 @@ def converse(folder: Path, lines: Iterable[str], write: Write, temperature: floa
             while dialogue and len(encode_prompt(tokenizer, dialogue)) > context - sampling.max_new_tokens:
                 dialogue = dialogue[2:]  # the oldest exchange goes first
             if dialogue:
-                dialogue.append({"role": "assistant", "content": _answer(model, tokenizer, dialogue, sampling, write)})
+                answer = _answer(model, tokenizer, dialogue, sampling, stop_texts, write)
+                dialogue.append({"role": "assistant", "content": answer})
             else:
                 write(f"(too long: the model takes {context - sampling.max_new_tokens} tokens)\n")
 
 
-def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, dialogue: list[Message], sampling: Sampling, write: Write) -> str:
+def _answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, dialogue: list[Message], sampling: Sampling, stop_texts: Sequence[str], write: Write
+) -> str:
     """One answer, written as it comes. Ctrl-C ends it early; what was written stays the answer."""
-    streamer = _Streamer(tokenizer, write)
+    streamer = _Streamer(tokenizer, stop_texts, write)
     prompt, seed = encode_prompt(tokenizer, dialogue), random.getrandbits(63)
-    ends: dict[str, Any] = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+
+    def stop(_: int, answer: list[int]) -> bool:
+        streamer.put(torch.tensor(answer[-1:]))
+        return streamer.stopped
+
     with contextlib.suppress(KeyboardInterrupt):
-        generate(model, [prompt], [seed], sampling, on_token=lambda token: streamer.put(torch.tensor([token])), **ends)
+        generate(model, [prompt], [seed], sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, slots=1, stop=stop)
     streamer.end()
-    return "".join(streamer.parts).strip()
+    return streamer.written.strip()
 
 
 class _Streamer(TextStreamer):
-    """Tokens to text, held back until a character is whole."""
+    """Tokens to text, held back until a character is whole and while it may be the beginning of a text to stop at."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_texts: Sequence[str], write: Write) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
-        self.write = write
-        self.parts: list[str] = []
+        self.stop_texts, self.write = stop_texts, write
+        self.written = self.held = ""
+        self.stopped = False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.parts.append(text)
-        self.write(text + "\n" * stream_end)
+        if not self.stopped:
+            self.held += text
+            ends = [self.held.index(stop) for stop in self.stop_texts if stop in self.held]
+            self.stopped = bool(ends)
+            begun = [i for i in range(len(self.held)) if any(stop.startswith(self.held[i:]) for stop in self.stop_texts)]
+            clear = min(ends) if ends else len(self.held) if stream_end or not begun else begun[0]
+            self.write(self.held[:clear])
+            self.written += self.held[:clear]
+            self.held = self.held[clear:]
+        if stream_end:
+            self.write("\n")

@@ -127,6 +127,7 @@ def chat(
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; at 0 the likeliest answer is given.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="An answer that has not ended by itself is cut off at so many tokens.")] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="An answer ends before this text; may be given several times.")] = None,
 ) -> None:
     """Talk to a model. It remembers the dialogue; /reset forgets it, /quit or Ctrl-D ends. Questions may be piped in, one a line."""
     from rlhf import chat as dialogue
@@ -139,7 +140,7 @@ def chat(
         folder = registry.model_folder(model or f"models:/{params.promote.model}@champion", root, params)
     else:
         folder = Path(model)
-    dialogue.converse(folder, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens)
+    dialogue.converse(folder, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
 
 
 def _questions() -> Iterator[str]:

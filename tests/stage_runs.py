@@ -7,6 +7,7 @@ runs on from there to the end of the process:
     killed   dies by SIGKILL after its first checkpoint
     padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
     off      says of each sampled token that its log-probability was 0.01 lower than it was
+    compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def main(words: Sequence[str]) -> None:
     for word in words:
         place, _, variant = word.partition(":")
         if variant:
-            {"killed": die_after_the_first_checkpoint, "padded": pad_instead_of_packing, "off": misstate_log_probs}[variant]()
+            VARIANTS[variant]()
         root, stage = Path.cwd() / Path(place).parent, Path(place).name
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         job = Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank)
@@ -219,3 +220,59 @@ def misstate_log_probs() -> None:
         return replace(rollouts, log_probs=[[value - 0.01 for value in row] for row in rollouts.log_probs])
 
     ppo.generate = generate_and_misstate
+
+
+def compare_rollouts_with_the_weights() -> None:
+    from rlhf.stages import ppo
+
+    roll_out = ppo.roll_out
+    before: list[Any] = []
+
+    def roll_out_and_compare(job: Any, models: Any, prompts: Any, step: int) -> Any:
+        rollouts = roll_out(job, models, prompts, step)
+        weights = plain_weights(models.actor.module, job.params.ppo.actor_lora)
+        if job.is_main:
+            before.append(weights)
+            parts = [log_probs_under(model, models.actor.module, rollouts, job.params.ppo.temperature) for model in before[-2:]]
+            stated = [value for row in rollouts.log_probs for value in row]
+            off = [max(abs(a - b) for a, b in zip(stated, part, strict=True)) for part in parts]
+            print(f"{job.root.name}, version {rollouts.policy_version}: off by {off[-1]:.1e}, from the weights before by {off[0]:.1e}")
+        return rollouts
+
+    ppo.roll_out = roll_out_and_compare
+
+
+def plain_weights(module: Any, lora: Any) -> dict[str, Any]:
+    """Whole weights by the names of a model without adapters, which are added to them here: W + alpha / rank · B A."""
+    from rlhf.engine.partition import whole_weights
+
+    held = whole_weights(module)
+    held = {name: weight.clone() for name, weight in (module.state_dict() if held is None else held).items()}
+    plain = {name.replace(".base_layer", ""): weight for name, weight in held.items() if "lora_" not in name}
+    for name in [name for name in held if ".lora_A." in name]:
+        place = name.partition(".lora_A.")[0]
+        plain[f"{place}.weight"] += lora.alpha / lora.rank * held[name.replace("lora_A", "lora_B")] @ held[name]
+    return plain
+
+
+def log_probs_under(weights: dict[str, Any], module: Any, rollouts: Any, temperature: float) -> list[float]:
+    """Log-probability of each answer token, row by row, from a full forward pass of a model made of the weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(module.config).eval()
+    model.load_state_dict(weights)
+    found: list[float] = []
+    with torch.no_grad():
+        for prompt, answer in zip(rollouts.prompts, rollouts.answers, strict=True):
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            found += (logits / temperature).log_softmax(-1)[torch.arange(len(answer)), answer].tolist()
+    return found
+
+
+VARIANTS = {
+    "killed": die_after_the_first_checkpoint,
+    "padded": pad_instead_of_packing,
+    "off": misstate_log_probs,
+    "compared": compare_rollouts_with_the_weights,
+}

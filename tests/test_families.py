@@ -21,7 +21,8 @@ from rlhf.data.batches import Packed, pack, pad_rows
 from rlhf.errors import UserError
 from rlhf.models.policy import check_length, load_policy, save_model
 from rlhf.models.scalar import ScalarModel, load_scalar
-from rlhf.rollout.generate import Sampling, generate
+from rlhf.rollout.generate import generate
+from rlhf.rollout.sampling import Sampling
 from rlhf.tensors import mask_from_lengths
 
 VOCABULARY = 400
@@ -121,18 +122,31 @@ def test_the_score_is_read_at_the_last_real_token_of_any_layout(family: str, pad
     near(right[torch.arange(len(given)), lengths - 1], alone)
 
 
+# prompts, slots: one alone, one after the other, all at once, and new ones into slots that fall free
+@pytest.mark.parametrize(("count", "slots"), [(1, 1), (4, 1), (7, 7), (64, 5), (64, 64)])
 @pytest.mark.parametrize("pad_id", [PAD, EOS])
-def test_greedy_answers_to_a_padded_batch_are_those_of_transformers(family: str, pad_id: int) -> None:
-    model, prompts = tiny(family), sequences((5, 1, 9, 2))
+def test_greedy_answers_are_those_of_transformers(family: str, pad_id: int, count: int, slots: int) -> None:
+    model, prompts = tiny(family), sequences([5, 1, 9, 2, *range(3, 63)])[:count]
     left = padded_left(prompts, pad_id)
-    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": pad_id}
-    free = cast(Any, model).generate(left["input_ids"], attention_mask=left["attention_mask"], eos_token_id=None, **options)[:, 9:]
+    options = {"attention_mask": left["attention_mask"], "do_sample": False, "max_new_tokens": 12, "pad_token_id": pad_id}
+    width = left["input_ids"].shape[1]
+    free = cast(Any, model).generate(left["input_ids"], eos_token_id=None, **options)[:, width:]
     eos_id = free[0, 4].item()  # the first answer ends by itself
-    made = cast(Any, model).generate(left["input_ids"], attention_mask=left["attention_mask"], eos_token_id=eos_id, **options)[:, 9:]
-    found = generate(model, prompts, [0] * 4, Sampling(0.0, 0, 1.0, 12), eos_id=eos_id, pad_id=pad_id)
+    made = cast(Any, model).generate(left["input_ids"], eos_token_id=eos_id, **options)[:, width:]
+    found = generate(model, prompts, [0] * count, Sampling(0.0, 0, 1.0, 12), eos_id=eos_id, pad_id=pad_id, slots=slots)
     expected = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in made.tolist()]
     assert found.answers == expected
     assert found.ended[0]
+
+
+@torch.no_grad()
+def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(family: str) -> None:
+    model, prompts = tiny(family), sequences(range(1, 33))
+    found = generate(model, prompts, range(32), Sampling(0.9, 50, 0.95, 16), eos_id=EOS, pad_id=PAD, slots=7)
+    for prompt, answer, log_probs in zip(prompts, found.answers, found.log_probs, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.9).log_softmax(-1)[torch.arange(len(answer)), answer]
+        torch.testing.assert_close(torch.tensor(log_probs), expected, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be run rightly

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.rollout.generate import Rollouts, Sampling, generate, sample
+from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.sampling import Sampling, sample
 
 PROMPTS = [[11, 12, 13, 14, 15], [21], [31, 32, 33, 34, 35, 36, 37, 38, 39], [41, 42]]
 SEEDS = [1, 2, 3, 4]
@@ -21,7 +22,7 @@ DRAWN = Sampling(1.0, 0, 1.0, LIMIT)
 def answer(model: LlamaForCausalLM, sampling: Sampling, rows: list[int] | None = None, eos_id: int = NO_TOKEN) -> Rollouts:
     """Answers to some of the prompts."""
     rows = list(range(len(PROMPTS))) if rows is None else rows
-    return generate(model, [PROMPTS[i] for i in rows], [SEEDS[i] for i in rows], sampling, eos_id=eos_id, pad_id=PAD)
+    return generate(model, [PROMPTS[i] for i in rows], [SEEDS[i] for i in rows], sampling, eos_id=eos_id, pad_id=PAD, slots=4)
 
 
 # ------------------------------------------------------------------------------------------------------ against transformers
@@ -61,7 +62,7 @@ def test_an_answer_depends_on_its_seed_and_not_on_its_neighbours(llama: LlamaFor
     for row in range(len(PROMPTS)):
         assert answer(llama, DRAWN, [row]).answers == [together.answers[row]]
     assert answer(llama, DRAWN, [3, 1]).answers == [together.answers[3], together.answers[1]]
-    other = generate(llama, [PROMPTS[0]], [99], DRAWN, eos_id=NO_TOKEN, pad_id=PAD)
+    other = generate(llama, [PROMPTS[0]], [99], DRAWN, eos_id=NO_TOKEN, pad_id=PAD, slots=1)
     assert other.answers[0] != together.answers[0]
 
 
@@ -78,8 +79,8 @@ def test_answers_end_with_the_end_token_and_leave_the_batch(llama: LlamaForCausa
     assert found.ended == [tokens[-1] == eos_id for tokens in cut]
     assert True in found.ended
     assert [len(log_probs) for log_probs in found.log_probs] == [len(tokens) for tokens in cut]
-    # each forward pass has the rows that are still going
-    assert sizes == [sum(len(tokens) > step for tokens in cut) for step in range(max(map(len, cut)))]
+    # the prompts are read in one row; after that each forward pass has the rows that are still going
+    assert sizes == [1, *(sum(len(tokens) > step for tokens in cut) for step in range(1, max(map(len, cut))))]
     assert sizes[-1] < len(PROMPTS)
 
 
@@ -92,7 +93,13 @@ def test_an_answer_that_is_cut_off_has_not_ended(llama: LlamaForCausalLM, tokeni
 
 def test_tokens_of_the_first_prompt_are_told_as_they_come(llama: LlamaForCausalLM) -> None:
     told: list[int] = []
-    found = generate(llama, PROMPTS, SEEDS, DRAWN, eos_id=NO_TOKEN, pad_id=PAD, policy_version=7, on_token=told.append)
+
+    def tell(number: int, answer: list[int]) -> bool:
+        if number == 0:
+            told.append(answer[-1])
+        return False
+
+    found = generate(llama, PROMPTS, SEEDS, DRAWN, eos_id=NO_TOKEN, pad_id=PAD, slots=2, policy_version=7, stop=tell)
     assert told == found.answers[0]
     assert found.policy_version == 7
 
@@ -146,7 +153,7 @@ def test_extreme_uniform_numbers_draw_a_token_that_can_come() -> None:
 
 
 def test_seeds_draw_as_the_probabilities_say(llama: LlamaForCausalLM) -> None:
-    found = generate(llama, [PROMPTS[0]] * 2000, list(range(2000)), Sampling(1.0, 0, 1.0, 1), eos_id=NO_TOKEN, pad_id=PAD)
+    found = generate(llama, [PROMPTS[0]] * 2000, list(range(2000)), Sampling(1.0, 0, 1.0, 1), eos_id=NO_TOKEN, pad_id=PAD, slots=500)
     counts = torch.bincount(torch.tensor(found.answers).flatten(), minlength=llama.config.vocab_size) / 2000
     with torch.no_grad():
         expected = llama(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)

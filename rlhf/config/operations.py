@@ -100,6 +100,16 @@ class Engines(Section):
     reward: FrozenEngine = Field(description="the frozen reward model of ppo")
 
 
+class Rollout(Section):
+    """How each rank samples answers (ppo, evaluate)."""
+
+    slots: PositiveInt = Field(description="answers that a rank writes at a time; one that ends makes room for the next prompt")
+    gather: Literal["whole", "layers"] = Field(
+        description="where ZeRO-3 shares out the policy: whole, each rank gathers all of it once for a rollout; layers, one layer at a "
+        "time, again for every token: slow, for models that no rank can hold"
+    )
+
+
 class Checkpoints(Section):
     keep: PositiveInt = Field(description="so many of a stage's newest checkpoints stay until it has ended, and its best one besides")
 
@@ -112,6 +122,7 @@ class Launch(Section):
         description="arithmetic of the models; optimiser states are fp32, and fp16 scales its loss dynamically"
     )
     engines: Engines
+    rollout: Rollout
     gradient_checkpointing: bool = Field(description="compute activations again in the backward pass: less memory, a third more work")
     checkpoints: Checkpoints
     hostfile: str | None = Field(description="DeepSpeed hostfile for several nodes; null: this machine")

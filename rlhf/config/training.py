@@ -199,7 +199,6 @@ class Evaluate(Section):
     prompts: PositiveInt = Field(description="at most so many held-out prompts are answered by each model")
     pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model (dpo: its implicit reward)")
     texts: PositiveInt = Field(description="at most so many held-out passages measure perplexity")
-    batch_size: PositiveInt = Field(description="prompts answered at a time")
     temperature: Positive = Field(description="sampling temperature of the answers compared")
     bootstrap_samples: PositiveInt = Field(description="resamples of the 95% intervals")
     shown: PositiveInt = Field(description="prompts shown with both answers")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,6 +60,13 @@ def generating(engine: DeepSpeedEngine) -> Iterator[PreTrainedModel]:
             yield engine.module
         finally:
             hooks.setup_zero_stage3_hooks()
+
+
+def any_rank(going: bool) -> bool:
+    """Whether any rank goes on. All ranks must ask."""
+    flag = torch.tensor([going], dtype=torch.int32, device=get_accelerator().current_device_name())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,22 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
     Raises:
         UserError: names the key and the model's limit.
     """
+    for name, limit in _limits(model).items():
+        if tokens > limit:
+            raise UserError(f"{key}: {tokens} tokens are more than the model's {name}, {limit}", remedy=f"lower it to {limit} at most")
+
+
+def context_tokens(model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence of which a model sees the whole."""
+    return min(_limits(model).values(), default=sys.maxsize)
+
+
+def _limits(model: PreTrainedModel) -> dict[str, int]:
     limits = {
         "number of positions": getattr(model.config, "max_position_embeddings", None),
         "sliding attention window": getattr(model.config, "sliding_window", None),
     }
-    for name, limit in limits.items():
-        if limit is not None and tokens > limit:
-            raise UserError(f"{key}: {tokens} tokens are more than the model's {name}, {limit}", remedy=f"lower it to {limit} at most")
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

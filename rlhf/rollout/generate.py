@@ -1,30 +1,32 @@
-"""Generation on the training weights: prompts as token ids in, answers as token ids out.
+"""Generation on the training weights: prompts as token ids in, a batch of rollouts out.
 
-The answer to a prompt depends on its seed and not on its neighbours: each token takes one uniform number, drawn from the row's own
-generator, and the inverse of the cumulative distribution. Rows that have ended leave the batch.
+Continuous batching: each rank writes so many answers at a time, and one that ends makes room for the next prompt. Prompts are read packed,
+each one once however many answers it gets; the longest come first, so that what is written side by side is of similar length. An answer
+depends on its seed and not on its neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rlhf.data.batches import pad_rows
-from rlhf.tensors import mask_from_lengths
+from rlhf.data.batches import pack
+from rlhf.models.policy import check_length, context_tokens
+from rlhf.rollout.cache import Layer, SlotCache, attending, parts_of
+from rlhf.rollout.sampling import Sampling, sample, uniforms
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. temperature 0: the likeliest token."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    max_new_tokens: int
+Finish = Literal["eos", "length", "stop"]
+# Asked after each new token with the number of the prompt and its answer so far: whether the answer stops here.
+Stop = Callable[[int, list[int]], bool]
+# Told whether this rank goes on: whether any rank does. Ranks that must run forward passes together are given one.
+Together = Callable[[bool], bool]
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,20 @@ class Rollouts:
     """Answers sampled by one version of a policy."""
 
     prompts: list[list[int]]
-    answers: list[list[int]]  # end token included where the answer ended by itself
+    answers: list[list[int]]  # end token included where the answer ended by it
     log_probs: list[list[float]]  # of each answer token, under the sampling temperature
-    ended: list[bool]
+    finish: list[Finish]  # how each answer ended: by its end token, at the most tokens, by `stop`
     policy_version: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each answer."""
+        return [len(answer) for answer in self.answers]
+
+    @property
+    def ended(self) -> list[bool]:
+        """Whether each answer ended by itself."""
+        return [finish != "length" for finish in self.finish]
 
 
 @torch.no_grad()
@@ -47,76 +59,153 @@ def generate(
     *,
     eos_id: int,
     pad_id: int,
+    slots: int,
     policy_version: int = 0,
-    on_token: Callable[[int], None] | None = None,
+    stop: Stop | None = None,
+    together: Together = bool,
 ) -> Rollouts:
-    """Answer each prompt until its end token or `max_new_tokens`.
+    """Answer each prompt until its end token, `stop`, `max_new_tokens` or the end of what the model takes.
 
     Args:
         prompts: token ids, of different lengths; none empty.
         seeds: one per prompt; they alone decide the randomness of its answer.
-        on_token: called with each new token of the first prompt (chat shows it at once).
+        slots: answers written at a time; their keys and values are what takes memory.
+
+    Raises:
+        UserError: the longest prompt leaves no room for an answer.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
+    longest = max(map(len, prompts), default=0)
+    check_length(model, longest + 1, "prompt and answer")
+    capacity = min(longest + sampling.max_new_tokens, context_tokens(model))
+    batch = _Batch(model, prompts, seeds, sampling, eos_id, pad_id, SlotCache(min(slots, len(prompts)), capacity), stop)
+    with _evaluating(model), attending(model):
+        while together(not batch.done):
+            batch.step()
+    return Rollouts([list(prompt) for prompt in prompts], batch.answers, batch.log_probs, batch.finish, policy_version)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
     model.eval()
-    count = len(prompts)
-    draws = [torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = torch.stack(draws).to(device)
-    answers: list[list[int]] = [[] for _ in range(count)]
-    log_probs: list[list[float]] = [[] for _ in range(count)]
-
-    # 1. prefill: prompts padded on the left, so that all answers start in the same column
-    width = max(len(prompt) for prompt in prompts)
-    step_ids = pad_rows([prompt[::-1] for prompt in prompts], pad_id, device).flip(1)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    attention = mask_from_lengths(torch.full_like(lengths, width), width, start=width - lengths).long()
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    active = torch.arange(count, device=device)
-    for step in range(sampling.max_new_tokens):
-        inputs = {"input_ids": step_ids, "attention_mask": attention, "position_ids": positions, "past_key_values": cache}
-        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-        # 2. one token for each row that is still going
-        tokens, chosen = sample(logits, uniforms[active, step], sampling)
-        for row, token, log_prob in zip(active.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
-            answers[row].append(token)
-            log_probs[row].append(log_prob)
-            if row == 0 and on_token is not None:
-                on_token(token)
-        # 3. rows that ended leave the batch, cache included
-        going = tokens != eos_id
-        if not going.any():
-            break
-        positions = positions[:, -1:] + 1
-        if not going.all():
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            active, tokens, attention, positions = active[keep], tokens[keep], attention[keep], positions[keep]
-        attention = torch.cat([attention, attention.new_ones(len(active), 1)], dim=1)
-        step_ids = tokens[:, None]
-    model.train(was_training)
-    ended = [answer[-1] == eos_id for answer in answers]
-    return Rollouts([list(p) for p in prompts], answers, log_probs, ended, policy_version)
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
-def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse-CDF sampling, and its log-probability. Logits (B, V), uniforms (B,) → (B,), (B,).
+@dataclass
+class _Prompt:
+    """One that was read: what its answers start from."""
 
-    The log-probability is that of the full distribution at the sampling temperature, as training computes it; top-k and top-p only
-    narrow what is drawn.
-    """
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    log_probs = (logits.float() / sampling.temperature).log_softmax(-1)
-    probabilities, order = log_probs.exp().sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    cumulative = probabilities.double().cumsum(-1)
-    picked = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    tokens = order.gather(1, picked).squeeze(1)
-    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
+    layers: list[Layer]
+    logits: Tensor  # (V,) of the first answer token
+
+
+@dataclass
+class _Batch:
+    """Answers in the making. Each step is one forward pass: over new prompts where there is room, else over the last tokens."""
+
+    model: PreTrainedModel
+    prompts: Sequence[list[int]]
+    seeds: Sequence[int]
+    sampling: Sampling
+    eos_id: int
+    pad_id: int
+    cache: SlotCache
+    stop: Stop | None
+    writing: list[int] = field(default_factory=list)  # number of the prompt whose answer is in slot 0, 1, 2, …
+    read: dict[tuple[int, ...], _Prompt] = field(default_factory=dict)  # prompts of which answers are still waiting
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts)
+        self.answers: list[list[int]] = [[] for _ in range(count)]
+        self.log_probs: list[list[float]] = [[] for _ in range(count)]
+        self.finish: list[Finish] = ["length"] * count
+        self.device = next(self.model.parameters()).device
+        self.context = context_tokens(self.model)
+        self.uniforms = uniforms(self.seeds, self.sampling.max_new_tokens, self.device)
+        # the shortest last, to be taken from the end; equal ones side by side
+        self.waiting = sorted(range(count), key=lambda i: (len(self.prompts[i]), self.prompts[i], -i))
+        self.waiting_of = Counter(map(tuple, self.prompts))
+
+    @property
+    def done(self) -> bool:
+        return not (self.waiting or self.writing)
+
+    def step(self) -> None:
+        """One forward pass, and the tokens that it gives. With nothing left to do it is made all the same: other ranks wait for it."""
+        room = self.cache.slots - len(self.writing)
+        if self.waiting and room:
+            self._begin([self.waiting.pop() for _ in range(min(room, len(self.waiting)))])
+        elif self.writing:
+            self._continue()
+        else:
+            self.model(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
+
+    def _begin(self, numbers: list[int]) -> None:
+        """Read prompts and draw the first token of each answer."""
+        keys = [tuple(self.prompts[i]) for i in numbers]
+        if new := [key for key in dict.fromkeys(keys) if key not in self.read]:
+            self._read(new)
+        first = len(self.writing)
+        for slot, (number, key) in enumerate(zip(numbers, keys, strict=True), first):
+            self.cache.place(slot, self.read[key].layers)
+            self.writing.append(number)
+        logits = torch.stack([self.read[key].logits for key in keys])
+        self.waiting_of.subtract(keys)
+        self.read = {key: prompt for key, prompt in self.read.items() if self.waiting_of[key]}
+        self._draw(logits, first)
+
+    def _read(self, prompts: list[tuple[int, ...]]) -> None:
+        packed = pack(prompts, self.pad_id, self.device)
+
+        def last_tokens(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            """Each prompt's last hidden state, (R, C, E) → (1, B, E): logits of all the others would fill the memory."""
+            return (inputs[0].flatten(0, 1)[packed.last][None],)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(last_tokens)
+        try:
+            with self.cache.reading() as layers:
+                logits = self.model(**packed.inputs, past_key_values=self.cache, use_cache=True).logits[0]
+        finally:
+            hook.remove()
+        for number, prompt in enumerate(prompts):
+            self.read[prompt] = _Prompt(parts_of(packed, layers, number), logits[number])
+
+    def _continue(self) -> None:
+        """One more token of each answer."""
+        # the last token drawn is not in the cache yet
+        lengths = [len(self.prompts[i]) + len(self.answers[i]) - 1 for i in self.writing]
+        inputs = self.cache.decode(lengths, self.model.dtype, self.device)
+        ids = torch.tensor([self.answers[i][-1:] for i in self.writing], device=self.device)
+        self._draw(self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **inputs).logits[:, -1], 0)
+
+    def _draw(self, logits: Tensor, first: int) -> None:
+        """Draw a token for each slot from `first` on. Logits (B, V)."""
+        numbers = self.writing[first:]
+        steps = [len(self.answers[i]) for i in numbers]
+        tokens, log_probs = sample(logits, self.uniforms[numbers, steps], self.sampling)
+        over = []
+        for slot, (i, token, log_prob) in enumerate(zip(numbers, tokens.tolist(), log_probs.tolist(), strict=True), first):
+            self.answers[i].append(token)
+            self.log_probs[i].append(log_prob)
+            if self._is_over(i, token):
+                over.append(slot)
+        for slot in reversed(over):
+            self._vacate(slot)
+
+    def _is_over(self, number: int, token: int) -> bool:
+        stopped = self.stop is not None and self.stop(number, self.answers[number])
+        if token == self.eos_id or stopped:
+            self.finish[number] = "eos" if token == self.eos_id else "stop"
+            return True
+        length = len(self.answers[number])
+        return length == self.sampling.max_new_tokens or len(self.prompts[number]) + length == self.context
+
+    def _vacate(self, slot: int) -> None:
+        """Move the last answer in the making into a slot whose own is over."""
+        number = self.writing.pop()
+        if slot < len(self.writing):
+            self.cache.move(len(self.writing), slot, len(self.prompts[number]) + len(self.answers[number]) - 1)
+            self.writing[slot] = number

@@ -27,7 +27,8 @@ from rlhf.models import lora
 from rlhf.models.policy import load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.rollout.generate import Rollouts, Sampling, generate
+from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.sampling import Sampling
 from rlhf.stages import dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
@@ -94,14 +95,13 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     params = job.params.evaluate
     sampling = Sampling(params.temperature, 0, 1.0, job.params.ppo.max_answer_tokens)
     mine = list(enumerate(prompts))[job.rank :: job.world_size]
-    found = []
-    for part in micro_batches(mine, params.batch_size):
-        ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in part]
-        seeds = [job.seed("answer", number) for number, _ in part]
-        rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-        found += list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.ended, strict=True))
-    ids, answers, log_probs, ended = (list(column) for column in zip(*gather(found, job), strict=True))
-    return Rollouts(ids, answers, log_probs, ended, policy_version=0)
+    ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in mine]
+    seeds = [job.seed("answer", number) for number, _ in mine]
+    slots = job.params.launch.rollout.slots
+    rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, slots=slots)
+    found = list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.finish, strict=True))
+    texts, answers, log_probs, finish = (list(column) for column in zip(*gather(found, job), strict=True))
+    return Rollouts(texts, answers, log_probs, finish, policy_version=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- judges

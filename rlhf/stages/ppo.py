@@ -22,7 +22,6 @@ from rlhf.config.training import Ppo
 from rlhf.data.batches import Order, decode_answer, pack
 from rlhf.engine import checkpoints, divergence, output
 from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
-from rlhf.engine.partition import generating
 from rlhf.engine.setup import backward, step_together
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
@@ -30,7 +29,9 @@ from rlhf.job import Job, run
 from rlhf.models import lora
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
-from rlhf.rollout.generate import Rollouts, Sampling, generate
+from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.weights import policy_weights
 from rlhf.stages.ppo_setup import Clock, Models, Records, load_models, read_prompts, read_texts, updates_per_step
 from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
 
@@ -109,8 +110,9 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int) -> R
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
     seeds = [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(len(prompts))]
     ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
-    with generating(models.actor) as actor:
-        return generate(actor, prompts, seeds, sampling, **ids, policy_version=step)
+    rollout = job.params.launch.rollout
+    with policy_weights(models.actor, rollout.gather) as (actor, together):
+        return generate(actor, prompts, seeds, sampling, **ids, slots=rollout.slots, policy_version=step, together=together)
 
 
 @torch.no_grad()

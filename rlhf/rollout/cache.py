@@ -1,0 +1,147 @@
+"""Keys and values of the answers in the making, in tensors that are made once.
+
+Each answer has a slot: its tokens' keys and values from column 0 on. A slot that falls free is filled again, from the last one or with a
+new prompt, so that the slots in use are always the first ones and a decoding step reads them without copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf.data.batches import Packed
+
+ATTENTION = "rollout"  # name under which transformers' models find `attend`
+SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
+Layer = tuple[Tensor, Tensor]  # keys and values of one layer
+
+
+class SlotCache:
+    """What a transformers model takes as `past_key_values`.
+
+    Args:
+        slots: answers at a time.
+        capacity: tokens of the longest prompt with its answer.
+    """
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
+        self.layers: list[Layer] = []  # (slots, H, capacity, D) each
+        self.fresh: list[Layer] | None = None  # (R, H, C, D) each, while prompts are read
+        self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
+        self.width = 0  # columns that a decoding step reads
+
+    @contextmanager
+    def reading(self) -> Iterator[list[Layer]]:
+        """Forward passes inside the block are over packed prompts; gives what each layer makes of them."""
+        self.fresh = []
+        try:
+            yield self.fresh
+        finally:
+            self.fresh = None
+
+    def decode(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """Get ready for a forward pass over one more token of each slot in use; gives what the model is called with for it.
+
+        Args:
+            lengths: tokens that each slot in use holds already.
+        """
+        self.lengths, self.width = torch.tensor(lengths, device=device), max(lengths) + 1
+        hidden = torch.arange(self.width, device=device) > self.lengths[:, None]
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        spans = [(first, max(lengths[first : first + SPAN]) + 1) for first in range(0, len(lengths), SPAN)]
+        return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "spans": spans}
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Layer:
+        """Called by each layer of attention with what is new, (B, H, T, D); gives it what to attend to."""
+        if self.fresh is not None:
+            self.fresh.append((keys, values))
+            return keys, values
+        slots = torch.arange(len(keys), device=keys.device)
+        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+            kept[slots, :, self.lengths] = new[:, :, 0]
+        held_keys, held_values = self.layers[layer]
+        return held_keys[: len(keys), :, : self.width], held_values[: len(keys), :, : self.width]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Asked by some models, which need no answer as they are given positions."""
+        return 0
+
+    def place(self, slot: int, prompt: Sequence[Layer]) -> None:
+        """Fill a slot with a prompt's keys and values, (H, T, D) of each layer."""
+        if not self.layers:
+            # zeros, as what is masked must be finite: 0 · NaN is NaN
+            self.layers = [
+                (
+                    keys.new_zeros(self.slots, len(keys), self.capacity, keys.shape[-1]),
+                    values.new_zeros(self.slots, len(values), self.capacity, values.shape[-1]),
+                )
+                for keys, values in prompt
+            ]
+        for layer, parts in zip(self.layers, prompt, strict=True):
+            for kept, part in zip(layer, parts, strict=True):
+                kept[slot, :, : part.shape[1]] = part
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot into another one."""
+        for layer in self.layers:
+            for kept in layer:
+                kept[target, :, :length] = kept[source, :, :length]
+
+
+def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
+    """The keys and values (H, T, D) of one sequence, in all layers' (R, H, C, D) of packed rows."""
+    row, start = divmod(int(packed.places[number, 0]), packed.ids.shape[1])
+    end = start + int(packed.lengths[number])
+    return [(keys[row, :, start:end], values[row, :, start:end]) for keys, values in layers]
+
+
+@contextmanager
+def attending(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model attend by `attend` inside the block, and as before after it."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    spans: Sequence[tuple[int, int]] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one query (B, Q, 1, D) per slot to keys and values (B, H, T, D), each shared by Q / H heads of queries.
+
+    Decoding takes as long as keys and values take to be read, so none is read in vain. transformers' own attention repeats them for each
+    head of queries, which copies the whole cache at each token: here the heads that share keys stand where the tokens of a sequence would.
+    And each span of slots has its own width.
+
+    Args:
+        spans: first slot of each and its width; None: prompts are read, which goes the usual way.
+    """
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    found = torch.empty_like(grouped)
+    for first, columns in spans:
+        part = slice(first, first + SPAN)
+        inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns])
+        found[part] = scaled_dot_product_attention(*inputs, attn_mask=attention_mask[part, ..., :columns], scale=options.get("scaling"))
+    return found.reshape(rows, 1, heads, width), None
+
+
+AttentionInterface.register(ATTENTION, attend)

@@ -1,0 +1,66 @@
+"""How a token is drawn: one uniform number per token, and the inverse of the cumulative distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0: the likeliest token."""
+
+    temperature: float
+    top_k: int  # among the k likeliest; 0: all
+    top_p: float  # in the nucleus of this mass; 1: all
+    max_new_tokens: int
+
+
+def uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """(B, count) numbers in [0, 1), each row from its own seed."""
+    numbers = torch.empty(len(seeds), count)
+    for row, seed in zip(numbers, seeds, strict=True):
+        torch.rand(count, generator=torch.Generator().manual_seed(seed), out=row)
+    return numbers.to(device)
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token per row by inverse-CDF sampling, and its log-probability. Logits (B, V), uniforms (B,) → (B,), (B,).
+
+    The log-probability is that of the full distribution at the sampling temperature, as training computes it; top-k and top-p only
+    narrow what is drawn.
+    """
+    logits = logits.float()
+    if sampling.temperature:
+        logits = logits / sampling.temperature
+    likeliest, first = logits.max(-1, keepdim=True)
+    weights = (logits - likeliest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sampling.temperature == 0:
+        tokens = first
+    elif sampling.top_k or sampling.top_p < 1:
+        tokens = _narrowed(weights, total, uniforms, sampling)
+    else:
+        tokens = _drawn(weights, uniforms)
+    chosen = logits.gather(1, tokens) - likeliest - total.log()
+    return tokens.squeeze(1), chosen.squeeze(1)
+
+
+def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Column (B, 1) at which each row's cumulative weight passes its uniform number. Weights (B, V) ≥ 0."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    wanted = uniforms.double()[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)
+
+
+def _narrowed(weights: Tensor, total: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+    """As `_drawn`, among the likeliest tokens only."""
+    weights, order = weights.topk(min(sampling.top_k or weights.shape[1], weights.shape[1]))
+    if sampling.top_p < 1:
+        # the token that crosses the bound belongs to the nucleus
+        before = weights.cumsum(-1) - weights
+        weights = weights.masked_fill(before >= sampling.top_p * total, 0)
+    return order.gather(1, _drawn(weights, uniforms))
