@@ -211,6 +211,12 @@ def test_chat_samples_at_a_temperature(chat: Callable[..., str]) -> None:
     assert chat("hello\n", "--temperature", "2") != greedy
 
 
+def test_chat_ends_an_answer_before_a_text(chat: Callable[..., str]) -> None:
+    whole = chat("hello\n")
+    text = whole[len(whole) // 2 :][:3]
+    assert chat("hello\n", "--stop", "never written", "--stop", text) == whole[: whole.index(text)] + "\n"
+
+
 def test_chat_forgets_the_oldest_when_its_context_is_full(chat: Callable[..., str]) -> None:
     assert "too long: the model takes 240 tokens" in chat("hello " * 400 + "\n")
     assert "too long" not in chat("hello\n" * 9)

@@ -183,7 +183,7 @@ def test_adapters_are_folded_in_and_out_without_a_trace(llama: LlamaForCausalLM)
 
 @pytest.mark.parametrize(("dtype", "inside"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_in_half_precision_adapters_stay_beside_the_weights(llama: LlamaForCausalLM, dtype: torch.dtype, *, inside: bool) -> None:
-    model = adapted(llama).to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the argument's type
+    model = adapted(llama).to(dtype)  # type: ignore[arg-type]  # transformers wraps `to`
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     with policy_weights(SimpleNamespace(module=model), "whole") as (found, together):  # type: ignore[arg-type]
         assert found is model
