@@ -14,11 +14,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 import tasks.registry
 import tasks.report
+import tasks.share
 from rlhf import config, fingerprint, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry.history import person
 from tasks import graph
+from tasks.approval import Word, ask
 from tasks.stage import run_stage, stop_all
 
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
@@ -35,17 +37,26 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         What happened: `stages` (name → "up to date" or "done"), `version`, `champion`, `promoted`, `lines` to show.
 
     Raises:
-        UserError: params.yaml, an input or the graph is wrong, a stage failed, or another flow is running in this workspace.
+        UserError: params.yaml, an input or the graph is wrong, a stage failed, the data could not be pushed, another version became
+            champion meanwhile, or another flow is running in this workspace (params: operations.when_busy).
     """
     root = (root or Path.cwd()).resolve()
-    with lock(root, "flow", refuse=f"{root}: another retraining flow is running in this workspace"):
-        params = check(root)
+    params = check(root)
+    busy = None if params.operations.when_busy == "queue" else f"{root}: another retraining flow is running in this workspace"
+    with lock(root, "flow", refuse=busy):
+        params = check(root)  # again: a run that waited finds what is there now
         stages = run_stages(root)
         tracking.send_waiting(root)
         version = tasks.registry.register(root, params, str(runtime.flow_run.id))
         verdict = tasks.registry.check(version, root, params)
-        decision = tasks.registry.carry_out(verdict, root, params, by=person(), why=f"flow run {runtime.flow_run.name}: all gates passed")
-        tasks.report.publish(decision, root)
+        tasks.share.push(root)
+        evidence = tasks.report.evidence(root)
+    # nothing below reads the workspace's models: the next run need not wait for a person
+    word = Word(person(), f"flow run {runtime.flow_run.name}: all gates passed")
+    if verdict.may_be_promoted and params.promote.approval.required:
+        word = ask(verdict, params.promote.approval)
+    decision = tasks.registry.carry_out(verdict, root, params, by=word.by, why=word.why, declined=word.declined)
+    tasks.report.publish(decision, evidence)
     return {
         "stages": stages,
         "version": version.number,

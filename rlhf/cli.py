@@ -88,6 +88,44 @@ def run() -> None:
 
 
 @app.command()
+def ingest(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of new rows, in the format of the source.")],
+    source: Annotated[str | None, typer.Option(help="Name of the source in params.yaml.  [default: the only one that reads files]")] = None,
+) -> None:
+    """Add new rows to a source: checked, versioned as a dated part, and told to Prefect's server as event dataset.updated."""
+    from rlhf import ingest as adding
+
+    root = workspace()
+    done = adding.ingest(root, config.load(root / "params.yaml"), files, source)
+    for line in done.lines:
+        print(line)
+    if not done.parts:
+        print("nothing new")
+        return
+    from tasks import events
+
+    if events.announce(done):
+        print(f"sent event {events.DATASET_UPDATED}: {done.rows} new rows in {', '.join(done.parts)}")
+    else:
+        print(
+            f"{done.rows} new rows in {', '.join(done.parts)}; no server was told (PREFECT_API_URL is not set): `rlhf run` trains on them"
+        )
+
+
+@app.command()
+def serve(
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's server.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's server.")] = 5000,
+) -> None:
+    """Start Prefect's server, a worker for the schedule of prefect.yaml and MLflow's pages on this machine, until Ctrl-C."""
+    from rlhf import serve as serving
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    serving.serve(root, params, prefect_port, mlflow_port, lambda line: print(line, flush=True))
+
+
+@app.command()
 def status() -> None:
     """Show which stages are up to date, the metrics of the last evaluation, and where the registry's aliases point."""
     from rlhf import registry

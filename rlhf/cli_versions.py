@@ -97,4 +97,50 @@ def compare(version: Named = "champion") -> None:
         print(gate.line)
 
 
-COMMANDS = (models, promote, rollback, compare)
+def lineage(version: Named) -> None:
+    """Show what a version was made of: git revision, data, params, each stage's MLflow run, and the champion that it replaced."""
+    from rlhf import registry
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    chosen = registry.resolve(root, params, version)
+    tags = chosen.tags
+    revision = tags["git.revision"]
+    aliased = f" ({', '.join(chosen.aliases)})" if chosen.aliases else ""
+    print(f"{chosen.model} version {chosen.number}{aliased}, {chosen.created:%Y-%m-%d %H:%M} UTC")
+    print(f"weights   sha256 {tags['sha256']}")
+    print(f"revision  {revision} (tag {chosen.model}-v{chosen.number}; checked out was {tags['git.head']})")
+    print(f"params    sha256 {tags['params']}, see `git show {chosen.model}-v{chosen.number}:params.yaml`")
+    parts = {key.removeprefix("data."): md5 for key, md5 in tags.items() if key.startswith("data.")}
+    for path, md5 in parts.items() or {"none: all rows are made from the seed": ""}.items():
+        print(f"raw data  {path} {md5}".rstrip())
+    table = Table("stage", "MLflow run", "fingerprint", box=None)
+    for stage in config.STAGES:
+        if f"fingerprint.{stage}" in tags:
+            table.add_row(stage, tags.get(f"run.{stage}", "—"), tags[f"fingerprint.{stage}"])
+    Console(width=120).print(table)
+    outputs = {key.removeprefix("md5."): md5 for key, md5 in tags.items() if key.startswith("md5.")}
+    for path, md5 in outputs.items():
+        print(f"output    {path} md5 {md5}")
+    compared = f"with version {tags['compared_with']}" if "compared_with" in tags else "with no other version"
+    print(f"compared  {compared}; gates {tags.get('gates', 'not checked')}")
+    for move in registry.moves(root, params):
+        if chosen.number in (move.version, move.replaces):
+            print(move.line)
+
+
+def verify(
+    version: Named,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train everything again, too, and compare all bytes.")] = False,
+) -> None:
+    """Show that a version can be had again: a fresh checkout of its revision with its data has nothing to do, and holds the same model."""
+    from rlhf import registry, verify
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    chosen = registry.resolve(root, params, version)
+    verify.verify(chosen, root, params, retrain=retrain, say=lambda line: print(line, flush=True))
+    print(f"version {chosen.number} is verified")
+
+
+COMMANDS = (models, promote, rollback, compare, lineage, verify)

@@ -151,7 +151,7 @@ def _bring(root: Path, key: str, value: str, source: str) -> tuple[str, list[str
             done.append(f"copied {value} to {RAW / source / found.name}")
         found = target
     inside = found.relative_to(raw)
-    return str(RAW / inside), [*done, _version(root, RAW / inside.parts[0])]
+    return str(RAW / inside), [*done, version(root, RAW / inside.parts[0])]
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -172,7 +172,7 @@ def _copy(origin: Path, target: Path) -> None:
         beside.replace(target)
 
 
-def _version(root: Path, path: Path) -> str:
+def version(root: Path, path: Path) -> str:
     if not (root / ".dvc").is_dir():
         return f"{path} is not versioned: this folder is no DVC repository (`dvc init`)"
     command = [str(Path(sys.executable).with_name("dvc")), "add", "--quiet", str(path)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,30 @@ SAMPLES = Path("data/samples.jsonl")
 SHOWN = 8
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """The numbers of stage evaluate, and some of the answers that they came from."""
+
+    metrics: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
 @task(cache_policy=NO_CACHE)
-def publish(decision: Decision, root: Path) -> str:
+def publish(decision: Decision, evidence: Evidence) -> str:
     """Make the page and store it as Prefect artifact `evaluation`; returns it."""
-    page = markdown(decision, root)
+    page = markdown(decision, evidence)
     create_markdown_artifact(key="evaluation", markdown=page, description=decision.lines[-1])
     return page
 
 
-def markdown(decision: Decision, root: Path) -> str:
+def evidence(root: Path) -> Evidence:
+    """What the page shows, read while the workspace is this run's."""
+    return Evidence(gates.read_metrics(root), read_lines(root / SAMPLES)[:SHOWN] if (root / SAMPLES).exists() else [])
+
+
+def markdown(decision: Decision, evidence: Evidence) -> str:
     """The page."""
-    metrics = gates.read_metrics(root)
+    metrics = evidence.metrics
     parts = [f"# {decision.version.model}, version {decision.version.number}", f"{decision.lines[-1]}.", "## Gates"]
     parts.append(
         _table(("gate", "passed", "measured"), [(gate.name, "yes" if gate.passed else "**no**", gate.text) for gate in decision.gates])
@@ -36,9 +50,9 @@ def markdown(decision: Decision, root: Path) -> str:
         "## Measured on held-out data",
         _table(("metric", "value"), [(name, metrics[name]) for name in EVALUATED if metrics.get(name) is not None]),
     ]
-    if (root / SAMPLES).exists():
+    if evidence.samples:
         policies = ("sft", decision.version.tags["algorithm"])
-        rows = [(_prompt(row["prompt"]), *(row[name] for name in policies)) for row in read_lines(root / SAMPLES)[:SHOWN]]
+        rows = [(_prompt(row["prompt"]), *(row[name] for name in policies)) for row in evidence.samples]
         parts += ["## Sample answers", _table(("prompt", *policies), rows)]
     return "\n\n".join(parts) + "\n"
 

@@ -94,12 +94,44 @@ def test_help_lists_every_command_without_loading_a_framework() -> None:
     code = "import sys; from rlhf import cli; sys.argv = ['rlhf', '--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'transformers', 'prefect', 'mlflow', 'dvc'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("use", "run", "status", "launch", "chat", "models", "promote", "rollback", "compare", "reference"):
+    for command in (
+        "use",
+        "run",
+        "status",
+        "launch",
+        "chat",
+        "models",
+        "promote",
+        "rollback",
+        "compare",
+        "lineage",
+        "verify",
+        "ingest",
+        "reference",
+    ):
         assert f"\n  {command} " in out
     assert out.endswith("[]\n")
 
 
-@pytest.mark.parametrize("command", ["use", "run", "status", "launch", "chat", "models", "promote", "rollback", "compare", "reference"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "use",
+        "run",
+        "status",
+        "launch",
+        "chat",
+        "models",
+        "promote",
+        "rollback",
+        "compare",
+        "lineage",
+        "verify",
+        "ingest",
+        "serve",
+        "reference",
+    ],
+)
 def test_each_command_explains_itself(command: str, rlhf: Command) -> None:
     code, out, _ = rlhf(command, "--help")
     assert code == 0

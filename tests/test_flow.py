@@ -3,21 +3,30 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.retrain import retrain, run_stages
 from rlhf import config, registry
+from rlhf.config.operations import Approval
 from rlhf.errors import UserError
+from rlhf.gates import Gate
 from rlhf.locks import lock
 from tasks import report, stage
+from tasks.approval import Word, ask
 
 PROJECT = Path(__file__).parents[1]
 DVC = str(Path(sys.executable).with_name("dvc"))
@@ -161,12 +170,48 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     [version] = registry.versions(root, params)
     assert version.tags["md5.models/ppo"].endswith(".dir")
     decision = registry.Decision(version, registry.check(version, root, params).gates, 1, ["version 1 is champion already"])
-    page = report.markdown(decision, root)
+    page = report.markdown(decision, report.evidence(root))
     assert "| user: a\\|b | x | y |" in page
     assert "| min_win_rate | yes |" in page
 
     with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
         retrain(root)
+
+
+@flow
+def approved(verdict: registry.Verdict, minutes: float) -> Word:
+    return ask(verdict, Approval(required=True, wait_minutes=minutes))
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        ({"approve": True, "name": "Ada", "why": "reads well"}, Word("Ada", "approved: reads well")),
+        ({"approve": False, "name": "Ada", "why": "too curt"}, Word("Ada", "too curt", "Ada declined: too curt")),
+    ],
+)
+def test_a_person_has_the_last_word(answer: dict[str, Any], word: Word) -> None:
+    version = registry.Version("assistant", 7, datetime.now(UTC), (), {})
+    verdict = registry.Verdict(version, [Gate("max_kl", 1.0, 2.0, True, "KL to sft per answer: 1 ≤ 2")], 6)
+
+    def person() -> str:
+        with get_client(sync_client=True) as client:
+            paused = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
+            while not (found := client.read_flow_runs(flow_run_filter=paused)):
+                time.sleep(0.2)
+            client.resume_flow_run(found[0].id, run_input=answer)
+            return found[0].state_name or ""
+
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(person)
+        assert approved(verdict, 5) == word
+        assert answering.result() == "Paused"
+
+
+def test_who_does_not_answer_has_declined() -> None:
+    verdict = registry.Verdict(registry.Version("assistant", 7, datetime.now(UTC), (), {}), [], 6)
+    word = approved(verdict, 1 / 60)
+    assert word.declined == "nobody approved it within 0.0166667 minutes: `rlhf promote 7` puts it into service"
 
 
 def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_version_that_passes_is_in_service_and_answers(root: Path, params: con
     assert tags["fingerprint.ppo"] == "f00d"
     assert tags["flow_run"] == "flow-1"
     assert tags["evaluate.gold.ppo"] == "0.7"
-    assert tags["git.revision"] == "none"
+    assert tags["git.revision"] == tags["git.head"] == "none"
     assert tags["gates"] == "passed"
 
     # the version keeps its files when the stage's output is replaced

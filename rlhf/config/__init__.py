@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
-from rlhf.config.operations import Launch, Promote, Tracking
+from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.section import Section
 from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
@@ -55,6 +55,7 @@ class Params(Section):
     dpo: Dpo
     evaluate: Evaluate
     promote: Promote
+    operations: Operations
     launch: Launch
     tracking: Tracking
 

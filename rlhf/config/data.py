@@ -70,8 +70,8 @@ class FileSource(Section):
 
     name: Slug = Field(description=_NAME)
     path: str | None = Field(
-        description="JSONL, JSON, CSV or Parquet file (also .gz), or a folder of `datasets`, under data/raw; `rlhf use` brings a file "
-        "from elsewhere there and versions it with DVC"
+        description="JSONL, JSON, CSV or Parquet file (also .gz), a folder of such files, or a folder of `datasets`, under data/raw; "
+        "`rlhf use` brings a file from elsewhere there and versions it with DVC, `rlhf ingest` adds a further one"
     )
     hub: str | None = Field(description="hub id of a dataset, instead of path")
     revision: str | None = Field(description="commit or tag of the hub dataset; required with hub, so that a run can be repeated")

@@ -40,6 +40,14 @@ class Promote(Section):
     approval: Approval
 
 
+class Operations(Section):
+    """How runs of the flow go about in a workspace."""
+
+    when_busy: Literal["refuse", "queue"] = Field(
+        description="what a flow does while another one runs in the same workspace: end at once, or wait"
+    )
+
+
 class JobLayout(Section):
     """How one stage's processes are laid out."""
 

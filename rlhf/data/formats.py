@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, Source
 from rlhf.data.fields import BadRow, Fields, Record, Turns, asks, last_answer, string, turns
 from rlhf.data.named import DATASETS
-from rlhf.data.records import Unreadable, records_of
+from rlhf.data.records import Unreadable, parts_of, records_of
 from rlhf.data.sandbox import make_rows
 from rlhf.errors import UserError
 
@@ -78,6 +78,10 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
     Raises:
         UserError: the file or hub dataset cannot be read, holds no rows, or a column is missing from every row.
     """
+    if isinstance(source, FileSource) and source.path and (root / source.path).is_dir() and (parts := parts_of(root / source.path)):
+        for part in parts:
+            yield from read(source.model_copy(update={"path": f"{source.path}/{part.name}"}), key, root, seed)
+        return
     if isinstance(source, FileSource):
         file, records = source.path or f"{source.hub}@{source.revision}", records_of(source, key, root)
     else:

@@ -140,6 +140,13 @@ def _parquet(file: IO[bytes]) -> Records:
 _READERS: dict[str, Callable[[IO[bytes]], Records]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
+def parts_of(folder: Path) -> list[Path]:
+    """The files of a source that comes in parts, in the order of their names; none in a folder written by `datasets`."""
+    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return []
+    return sorted(path for path in folder.iterdir() if path.with_suffix("" if path.suffix == ".gz" else path.suffix).suffix in _READERS)
+
+
 def _of_folder(path: Path, split: str | None, key: str) -> Records:
     import datasets
 

@@ -6,7 +6,7 @@ was before it, `candidate` is the newest one that did not pass the gates. Every 
 
 from rlhf.registry.history import Move, moves
 from rlhf.registry.promotion import Decision, Verdict, carry_out, check, promote, rollback
-from rlhf.registry.registration import EVALUATED, register
+from rlhf.registry.registration import EVALUATED, register, weights_hash
 from rlhf.registry.versions import Version, aliases, find, model_folder, resolve, versions
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "resolve",
     "rollback",
     "versions",
+    "weights_hash",
 ]

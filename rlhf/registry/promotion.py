@@ -70,6 +70,8 @@ def check(version: Version, root: Path, params: Params, pairs: Sequence[Pair] | 
     if "promoted" not in version.tags:
         for gate in checked:
             client.set_model_version_tag(version.model, str(version.number), f"gate.{gate.name}", gate.line)
+        if pairs is not None:
+            client.set_model_version_tag(version.model, str(version.number), "compared_with", str(champion))
         said = f"failed: {', '.join(verdict.failed)}" if verdict.failed else "passed"
         client.set_model_version_tag(version.model, str(version.number), "gates", said)
     return verdict

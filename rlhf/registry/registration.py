@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -20,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from rlhf import fingerprint, gates, serving, tracking
+from rlhf import fingerprint, gates, serving, snapshot, tracking
 from rlhf.config import STAGES, Params
 from rlhf.errors import UserError
 from rlhf.locks import lock
@@ -38,7 +37,7 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
         UserError: the model, its metrics or dvc.lock is missing, or MLflow is away.
     """
     metrics = gates.read_metrics(root)
-    weights = _weights_hash(root / _model(params), _model(params))
+    weights = weights_hash(root / _model(params))
     evaluation = hashlib.sha256((root / gates.METRICS).read_bytes()).hexdigest()
     if not (root / ANSWERS).is_file():
         raise UserError(f"{ANSWERS}: no such file", remedy="run `dvc repro evaluate`, or `dvc pull`")
@@ -50,7 +49,10 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
             return find(root, params, int(same[0].version))
         tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none", "algorithm": params.algorithm}
         tags |= _lineage(root, params) | _evaluated(metrics)
+        tags["git.revision"] = revision = snapshot.commit(root, f"Run of {name}: params, dvc.lock and metrics") or "none"
         number = _store(client, root, params, tags)
+        if revision != "none":
+            snapshot.tag(root, f"{name}-v{number}", revision)
         return find(root, params, number)
 
 
@@ -60,7 +62,7 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
 def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str]) -> int:
     run_id = tags.get(f"run.{params.algorithm}")
     logged = client.create_logged_model(tracking.initialise(root, params), name=params.promote.model, source_run_id=run_id)
-    made = root / _model(params), root / ANSWERS
+    made = root, root / _model(params)
     if urlparse(logged.artifact_location).scheme in ("", "file"):
         listed = _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), *made, logged.model_id)
     else:
@@ -76,7 +78,7 @@ def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str
     return int(client.create_model_version(params.promote.model, source, run_id=run_id, tags=tags, model_id=logged.model_id).version)
 
 
-def _write_folder(place: Path, model: Path, answers: Path, model_id: str) -> str:
+def _write_folder(place: Path, root: Path, model: Path, model_id: str) -> str:
     """Write a version's files (model, answers in its evaluation, what serves it), list their hashes, make all read-only.
 
     Returns:
@@ -90,7 +92,9 @@ def _write_folder(place: Path, model: Path, answers: Path, model_id: str) -> str
         pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
         mlflow_model=Model(model_id=model_id),
     )
-    shutil.copyfile(answers, place / "evaluation.jsonl")
+    shutil.copyfile(root / ANSWERS, place / "evaluation.jsonl")
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copyfile(root / name, place / name)
     shutil.copytree(model, place / "artifacts", copy_function=_link_weights, dirs_exist_ok=True)
     content = json.dumps(serving.hashes(place), indent=2).encode()
     (place / serving.LIST).write_bytes(content)
@@ -115,10 +119,17 @@ def _model(params: Params) -> Path:
     return Path("models") / params.algorithm
 
 
-def _weights_hash(model: Path, name: Path) -> str:
+def weights_hash(model: Path) -> str:
+    """SHA-256 of a model's weights.
+
+    Raises:
+        UserError: there are none.
+    """
     files = sorted(model.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{name}: no model.safetensors there", remedy="run `rlhf run`, or `dvc pull` for one made elsewhere")
+        raise UserError(
+            f"{model.parent.name}/{model.name}: no model.safetensors there", remedy="run `rlhf run`, or `dvc pull` for one made elsewhere"
+        )
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -128,19 +139,19 @@ def _weights_hash(model: Path, name: Path) -> str:
 
 
 def _lineage(root: Path, params: Params) -> dict[str, str]:
-    """Git revision, DVC hashes, params, and the fingerprint and MLflow run of each stage."""
-    training = params.model_dump(mode="json", exclude={"launch", "tracking"})
+    """What was checked out, hashes of data and outputs, params, and the fingerprint and MLflow run of each stage."""
+    training = params.model_dump(mode="json", exclude={"launch", "tracking", "operations"})
     tags = {"params": hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()}
-    tags["git.revision"] = _git(root, "rev-parse", "HEAD") or "none"
-    # what a run itself writes does not make the code another one
-    outputs = [f":(exclude){path}" for path in ("dvc.lock", "metrics", "plots")]
-    tags["git.dirty"] = str(bool(_git(root, "status", "--porcelain", "--", ".", *outputs))).lower()
+    tags["git.head"] = snapshot.head(root) or "none"
     try:
         locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
         raise UserError("dvc.lock: no such file", remedy="run `rlhf run` or `dvc repro`, which write it") from None
     graph = fingerprint.read_graph(root)
     # dvc.lock also remembers stages that dvc.yaml no longer has
+    for place in sorted((root / "data" / "raw").rglob("*.dvc")):
+        for part in yaml.safe_load(place.read_text(encoding="utf-8"))["outs"]:
+            tags[f"data.{(place.parent / part['path']).relative_to(root).as_posix()}"] = part["md5"]
     tags |= {f"md5.{output['path']}": output["md5"] for name in graph if name in locked for output in locked[name].get("outs", [])}
     for stage in STAGES:
         if stage in graph:
@@ -171,11 +182,3 @@ def _evaluated(metrics: Mapping[str, Any]) -> dict[str, str]:
     for key in EVALUATED:
         add(f"evaluate.{key}", metrics.get(key))
     return tags
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

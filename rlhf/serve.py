@@ -1,0 +1,108 @@
+"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, and MLflow's pages, all on this machine's loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf import config, processes, tracking
+from rlhf.errors import UserError
+from rlhf.locks import lock
+
+HOST = "127.0.0.1"
+POOL = "rlhf"
+SECONDS_TO_START = 600
+
+
+def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
+    """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
+
+    Raises:
+        UserError: a part did not start, or ended by itself.
+    """
+    api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_API_URL": api,
+        "RLHF_ROOT": str(root),
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    tracking.initialise(root, params)  # before two processes find no database
+    logs = root / "runs" / "serve"
+    logs.mkdir(parents=True, exist_ok=True)
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as leader:
+
+        def start(name: str, *words: str) -> None:
+            with (logs / f"{name}.log").open("wb") as log:
+                program = str(Path(sys.executable).with_name(words[0]))
+                started[name] = subprocess.Popen(
+                    [program, *words[1:]],
+                    cwd=root,
+                    env=environment,
+                    process_group=leader,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+
+        try:
+            start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
+            uri = tracking.tracking_uri(root, params)
+            if not uri.startswith("http"):
+                start(
+                    "mlflow", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(mlflow_port), "--workers", "1"
+                )
+                _await(f"{pages}/health", "mlflow", started, logs)
+            _await(f"{api}/health", "prefect", started, logs)
+            _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
+            _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+            start("worker", "prefect", "worker", "start", "--pool", POOL)
+            say(f"Prefect   http://{HOST}:{prefect_port}")
+            say(f"MLflow    {uri if uri.startswith('http') else pages}")
+            say(f"worker    of pool {POOL}; logs in {logs.relative_to(root)}")
+            say(f"to see `rlhf run` and `rlhf ingest` there: export PREFECT_API_URL={api}")
+            while True:
+                time.sleep(1)
+                _check(started, logs)
+        except processes.Stopped:
+            say("stopped")
+    for process in started.values():
+        process.wait()
+
+
+def _await(address: str, name: str, started: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < deadline:
+        _check(started, logs)
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.5)
+    raise UserError(f"{name} did not answer within {SECONDS_TO_START} seconds", remedy=f"see {logs / name}.log")
+
+
+def _check(started: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> None:
+    for name, process in started.items():
+        if (code := process.poll()) is not None:
+            raise UserError(f"{name} ended with exit code {code}", remedy=f"see {logs / name}.log; is the port taken? (--help)")
+
+
+def _do(root: Path, environment: Mapping[str, str], *words: str) -> None:
+    program = str(Path(sys.executable).with_name(words[0]))
+    done = subprocess.run(
+        [program, *words[1:]], cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        what = " ".join((done.stderr or done.stdout).split())[-600:]
+        raise UserError(f"`{' '.join(words)}` failed: {what}", remedy="correct prefect.yaml")

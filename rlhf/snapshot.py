@@ -1,0 +1,95 @@
+"""What a version was trained from, as a commit of its own: on a branch per run, with a tag per version.
+
+It is made in an index of its own, so that the user's branch, index and files stay as they are. Changes that were not committed are in
+it, as the run has used them: tracked files as they lie there, and untracked ones that the graph reads or writes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rlhf import fingerprint
+from rlhf.errors import UserError
+
+BRANCHES = "refs/heads/rlhf/"
+ALWAYS = ("params.yaml", "dvc.yaml", "dvc.lock", "data/raw")
+AUTHOR = {
+    f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER") for part, value in (("NAME", "rlhf"), ("EMAIL", "rlhf@localhost"))
+}
+
+
+def head(root: Path) -> str | None:
+    """The commit that is checked out; None outside a git repository, and before its first commit."""
+    return _git(root, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False) or None
+
+
+def commit(root: Path, message: str) -> str | None:
+    """Commit the workspace as it stands to a new branch rlhf/TIME; the revision, None outside a git repository.
+
+    Where a commit holds just this already (HEAD, or one of an earlier run), that one is returned.
+    """
+    if not _git(root, "rev-parse", "--git-dir", check=False):
+        return None
+    parent = head(root)
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        if parent:
+            _git(root, "read-tree", parent, environment=index)
+        _git(root, "add", "--update", "--", ".", environment=index)
+        graph = fingerprint.read_graph(root)
+        used = {path for node in graph.values() for path in (*node.inputs, *node.metrics, *node.plots)}
+        there = [path for path in sorted({*ALWAYS, *used}) if (root / path).exists()]
+        new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *there, environment=index)
+        _git(root, "update-index", "--add", "-z", "--stdin", stdin=new, environment=index)
+        tree = _git(root, "write-tree", environment=index)
+    known = [parent] if parent else []
+    known += _git(root, "for-each-ref", "--format=%(objectname)", BRANCHES).split()
+    for revision in known:
+        if _git(root, "rev-parse", f"{revision}^{{tree}}") == tree:
+            return revision
+    made = _git(root, "commit-tree", tree, *(["-p", parent] if parent else []), "-m", message, environment=AUTHOR)
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{made[:8]}"
+    _git(root, "update-ref", f"{BRANCHES}{name}", made)
+    return made
+
+
+def tag(root: Path, name: str, revision: str) -> None:
+    """Set a tag; one that is there already stays."""
+    if not _git(root, "rev-parse", "--quiet", "--verify", f"refs/tags/{name}", check=False):
+        _git(root, "update-ref", f"refs/tags/{name}", revision)
+
+
+def checkout(root: Path, revision: str, folder: Path) -> Path:
+    """A fresh checkout of a revision in a new folder; the workspace in it.
+
+    Raises:
+        UserError: this repository does not have the revision.
+    """
+    if not _git(root, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", check=False):
+        raise UserError(f"git revision {revision} is not in {root}", remedy="bring it with `git fetch`, then repeat this")
+    top, prefix = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--show-prefix")
+    # shares the objects and copies none; nothing is entered in the user's repository, as it would be for a worktree
+    _git(root, "clone", "--quiet", "--shared", "--no-checkout", top, str(folder))
+    _git(folder, "checkout", "--quiet", "--detach", revision)
+    return folder / prefix
+
+
+def _git(root: Path, *words: str, check: bool = True, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(
+        ["git", *words],
+        cwd=root,
+        env=os.environ | (environment or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
+    )
+    if check and done.returncode:
+        raise UserError(f"`git {words[0]}` failed in {root}: {' '.join(done.stderr.split())}", remedy="see to that, then run again")
+    return done.stdout.strip() if done.returncode == 0 else ""
