@@ -93,6 +93,7 @@ def root(model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("metrics", "data"):
         (workspace / folder).mkdir()
     (workspace / "data/answers.jsonl").write_text("{}\n")
+    shutil.copyfile(PROJECT / "params.yaml", workspace / "params.yaml")
     stage = {"cmd": "true", "deps": [], "outs": ["models/ppo"]}
     (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ppo": stage}}))
     lock = {"ppo": {"cmd": "true", "outs": [{"path": "models/ppo", "hash": "md5", "md5": "0123.dir"}]}}
