@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from stage_runs import REPOSITORY, free_port, make_workspace, run, set_params, table, tiny_params
@@ -68,6 +69,21 @@ def test_losses_and_weights_do_not_depend_on_how_models_are_shared_out(base: Pat
             saved = load_file(tmp_path / name / f"models/{stage}/model.safetensors")
             assert saved.keys() == weights.keys()
             assert max(float((saved[key] - weights[key]).abs().max()) for key in weights) < 1e-6, (stage, name)
+
+
+def test_the_stages_train_in_bf16(tmp_path: Path) -> None:
+    raw = tiny_params()
+    raw["launch"]["precision"] = "bf16"
+    make_workspace(tmp_path, raw, 240)
+    run(tmp_path, "base", "sft", "reward", "ppo")
+    before = load_file(tmp_path / "models/sft/model.safetensors")
+    after = load_file(tmp_path / "models/ppo/model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
+    losses = [float(row["loss"]) for row in table(tmp_path / "plots/base.csv")]
+    assert losses[-1] < losses[0]
+    # sampling and training round differently, so the old log-probabilities come from a forward pass: the ratio starts at 1 all the same
+    assert all(float(row["ratio_error"]) < 1e-3 for row in table(tmp_path / "plots/ppo.csv"))
 
 
 # fp16 needs a GPU: here the engines are fp32, and only the step takes them for fp16; the gradient of the first is infinite, then not
