@@ -101,7 +101,12 @@ def test_processes_that_decide_at_once_leave_one_champion_at_every_moment(root: 
     put(root, 2, 1)
     shares = [MOVES // PROCESSES + (number < MOVES % PROCESSES) for number in range(PROCESSES)]
     deciders = [
-        subprocess.Popen([sys.executable, "-c", DECIDER, str(root), str(number), str(share)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", DECIDER, str(root), str(number), str(share)],
+            stdout=subprocess.PIPE,
+            stderr=(root / f"decider-{number}.txt").open("w"),
+            text=True,
+        )
         for number, share in enumerate(shares)
     ]
     client, seen = connect(root, load(root)), []
@@ -109,8 +114,10 @@ def test_processes_that_decide_at_once_leave_one_champion_at_every_moment(root: 
         # raises where there is none
         time.sleep(0.05)
         seen.append(int(client.get_model_version_by_alias("assistant", "champion").version))
-    told = sum(int(decider.communicate()[0]) for decider in deciders)
-    assert [decider.returncode for decider in deciders] == [0] * PROCESSES
+    said = [decider.communicate()[0] for decider in deciders]
+    for number, decider in enumerate(deciders):
+        assert decider.returncode == 0, (root / f"decider-{number}.txt").read_text(encoding="utf-8")
+    told = sum(map(int, said))
     assert set(seen) == {1, 2, 3}
     assert told > 0
 
