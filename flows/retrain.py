@@ -18,6 +18,7 @@ import tasks.share
 from rlhf import config, fingerprint, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.paths import inside
 from rlhf.registry.history import person
 from tasks import graph
 from tasks.approval import Word, ask
@@ -76,7 +77,7 @@ def check(root: Path) -> config.Params:
     fingerprint.check_algorithm(fingerprint.read_graph(root), params)
     for number, source in enumerate(params.data.sources):
         path = getattr(source, "path", None)
-        if path and not (root / path).exists():
+        if path and not inside(root, path, f"data.sources.{number}.path").exists():
             raise UserError(f"data.sources.{number}.path: {path}: no such file or folder", remedy="bring it with `rlhf use`, or `dvc pull`")
     return params
 

@@ -136,6 +136,8 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    if not params.launch.hostfile:
+        own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one machine listen on its loopback alone
     # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece;
     # Python runs this file as it starts: what stands as None in sys.modules counts as not installed
     hidden = folder / "hidden"

@@ -13,6 +13,7 @@ import yaml
 
 from rlhf.config import STAGES, STAGES_OF, Params
 from rlhf.errors import UserError
+from rlhf.paths import inside
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def read_graph(root: Path) -> dict[str, Node]:
     """The stages of dvc.yaml.
 
     Raises:
-        UserError: dvc.yaml is missing, or holds no stages.
+        UserError: dvc.yaml is missing, holds no stages, or names a path outside its folder.
     """
     path = root / "dvc.yaml"
     try:
@@ -66,7 +67,11 @@ def _node(name: str, entry: Mapping[str, Any]) -> Node:
     def paths(key: str) -> tuple[str, ...]:
         return tuple(_options(entry.get(key, [])))
 
-    return Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+    node = Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+    for path in (*node.inputs, *node.written):
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"dvc.yaml: stage {name}: {path} leads out of the workspace", remedy="give a path below the folder of dvc.yaml")
+    return node
 
 
 def _options(entries: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -79,10 +84,10 @@ def check_inputs(root: Path, stage: str, graph: Mapping[str, Node]) -> None:
     """Check that every input of a stage is there.
 
     Raises:
-        UserError: names the input that is missing, and the stage that makes it.
+        UserError: names the input that is missing, and the stage that makes it; or one that is a link out of the workspace.
     """
     for path in graph[stage].inputs:
-        if not (root / path).exists():
+        if not inside(root, path, f"input of stage {stage}").exists():
             makers = [node.name for node in graph.values() if any(path == out or path.startswith(f"{out}/") for out in node.written)]
             remedy = f"run `dvc repro {makers[0]}`, which makes it" if makers else "bring it back: `git checkout` or `dvc pull`"
             raise UserError(f"{path}: input of stage {stage}, no such file or folder", remedy=remedy)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf import config
+from rlhf import config, space
 from rlhf.errors import UserError
 
 SECONDS_BETWEEN_LINES = 1.0
@@ -99,12 +99,17 @@ class Job:
 
 
 def run(stage: str, main: Callable[[Job], None]) -> None:
-    """Run a stage's main function; a UserError becomes one line on standard error and exit code 1."""
+    """Run a stage's main function; a UserError becomes one line on standard error and exit code 1, and so does a full disk."""
     try:
         job = Job.from_environment(stage)
-        main(job)
-        if job.is_main:
-            (job.folder / "FINISHED").touch()
+        try:
+            main(job)
+            if job.is_main:
+                (job.folder / "FINISHED").touch()
+        except Exception as error:
+            if full := space.full(error, job.folder):
+                raise full from error
+            raise
     except UserError as error:
         print(f"error: {error.what}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
         sys.exit(1)

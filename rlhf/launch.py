@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import command, config, fingerprint, processes
+from rlhf import command, config, fingerprint, processes, space
 from rlhf.console import Console
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.paths import inside
 from rlhf.tracking import Tracker, waiting
 
 
@@ -39,8 +40,8 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
         package: where the stages' modules are.
 
     Raises:
-        UserError: params.yaml, dvc.yaml, an input, the port or an output's place is wrong; the stage is being run already, took too long,
-            did not write an output, or its inputs changed meanwhile.
+        UserError: params.yaml, dvc.yaml, an input, the port or an output's place is wrong; there is no room on the disk; the stage is being
+            run already, took too long, did not write an output, or its inputs changed meanwhile.
     """
     root = root.resolve()
     params = config.load(root / "params.yaml")
@@ -55,6 +56,8 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
     try:
         with processes.stoppable(), lock(root, stage, refuse=f"stage {stage} is being run already"):
             run = open_run(root, params, graph[stage])
+            if not run.done.exists():
+                space.check(root, stage, params, run.folder)
             with Tracker(root, params, run.node, run.fingerprint, run.folder):
                 if not run.done.exists():
                     train(run, f"{package}.{stage}")
@@ -116,10 +119,10 @@ def check_places(root: Path, node: fingerprint.Node) -> None:
     """Check that the outputs can be written, before the hours that go into them.
 
     Raises:
-        UserError: names the output that cannot.
+        UserError: names the output that cannot, or whose folder is a link out of the workspace.
     """
     for path in node.written:
-        place = (root / path).parent
+        place = inside(root, Path(path).parent, f"output {path} of stage {node.name}")
         try:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):
@@ -184,6 +187,7 @@ def train(run: Run, module: str) -> None:
     # DeepSpeed's launcher also ends with 0 when a part of it was killed: then no rank came to its end
     if code or not (run.folder / "FINISHED").exists():
         console.explain(code)
+        shutil.rmtree(run.out, ignore_errors=True)  # half an output only takes room
         raise StageError(code if code > 0 else 1)
 
 

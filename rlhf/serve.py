@@ -15,6 +15,7 @@ from typing import Any
 from rlhf import config, processes, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.redact import redact
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
@@ -59,16 +60,16 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
             uri = tracking.tracking_uri(root, params)
             if not uri.startswith("http"):
-                start(
-                    "mlflow", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(mlflow_port), "--workers", "1"
-                )
+                # in the environment: a command line is for all to see
+                environment["MLFLOW_BACKEND_STORE_URI"] = uri
+                start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
                 _await(f"{pages}/health", "mlflow", started, logs)
             _await(f"{api}/health", "prefect", started, logs)
             _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
             _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
             start("worker", "prefect", "worker", "start", "--pool", POOL)
             say(f"Prefect   http://{HOST}:{prefect_port}")
-            say(f"MLflow    {uri if uri.startswith('http') else pages}")
+            say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
             say(f"worker    of pool {POOL}; logs in {logs.relative_to(root)}")
             say(f"to see `rlhf run` and `rlhf ingest` there: export PREFECT_API_URL={api}")
             while True:

@@ -25,6 +25,7 @@ from rlhf.errors import UserError
 from rlhf.fingerprint import Node
 from rlhf.locks import lock
 from rlhf.processes import Stopped
+from rlhf.redact import redact
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -39,7 +40,12 @@ ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETR
 
 def tracking_uri(root: Path, params: config.Params) -> str:
     """Where the runs go: MLFLOW_TRACKING_URI, else tracking.uri, else the workspace's own database."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or f"sqlite:///{_database(root)}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or own_uri(root)
+
+
+def own_uri(root: Path) -> str:
+    """The workspace's own database."""
+    return f"sqlite:///{_database(root)}"
 
 
 def client(root: Path, params: config.Params) -> MlflowClient:
@@ -150,7 +156,11 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, Stopped) else "FAILED"
-        self._record.update(status=status, ended=_now())
+        try:
+            self._record.update(status=status, ended=_now())
+        except OSError as problem:
+            # a full disk, most likely, of which the stage has told; what is not recorded counts as killed, and is sent later
+            _warn(self._record.folder, str(problem))
         self._ending.set()
         self._thread.join(SECONDS_AT_THE_END)
         if self._thread.is_alive():
@@ -337,4 +347,5 @@ def _now() -> int:
 
 
 def _warn(folder: Path, reason: str) -> None:
-    print(f"warning: MLflow: {reason}; the metrics wait in {folder} and are sent by the next launch or flow", file=sys.stderr, flush=True)
+    text = f"warning: MLflow: {redact(reason)}; the metrics wait in {folder} and are sent by the next launch or flow"
+    print(text, file=sys.stderr, flush=True)

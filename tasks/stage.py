@@ -19,6 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
 from rlhf.errors import UserError
+from rlhf.redact import redact
 from tasks.graph import Stage
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
@@ -45,12 +46,12 @@ _running: set[subprocess.Popen[str]] = set()
 class StageError(UserError):
     """A stage ended with an exit code other than 0.
 
-    `lasting`: it would fail again, as it said itself what the user has to mend, or it was stopped from outside.
+    `lasting`: it would fail again, as it said itself what the user has to mend, the disk is full, or it was stopped from outside.
     """
 
     def __init__(self, stage: str, code: int, lines: list[str]) -> None:
         starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-        self.lasting = bool(starts) or code < 0
+        self.lasting = bool(starts) or code < 0 or any("No space left on device" in line for line in lines)
         cause = lines[starts[-1] :][:2] if starts else lines
         super().__init__(f"stage {stage} failed with exit code {code}: " + " | ".join(cause), remedy="see its log")
 
@@ -106,7 +107,7 @@ def follow(command: list[str], root: Path, environment: dict[str, str], take: Ca
     try:
         assert process.stdout
         for raw in process.stdout:
-            if line := raw.rstrip():
+            if line := redact(raw.rstrip()):
                 log.info(line)
                 take(line)
         return process.wait()

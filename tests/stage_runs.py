@@ -5,6 +5,8 @@ The words run one after the other in one process, which is a rank of a real proc
 runs on from there to the end of the process:
 
     killed   dies by SIGKILL after its first checkpoint
+    filled   fills its disk after its first checkpoint, up to room for some lines
+    watched  prints where it listens, after its first checkpoint
     padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
@@ -20,7 +22,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import psutil
 import yaml
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ class Rank:
 
 def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["GLOO_SOCKET_IFNAME"] = "lo"  # as the launcher has it
     descriptor, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".txt", dir=root)
     os.close(descriptor)
     process = _server().Process(target=rank_main, args=(root, words, {key: str(value) for key, value in place.items()}, Path(name)))
@@ -187,6 +191,32 @@ def die_after_the_first_checkpoint() -> None:
     checkpoints.save = save_and_die  # type: ignore[assignment]
 
 
+def after_the_first_checkpoint(act: Callable[[Path], None]) -> None:
+    from rlhf.engine import checkpoints
+
+    save = checkpoints.save
+    done = []
+
+    def save_and_act(job: Any, *arguments: Any) -> None:
+        save(job, *arguments)
+        if not done:
+            checkpoints.settle()
+            act(job.root)
+        done.append(job)
+
+    checkpoints.save = save_and_act  # type: ignore[assignment]
+
+
+def fill_the_disk(root: Path) -> None:
+    with (root / "filler").open("wb") as file:
+        file.write(b"0" * (shutil.disk_usage(root).free - 64 * 1024))
+
+
+def print_where_it_listens(_root: Path) -> None:
+    listening = [entry.laddr.ip for entry in psutil.Process().net_connections("inet") if entry.status == psutil.CONN_LISTEN]
+    print(f"listens on {sorted(set(listening))}", flush=True)
+
+
 def pad_instead_of_packing() -> None:
     for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
         import_module(module).pack = padded  # type: ignore[attr-defined]
@@ -272,6 +302,8 @@ def log_probs_under(weights: dict[str, Any], module: Any, rollouts: Any, tempera
 
 VARIANTS = {
     "killed": die_after_the_first_checkpoint,
+    "filled": lambda: after_the_first_checkpoint(fill_the_disk),
+    "watched": lambda: after_the_first_checkpoint(print_where_it_listens),
     "padded": pad_instead_of_packing,
     "off": misstate_log_probs,
     "compared": compare_rollouts_with_the_weights,

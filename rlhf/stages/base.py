@@ -7,7 +7,7 @@ later stage reads one local copy with safe weights, a chat template and a known 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,6 +24,12 @@ from rlhf.stages.language_model import fit, perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+CONVERT = (
+    "other formats can run code when they are opened: find a revision with safetensors, or, where you trust the model, convert it: "
+    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), the same for the tokenizer, and base.model=FOLDER"
+)
 
 
 def main(job: Job) -> None:
@@ -68,13 +74,19 @@ def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """The given model and tokenizer, with what later stages rely on: chat template, pad token, end of turn.
 
     Raises:
-        UserError: it cannot be found or read, or lacks a chat template that base.chat_template says to keep.
+        UserError: it cannot be found or read, has no safetensors, comes with code that base.trust_remote_code does not allow, or lacks a
+            chat template that base.chat_template says to keep.
     """
-    options = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
+    options: dict[str, Any] = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(params.model, **options)
+        # other formats than safetensors are pickles: opening one may run whatever its author wrote
+        options |= {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", attn_implementation=ATTENTION, **options)
     except (OSError, ValueError) as error:
+        if "safetensors" in str(error):
+            what = f"base.model '{params.model}' (revision {params.revision}) has no weights as safetensors"
+            raise UserError(what, remedy=CONVERT) from None
         raise UserError(
             f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",
             remedy="give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached",
