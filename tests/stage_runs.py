@@ -8,6 +8,8 @@ runs on from there to the end of the process:
     padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
+    partitioned prints of each model that evaluate holds whether it is in parts
+    fp16     takes the processor for one that trains in fp16; it can, slowly, but DeepSpeed asks for instructions that few have
 """
 
 from __future__ import annotations
@@ -184,12 +186,12 @@ def die_after_the_first_checkpoint() -> None:
         checkpoints.settle()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.save = save_and_die  # type: ignore[assignment]
+    checkpoints.save = save_and_die  # type: ignore[assignment]  # it takes whatever it is given
 
 
 def pad_instead_of_packing() -> None:
     for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
-        import_module(module).pack = padded  # type: ignore[attr-defined]
+        import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 
 def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any, *, together: int = 1) -> Packed:
@@ -270,9 +272,31 @@ def log_probs_under(weights: dict[str, Any], module: Any, rollouts: Any, tempera
     return found
 
 
+def say_what_is_partitioned() -> None:
+    from rlhf.engine.partition import is_partitioned
+    from rlhf.stages import evaluate
+
+    frozen = evaluate.frozen
+
+    def frozen_and_said(module: Any, *arguments: Any) -> Any:
+        module = frozen(module, *arguments)
+        print("in parts" if is_partitioned(module) else "whole")
+        return module
+
+    evaluate.frozen = frozen_and_said  # type: ignore[assignment]  # it is generic
+
+
+def take_fp16_for_supported() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 VARIANTS = {
     "killed": die_after_the_first_checkpoint,
     "padded": pad_instead_of_packing,
     "off": misstate_log_probs,
     "compared": compare_rollouts_with_the_weights,
+    "partitioned": say_what_is_partitioned,
+    "fp16": take_fp16_for_supported,
 }

@@ -17,7 +17,7 @@ from torch import nn
 
 from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import accumulation, layout
-from rlhf.engine.partition import shape
+from rlhf.engine.partition import own, shape
 from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.models.scalar import ScalarModel
@@ -102,6 +102,7 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, batc
     # norms and biases stay whole on every rank: to gather each of them would cost more than it saves
     zero["stage3_param_persistence_threshold"] = max((math.prod(shape(p)) for p in module.parameters() if len(shape(p)) < 2), default=0)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, dist_init_required=False, config=config)
+    own(module, engine)
     return engine
 
 
@@ -111,8 +112,7 @@ def frozen(module: Module, job: Job, name: str, device: torch.device) -> Module:
     if getattr(job.params.launch.engines, name).zero_stage == 0:
         return module.to(device)
     engine, *_ = deepspeed.initialize(model=module, dist_init_required=False, config=settings(job, name))
-    # the engine's hooks go with it; as an attribute of torch's kind it would be a child of its own child
-    object.__setattr__(module, "engine", engine)
+    own(module, engine)
     return module
 
 
