@@ -57,7 +57,7 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     if not is_partitioned(model):
         yield
         return
-    optimizer = model.engine.optimizer
+    optimizer: Any = model.engine.optimizer  # type: ignore[union-attr]  # `own` put it there
     hooks = getattr(optimizer, "parameter_offload", optimizer)  # an engine that does not train has them in its optimiser's place
     with whole(model):
         # they would let go of each layer after its pass, and compare the order of passes with the other ranks
