@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
 from rlhf.engine import output
-from rlhf.engine.distributed import start
+from rlhf.engine.distributed import layout, start
 from rlhf.engine.partition import born, shape
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
@@ -45,7 +45,7 @@ def main(job: Job) -> None:
         "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "loss": history[-1]["loss"] if history else None,
-        "heldout_perplexity": perplexity(model, rows, tokenizer.pad_token_id, 32) if rows else None,
+        "heldout_perplexity": perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None,
     }
     if isinstance(params, BuiltBase):
         output.save(job, model, tokenizer, job.output(BASE))
@@ -66,7 +66,7 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
         )
     model = build_policy(params, tokenizer, job.seed("weights"))
     job.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows):,} rows of {params.max_tokens} tokens")
-    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params, tokenizer.pad_token_id)
+    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params)
     return model, tokenizer, history
 
 
