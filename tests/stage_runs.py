@@ -7,9 +7,11 @@ runs on from there to the end of the process:
     killed   dies by SIGKILL after its first checkpoint
     filled   fills its disk after its first checkpoint, up to room for some lines
     watched  prints where it listens, after its first checkpoint
-    padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
+    padded   lays tokens of padding behind each sequence, and shares no beginning
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
+    partitioned prints of each model that evaluate holds whether it is in parts
+    fp16     takes the processor for one that trains in fp16; it can, slowly, but DeepSpeed asks for instructions that few have
 """
 
 from __future__ import annotations
@@ -188,7 +190,7 @@ def die_after_the_first_checkpoint() -> None:
         checkpoints.settle()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.save = save_and_die  # type: ignore[assignment]
+    checkpoints.save = save_and_die  # type: ignore[assignment]  # it takes whatever it is given
 
 
 def after_the_first_checkpoint(act: Callable[[Path], None]) -> None:
@@ -219,22 +221,21 @@ def print_where_it_listens(_root: Path) -> None:
 
 def pad_instead_of_packing() -> None:
     for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
-        import_module(module).pack = padded  # type: ignore[attr-defined]
+        import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 
-def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any, *, together: int = 1) -> Packed:
-    """What `rlhf.data.batches.pack` gives, laid out with one sequence per row; none shares its beginning, whatever `together` says."""
+def padded(sequences: Sequence[Sequence[int]], device: Any, *, together: int = 1) -> Packed:
+    """What `rlhf.data.batches.pack` gives, with padding up to the longest sequence; none shares its beginning, whatever `together` says."""
     import torch
 
-    from rlhf.data.batches import Packed, pad_rows
+    from rlhf.data.batches import Packed, Piece, pad_rows
 
     width = max(map(len, sequences))
     lengths = [len(sequence) for sequence in sequences]
     return Packed(
-        ids=pad_rows(sequences, pad_id, device),
-        positions=pad_rows([range(length) for length in lengths], 0, device),
-        segments=pad_rows([[number] * length for number, length in enumerate(lengths)], -1, device),
-        branches=None,
+        ids=pad_rows(sequences, 0, device).view(1, -1),
+        positions=torch.arange(width, device=device).repeat(1, len(sequences)),
+        pieces=[Piece(part, None) for length in lengths for part in (length, width - length) if part],
         places=torch.arange(len(sequences) * width, device=device).view(-1, width),
         lengths=torch.tensor(lengths, device=device),
     )
@@ -258,8 +259,8 @@ def compare_rollouts_with_the_weights() -> None:
     roll_out = ppo.roll_out
     before: list[Any] = []
 
-    def roll_out_and_compare(job: Any, models: Any, prompts: Any, step: int) -> Any:
-        rollouts = roll_out(job, models, prompts, step)
+    def roll_out_and_compare(job: Any, models: Any, *arguments: Any) -> Any:
+        rollouts = roll_out(job, models, *arguments)
         weights = plain_weights(models.actor.module, job.params.ppo.actor_lora)
         if job.is_main:
             before.append(weights)
@@ -269,7 +270,7 @@ def compare_rollouts_with_the_weights() -> None:
             print(f"{job.root.name}, version {rollouts.policy_version}: off by {off[-1]:.1e}, from the weights before by {off[0]:.1e}")
         return rollouts
 
-    ppo.roll_out = roll_out_and_compare
+    ppo.roll_out = roll_out_and_compare  # type: ignore[assignment]  # it takes whatever it is given
 
 
 def plain_weights(module: Any, lora: Any) -> dict[str, Any]:
@@ -300,6 +301,26 @@ def log_probs_under(weights: dict[str, Any], module: Any, rollouts: Any, tempera
     return found
 
 
+def say_what_is_partitioned() -> None:
+    from rlhf.engine.partition import is_partitioned
+    from rlhf.stages import evaluate
+
+    frozen = evaluate.frozen
+
+    def frozen_and_said(module: Any, *arguments: Any) -> Any:
+        module = frozen(module, *arguments)
+        print("in parts" if is_partitioned(module) else "whole")
+        return module
+
+    evaluate.frozen = frozen_and_said  # type: ignore[assignment]  # it is generic
+
+
+def take_fp16_for_supported() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 VARIANTS = {
     "killed": die_after_the_first_checkpoint,
     "filled": lambda: after_the_first_checkpoint(fill_the_disk),
@@ -307,4 +328,6 @@ VARIANTS = {
     "padded": pad_instead_of_packing,
     "off": misstate_log_probs,
     "compared": compare_rollouts_with_the_weights,
+    "partitioned": say_what_is_partitioned,
+    "fp16": take_fp16_for_supported,
 }

@@ -9,21 +9,26 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
 from rlhf.engine import output
-from rlhf.engine.distributed import start
-from rlhf.engine.partition import shape
+from rlhf.engine.distributed import layout, start
+from rlhf.engine.partition import born, shape
+from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import ATTENTION, build_policy
-from rlhf.models.tokenizer import build_tokenizer, end_of_turn, template
+from rlhf.models.policy import ATTENTION, build_policy, load_policy, save_model
+from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 from rlhf.stages.language_model import fit, perplexity
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+BASE = "models/base"
 
 
 CONVERT = (
@@ -38,7 +43,7 @@ def main(job: Job) -> None:
     if isinstance(params, BuiltBase):
         model, tokenizer, history = build(job, params)
     else:
-        model, tokenizer = pin(params)
+        model, tokenizer = pin_once(job, params, device)
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
     rows = blocks(held_out, tokenizer, 128)
@@ -46,9 +51,10 @@ def main(job: Job) -> None:
         "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "loss": history[-1]["loss"] if history else None,
-        "heldout_perplexity": perplexity(model.eval().to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
+        "heldout_perplexity": perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None,
     }
-    output.save(job, model, tokenizer, job.output("models/base"))
+    if isinstance(params, BuiltBase):
+        output.save(job, model, tokenizer, job.output(BASE))
     if job.is_main:
         job.write_metrics(metrics)
         job.write_plot("plots/base.csv", history)
@@ -66,8 +72,19 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
         )
     model = build_policy(params, tokenizer, job.seed("weights"))
     job.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows):,} rows of {params.max_tokens} tokens")
-    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params, tokenizer.pad_token_id)
+    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params)
     return model, tokenizer, history
+
+
+def pin_once(job: Job, params: PretrainedBase, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Have rank 0 write the given model as stage output; all ranks then hold it as launch.engines.reference says."""
+    folder = job.output(BASE)
+    if job.is_main:
+        save_model(*pin(params), folder)
+    dist.barrier()
+    with born(settings(job, "reference")):
+        model = load_policy(folder, job.params.launch.precision)
+    return frozen(model, job, "reference", device), load_tokenizer(folder)
 
 
 def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

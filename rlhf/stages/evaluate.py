@@ -22,13 +22,16 @@ from rlhf.data import sandbox
 from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
 from rlhf.engine import output
 from rlhf.engine.distributed import gather, layout, micro_batches, start
+from rlhf.engine.partition import born
+from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora
-from rlhf.models.policy import load_policy
+from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.weights import policy_weights
 from rlhf.stages import dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
@@ -40,11 +43,11 @@ JUDGED_ROLLOUTS = 5000  # at most so many answers of PPO's course are judged for
 
 def main(job: Job) -> None:
     device = start(job)
-    params, precision = job.params.evaluate, job.params.launch.precision
+    params = job.params.evaluate
     tokenizer = load_tokenizer(job.input("models/sft"))
     prompts = [row for row in read_lines(job.input("data/prepared/heldout_prompts.jsonl")) if fits(job, tokenizer, row)][: params.prompts]
     new = job.params.algorithm
-    policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", new)}
+    policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
@@ -62,7 +65,7 @@ def main(job: Job) -> None:
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
         "win_rate": {**win_rate(job, scores), "judge": judge.name},
         "reward_model": reward_model,
-        "kl": kl(job, policies, rollouts[new], tokenizer),
+        "kl": kl(job, policies, rollouts[new]),
         "perplexity": perplexities(job, policies, tokenizer),
         "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
@@ -87,6 +90,28 @@ def fits(job: Job, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> b
     return len(encode_prompt(tokenizer, row["prompt"])) <= job.params.ppo.max_prompt_tokens
 
 
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+def frozen_policy(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
+    """A policy to sample and score with, held as launch.engines.reference says.
+
+    Raises:
+        UserError: the folder holds none, or one that does not see as much as prompt and answer may have.
+    """
+    with born(settings(job, "reference")):
+        policy = load_policy(folder, job.params.launch.precision)
+    check_length(policy, job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens, "ppo.max_prompt_tokens + max_answer_tokens")
+    return frozen(policy, job, "reference", device)
+
+
+def frozen_scalar(job: Job, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> ScalarModel:
+    """A reward model to score with, held as launch.engines.reward says."""
+    with born(settings(job, "reward")):
+        model = load_scalar(job.input(path), tokenizer, job.params.launch.precision)
+    return frozen(model, job, "reward", device)
+
+
 # --------------------------------------------------------------------------------------------------------------- answers
 
 
@@ -97,8 +122,10 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     mine = list(enumerate(prompts))[job.rank :: job.world_size]
     ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in mine]
     seeds = [job.seed("answer", number) for number, _ in mine]
-    slots = job.params.launch.rollout.slots
-    rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, slots=slots)
+    rollout = job.params.launch.rollout
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    with policy_weights(policy, rollout.gather) as together:
+        rollouts = generate(policy, ids, seeds, sampling, **ends, slots=rollout.slots, together=together)
     found = list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.finish, strict=True))
     texts, answers, log_probs, finish = (list(column) for column in zip(*gather(found, job), strict=True))
     return Rollouts(texts, answers, log_probs, finish, policy_version=0)
@@ -141,7 +168,7 @@ def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase) -> Judge:
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
     second = reward.new_scalar(job, tokenizer, "judge")
     adapters = lora.attach(second.model, params.lora, "models/base", "evaluate.judge.lora", job)
-    reward.fit(job, second, pairs, params, tokenizer.pad_token_id)
+    reward.fit(job, second, pairs, params)
     name = f"second reward model, trained on {len(pairs)} held-out pairs"
     return Judge(name, lambda rows, answers: reward_scores(second, tokenizer, rows, answers, job), second, adapters)
 
@@ -158,7 +185,7 @@ def reward_scores(
         encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": text}])[0]
         for row, text in zip(rows, answers, strict=True)
     ]
-    return reward.score(model, ids, tokenizer.pad_token_id, layout(job).micro_batch_size)
+    return reward.score(model, ids, layout(job).micro_batch_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------------- numbers
@@ -169,10 +196,10 @@ def measure_reward_model(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Accuracy of stage reward's model on held-out pairs, the mean score that it gives each policy's answers and how much it rose from
     sft, with its 95% interval; and all its scores."""
-    model = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision).eval().to(device)
+    model = frozen_scalar(job, "models/reward", tokenizer, device)
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
     pairs = pairs[: job.params.evaluate.pairs]
-    scores = reward.score_pairs(model, pairs, tokenizer.pad_token_id, layout(job).micro_batch_size)
+    scores = reward.score_pairs(model, pairs, layout(job).micro_batch_tokens)
     given = {name: reward_scores(model, tokenizer, prompts, answers[name], job) for name in answers}
     means = {name: statistics.fmean(values) for name, values in given.items()}
     rise = bootstrap(job, np.array(given["ppo"]) - np.array(given["sft"]))
@@ -183,8 +210,8 @@ def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, polici
     """Accuracy of DPO's implicit reward on held-out pairs."""
     pairs, _ = dpo.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl")
     pairs = pairs[: job.params.evaluate.pairs]
-    sizes = {"pad_id": tokenizer.pad_token_id, "batch_size": layout(job).micro_batch_size}
-    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, **sizes), "n": len(pairs)}
+    tokens = layout(job).micro_batch_tokens
+    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, tokens), "n": len(pairs)}
 
 
 def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
@@ -217,17 +244,15 @@ def bootstrap(job: Job, values: np.ndarray) -> list[float]:
 
 
 @torch.no_grad()
-def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> float:
+def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts) -> float:
     """Mean over the new policy's answers of log p(answer) − log p_sft(answer), in nats, at the sampling temperature."""
     total = 0.0
     rows = list(zip(rollouts.prompts, rollouts.answers, strict=True))
-    for part in micro_batches(rows, layout(job).micro_batch_size):
-        packed = pack([prompt + ids for prompt, ids in part], tokenizer.pad_token_id, policies["sft"].device)
-        answered = packed.spread([[0] * len(prompt) + [1] * len(ids) for prompt, ids in part])[:, 1:].bool()
+    for part in micro_batches(rows, lambda row: len(row[0]) + len(row[1]), layout(job).micro_batch_tokens):
+        packed = pack([prompt + ids for prompt, ids in part], policies["sft"].device)
+        answered = packed.predictions([[0] * len(prompt) + [1] * len(ids) for prompt, ids in part])
         log_probs = {
-            name: token_log_probs(
-                model(**packed.inputs).logits[:, :-1][answered], packed.ids[:, 1:][answered], job.params.evaluate.temperature
-            )
+            name: token_log_probs(logits_at(model, packed, answered.places), answered.targets, job.params.evaluate.temperature)
             for name, model in policies.items()
         }
         total += (log_probs[job.params.algorithm] - log_probs["sft"]).sum().item()
@@ -239,7 +264,7 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
     limit = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
     texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
     rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    values = {name: perplexity(model, rows, tokenizer.pad_token_id, layout(job).micro_batch_size) for name, model in policies.items()}
+    values = {name: perplexity(model, rows, layout(job).micro_batch_tokens) for name, model in policies.items()}
     return {**values, "ratio": values[job.params.algorithm] / values["sft"]}
 
 
