@@ -183,16 +183,32 @@ def as_told(place: Workspace, stage: str, _run: Run) -> None:
 # --------------------------------------------------------------------------------------------------------------- people
 
 
-def edit_params(place: Workspace, stage: str, _run: Run) -> None:
-    path = place.root / "params.yaml"
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
-    params[stage]["checkpoint_every"] += 1
-    path.write_text(yaml.safe_dump(params), encoding="utf-8")
+def edited(bench: Bench, name: str, path: str, edit: Callable[[str], str]) -> list[Row]:
+    """Somebody edits a file that the stage has read, and sets it back once the run has refused that."""
+    place = bench.fresh(name)
+
+    def aside(stage: str) -> tuple[Path, Path]:
+        file = place.root / path.format(stage=stage)
+        return file, file.with_name(f"{file.name}.aside")
+
+    def change(_place: Workspace, stage: str, _run: Run) -> None:
+        file, before = aside(stage)
+        file.rename(before)
+        file.write_text(edit(before.read_text(encoding="utf-8")), encoding="utf-8")
+
+    def set_back(_place: Workspace, stage: str, _run: Run) -> None:
+        file, before = aside(stage)
+        before.rename(file)
+
+    return disturbed(bench, name, change, mend=set_back, stops=PATIENCE, run=Run(place))
 
 
-def edit_data(place: Workspace, stage: str, _run: Run) -> None:
-    with (place.root / "data" / "prepared" / f"{stage}.jsonl").open("r+", encoding="utf-8") as file:
-        file.write("?")
+def other_params(text: str) -> str:
+    """As text of params.yaml: checkpoints of sft and ppo more rarely."""
+    params = yaml.safe_load(text)
+    for stage in DISTURBED:
+        params[stage]["checkpoint_every"] += 1
+    return yaml.safe_dump(params)
 
 
 def second_flow(place: Workspace, _stage: str, _run: Run) -> None:
@@ -225,5 +241,7 @@ CASES: dict[str, Case] = {
     "corrupt cache object": partial(disturbed, inject=corrupt_cache, mend=as_told),
     "two flows at once": partial(disturbed, inject=second_flow, stops=0),
     "dvc repro beside": partial(disturbed, inject=repro_beside, stops=0),
+    "params edited": partial(edited, path="params.yaml", edit=other_params),
+    "data edited": partial(edited, path="data/prepared/{stage}.jsonl", edit=lambda text: text + "\n"),
     "power cuts": power_cuts,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from fault_workspace import DISTURBED, LONGEST_STOP, PATIENCE, Lost, Server, Workspace, await_middle, until
+from fault_workspace import DISTURBED, LONGEST_STOP, PATIENCE, LostError, Server, Workspace, await_middle, until
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Bench:
     done: Workspace
     expected: dict[str, str]
     api: str
+    stages: list[str]
     cuts: int
     seed: int
     servers: list[Server] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Bench:
         """A copy of the prepared workspace; its flows use the server that the cases share."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
         place = self.before.copy(self.folder / name)
+        self.done.give_runs(place, [stage for stage in DISTURBED if stage not in self.stages])
         place.environment["PREFECT_API_URL"] = f"{self.api}/api"
         self.used.append(place)
         return place
@@ -138,7 +140,7 @@ def disturbed(
     """
     run = run or Run(bench.fresh(name))
     place, found = run.place, []
-    for stage in DISTURBED:
+    for stage in bench.stages:
         await_middle(place, stage, run.ended)
         (at, total), ranks, began = place.steps(stage), place.find("rank"), time.monotonic()
         inject(place, stage, run)
@@ -153,7 +155,7 @@ def disturbed(
                     mend(place, stage, run)
                 run.start()
             if time.monotonic() - began > PATIENCE:
-                raise Lost(f"{stage} does not go on")
+                raise LostError(f"{stage} does not go on")
             time.sleep(0.05)
         seconds = time.monotonic() - began
         lost = max(0, at - place.came_back_at(stage)) if stops or stopped else 0

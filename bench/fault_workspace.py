@@ -45,13 +45,14 @@ VICTIMS: dict[str, Callable[[list[str]], bool]] = {
     "launcher": lambda words: _program(words) == "rlhf" and "launch" in words,
     "dvc": lambda words: _program(words) == "dvc",
     "flow": lambda words: (_program(words) == "rlhf" and words[-1] == "run") or _after(words, "-m") == "prefect.engine",
+    "serve": lambda words: _program(words) == "rlhf" and "serve" in words,
     "worker": lambda words: _program(words) == "prefect" and "worker" in words,
     "prefect": lambda words: (_program(words) == "prefect" and "server" in words) or "prefect.server.api.server:create_app" in words,
     "mlflow": lambda words: (_program(words) == "mlflow" and "server" in words) or "mlflow.server.fastapi_app:app" in words,
 }
 
 
-class Lost(Exception):
+class LostError(Exception):
     """A case does not come to its end."""
 
 
@@ -105,7 +106,7 @@ class Workspace(Clone):
     def send(self, victim: str, number: signal.Signals) -> None:
         found = self.find(victim)
         if not found:
-            raise Lost(f"no {victim} is running")
+            raise LostError(f"no {victim} is running")
         with suppress(psutil.NoSuchProcess):
             found[0].send_signal(number)
 
@@ -125,7 +126,7 @@ class Workspace(Clone):
         """Wait until no process is left but those spared; the seconds that it took.
 
         Raises:
-            Lost: some are left.
+            LostError: some are left.
         """
         began = time.monotonic()
         while left := [process for process in self.processes() if process not in spared]:
@@ -134,7 +135,7 @@ class Workspace(Clone):
                 for process in left:
                     with suppress(psutil.Error):
                         names.append(" ".join(process.cmdline())[:80])
-                raise Lost(f"left after {LONGEST_STOP} s: {'; '.join(names)}")
+                raise LostError(f"left after {LONGEST_STOP} s: {'; '.join(names)}")
             time.sleep(0.05)
         return time.monotonic() - began
 
@@ -165,11 +166,13 @@ class Workspace(Clone):
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def forget_runs(self, *stages: str) -> None:
-        """Leave of DVC's run cache only what other stages did: these have to run."""
+    def give_runs(self, other: Workspace, stages: Sequence[str]) -> None:
+        """Put what DVC's run cache knows of stages into another workspace: there, they need not run."""
         for path in self.root.glob(".dvc/cache/runs/*/*/*"):
             if yaml.safe_load(path.read_text(encoding="utf-8"))["cmd"].split()[-1] in stages:
-                path.unlink()
+                place = other.root / path.relative_to(self.root)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, place)
 
     def held_locks(self) -> list[str]:
         held = []
@@ -187,7 +190,7 @@ class Workspace(Clone):
         found += [f"{name} is missing" for name in expected if name not in self.hashes()]
         client = MlflowClient(uri or f"sqlite:///{self.root}/mlruns/mlflow.db")
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        for stage in DISTURBED:
+        for stage in (stage for stage in DISTURBED if any(self.root.glob(f"runs/{stage}/*/metrics.jsonl"))):
             runs = client.search_runs(experiments, f"tags.stage = '{stage}' and attributes.status = 'FINISHED'")
             if len(runs) != 1:
                 found.append(f"MLflow has {len(runs)} finished runs of {stage}")
@@ -247,7 +250,7 @@ class Server:
 
 
 def base_workspaces(folder: Path) -> tuple[Workspace, Workspace]:
-    """A workspace in which sft, ppo and evaluate are still to do, evaluate's results being in the run cache; and one with all done by the flow."""
+    """A workspace in which sft, ppo and evaluate are to do, the last one's results being in the run cache; and one with all done."""
     before, done = folder / "before", folder / "done"
     if (folder / "MADE").exists():
         return Workspace(before), Workspace(done)
@@ -258,8 +261,9 @@ def base_workspaces(folder: Path) -> tuple[Workspace, Workspace]:
     first.run("dvc", "repro", "reward")
     second = first.copy(done)
     second.run("rlhf", "run")
-    shutil.copytree(second.root / ".dvc" / "cache", first.root / ".dvc" / "cache", dirs_exist_ok=True, copy_function=_if_missing)
-    first.forget_runs(*DISTURBED)
+    files = Path(".dvc") / "cache" / "files"
+    shutil.copytree(second.root / files, first.root / files, dirs_exist_ok=True, copy_function=_if_missing)
+    second.give_runs(first, ["evaluate"])
     (folder / "MADE").touch()
     return first, second
 
@@ -279,12 +283,12 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
     """Wait for a condition.
 
     Raises:
-        Lost: it does not come to hold.
+        LostError: it does not come to hold.
     """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise Lost(what)
+            raise LostError(what)
         time.sleep(0.05)
 
 
@@ -292,13 +296,13 @@ def await_middle(place: Workspace, stage: str, ended: Callable[[], bool]) -> Non
     """Wait until this start of a stage has made a step past a third of them all, with a checkpoint to go on from.
 
     Raises:
-        Lost: the run ended before.
+        LostError: the run ended before.
     """
     before = place.lines(stage)
 
     def middle() -> bool:
         if ended():
-            raise Lost(f"the run ended before the middle of {stage}")
+            raise LostError(f"the run ended before the middle of {stage}")
         step, total = place.steps(stage)
         return place.lines(stage) > before and 3 * step > total > 0 and place.has_checkpoint(stage)
 

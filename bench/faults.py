@@ -4,15 +4,16 @@ python bench/faults.py                       all cases, an hour or two on two co
 python bench/faults.py --only dvc ctrl-c     some of them
 python bench/faults.py --only power --cuts 20
 
-Each case plays in a copy of a workspace with a shrunken sandbox in which base and reward are done. The flow is started, the fault comes in the
-middle of sft and in the middle of ppo, and what was stopped is started again. At the end stand the hashes of all models and of dvc.lock
-of a run that nothing disturbed, each step once in MLflow, one version, one champion, no process and no lock.
+Each case plays in a copy of a workspace with a shrunken sandbox in which base and reward are done. The flow is started, the fault comes
+in the middle of sft and in the middle of ppo, and what was stopped is started again. At the end stand the hashes of all models and of
+dvc.lock of a run that nothing disturbed, each step once in MLflow, one version, one champion, no process and no lock.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -22,16 +23,21 @@ from typing import Annotated
 
 import typer
 from clone import REPOSITORY, machine
-from fault_cases import CASES
+from fault_cases import CASES as BY_HAND
 from fault_run import Bench, Row
-from fault_workspace import Lost, Server, base_workspaces
+from fault_serve import CASES as SERVED
+from fault_versions import CASES as VERSIONS
+from fault_workspace import DISTURBED, LostError, Server, base_workspaces
 from rich.console import Console
 from rich.table import Table
+
+CASES = BY_HAND | SERVED | VERSIONS
 
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Cases: {', '.join(CASES)}.")] = None,
     place: Annotated[Path | None, typer.Option(help="A folder to keep the prepared workspaces in, for the next time.")] = None,
+    stages: Annotated[list[str], typer.Option(help="Where the fault comes.")] = [*DISTURBED],  # noqa: B006 — typer's own way
     cuts: Annotated[int, typer.Option(help="Power cuts of case `power`.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the moments of the power cuts.")] = 1,
     output: Annotated[Path, typer.Option(help="Where to write the table; cases that are not run keep their rows.")] = REPOSITORY
@@ -39,6 +45,7 @@ def main(
     / "faults.json",
 ) -> None:
     """Play the cases and print the table. Exit code 1: one of them failed."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that everything is tidied up
     console = Console(width=None if sys.stdout.isatty() else 160)
     chosen = list(CASES) if not only else [name for name in CASES if name in only]
     if unknown := set(only or ()) - set(CASES):
@@ -49,7 +56,7 @@ def main(
         before, done = base_workspaces(folder)
         server = Server("prefect", folder / "servers", before.environment)
         server.start()
-        bench = Bench(folder / "cases", before, done, done.hashes(), server.address, cuts, seed)
+        bench = Bench(folder / "cases", before, done, done.hashes(), server.address, stages, cuts, seed)
         try:
             for name in chosen:
                 began = time.monotonic()
@@ -72,7 +79,7 @@ def main(
 def _play(bench: Bench, name: str) -> list[Row]:
     try:
         rows = CASES[name](bench, name)
-    except Lost as lost:
+    except LostError as lost:
         rows = [Row(name, "", False, "", None, str(lost))]
     bench.tidy(keep=not all(row.passed for row in rows))
     return rows

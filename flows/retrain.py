@@ -88,6 +88,7 @@ def run_stages(root: Path) -> dict[str, str]:
     Raises:
         UserError: the graph is wrong, stages failed (their last lines), or something that they read was changed meanwhile.
     """
+    graph.mend(root)
     stages = [stage for stage in graph.read(root) if not (stage.is_data and stage.current)]
     environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}
     futures: dict[str, PrefectFuture[Any]] = {}

@@ -139,7 +139,7 @@ def _start(command: list[str], root: Path, environment: dict[str, str]) -> subpr
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End the whole group: dvc goes at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
+    """End the group: dvc at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_STOP
