@@ -103,6 +103,14 @@ class Run:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def gone(self) -> None:
+        """Wait until no process of it is left.
+
+        Raises:
+            LostError: some are left.
+        """
+        self.place.gone()
+
     def finish(self) -> list[str]:
         """Wait for its end; what is wrong with that."""
         until(self.ended, "the run does not end")
@@ -149,7 +157,7 @@ def disturbed(
         lines, stopped = place.lines(stage), ""
         while place.lines(stage) <= lines and not place.has_locked(stage):
             if run.ended():
-                place.gone()
+                run.gone()
                 stopped = f"; all gone after {time.monotonic() - began:.1f} s"
                 if mend:
                     mend(place, stage, run)

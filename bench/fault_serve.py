@@ -72,9 +72,10 @@ class Served(Run):
     def cancel(self) -> None:
         self.ask(f"flow_runs/{self._id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False})
 
-    def gone(self) -> float:
-        spared = [process for part in ("serve", *PARTS) for process in self.place.find(part)]
-        return self.place.gone([*spared, *(child for process in spared for child in process.children(recursive=True) if _helps(child))])
+    def gone(self) -> None:
+        # the server and the worker stay
+        kinds = ("rank", "deepspeed", "launcher", "dvc", "flow")
+        until(lambda: not any(map(self.place.find, kinds)), f"the run's processes are left after {LONGEST_STOP} s", LONGEST_STOP)
 
     def finish(self) -> list[str]:
         until(self.ended, "the run does not end")
@@ -86,10 +87,6 @@ class Served(Run):
         until(lambda: self.process.poll() is not None, "`rlhf serve` does not stop", LONGEST_STOP)
         self.place.gone()
         return [] if self.process.returncode == 0 else [f"`rlhf serve` ended with exit code {self.process.returncode}"]
-
-
-def _helps(process: Any) -> bool:
-    return "multiprocessing" in " ".join(process.cmdline())
 
 
 def served(bench: Bench, name: str, inject: Inject, *, stops: float) -> list[Row]:

@@ -122,14 +122,14 @@ class Workspace(Clone):
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 
-    def gone(self, spared: Sequence[psutil.Process] = ()) -> float:
-        """Wait until no process is left but those spared; the seconds that it took.
+    def gone(self) -> None:
+        """Wait until no process is left.
 
         Raises:
             LostError: some are left.
         """
         began = time.monotonic()
-        while left := [process for process in self.processes() if process not in spared]:
+        while left := self.processes():
             if time.monotonic() - began > LONGEST_STOP:
                 names = []
                 for process in left:
@@ -137,7 +137,6 @@ class Workspace(Clone):
                         names.append(" ".join(process.cmdline())[:80])
                 raise LostError(f"left after {LONGEST_STOP} s: {'; '.join(names)}")
             time.sleep(0.05)
-        return time.monotonic() - began
 
     # --------------------------------------------------------------------------------------------------------- stages
 
