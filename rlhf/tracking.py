@@ -1,7 +1,7 @@
 """MLflow runs of the stages: sent from a thread of the launcher, which never waits for MLflow and never fails because of it.
 
 What is to be sent stands in files: metrics.jsonl and results/ beside tracking.json, which says how far MLflow has them. So what could
-not be sent now is sent later, by `send_waiting`. What a kill leaves sent but not noted is sent twice; MLflow keeps one of two that are the same.
+not be sent now is sent later, by `send_waiting`. What a kill leaves sent but not noted is sent twice: MLflow keeps one of equals.
 """
 
 from __future__ import annotations
