@@ -88,6 +88,7 @@ def compare(version: Named = "champion") -> None:
     root = workspace()
     params = config.load(root / "params.yaml")
     own, other = registry.register(root, params), registry.resolve(root, params, version)
+    processes.stop_with_its_starters()
     try:
         with processes.stoppable():
             comparison.compare(own, other, root, params)

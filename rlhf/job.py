@@ -39,12 +39,13 @@ class Job:
     @classmethod
     def from_environment(cls, stage: str) -> Job:
         try:
-            root, folder, device = Path(os.environ["RLHF_ROOT"]), Path(os.environ["RLHF_JOB_DIR"]), os.environ["RLHF_DEVICE"]
+            root, folder, params, device = (os.environ[f"RLHF_{name}"] for name in ("ROOT", "JOB_DIR", "PARAMS", "DEVICE"))
         except KeyError as missing:
             raise UserError(f"{missing} is not set", remedy=f"start the stage with `rlhf launch {stage}`") from None
         ranks = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
-        params = config.load(root / "params.yaml")
-        return cls(stage, params, root, folder, device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"])
+        return cls(
+            stage, config.load(Path(params)), Path(root), Path(folder), device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"]
+        )
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +75,7 @@ class Job:
         if not self.is_main:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "total": total, "metrics": dict(metrics)}) + "\n")
+            file.write(json.dumps({"step": step, "total": total, "time": int(time.time() * 1000), "metrics": dict(metrics)}) + "\n")
         # a quick stage would spend its processor time on its own log
         if step in (1, total) or time.monotonic() - self.clock.get("line", 0.0) >= SECONDS_BETWEEN_LINES:
             self.clock["line"] = time.monotonic()

@@ -1,7 +1,7 @@
 """MLflow runs of the stages: sent from a thread of the launcher, which never waits for MLflow and never fails because of it.
 
 What is to be sent stands in files: metrics.jsonl and results/ beside tracking.json, which says how far MLflow has them. So what could
-not be sent now is sent later, by `send_waiting`.
+not be sent now is sent later, by `send_waiting`. What a kill leaves sent but not noted is sent twice: MLflow keeps one of equals.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from rlhf import config
 from rlhf.errors import UserError
@@ -139,7 +140,7 @@ class Tracker:
         self._root, self._params = root, params
         self._record = Record(root, folder, wait=True)
         start = {
-            "tags": _tags(root, node.name, fingerprint),
+            "tags": _tags(root, node.name, fingerprint) | {"record": uuid4().hex},
             "params": {name: str(value) for name, value in _leaves(params.of_stage(node.name), ".")},
             "plots": dict(node.plots),
             "started": _now(),
@@ -200,13 +201,20 @@ class Sender:
         self._client, self._record = client(root, params), record
         values = record.values
         if values["run"] is None or not self._exists(values["run"]):
-            run = self._client.create_run(experiment, start_time=values["started"], tags=values["tags"], run_name=values["tags"]["stage"])
-            record.update(run=run.info.run_id, steps={})
+            record.update(run=self._create(experiment), steps={})
         elif values["status"] == "RUNNING":
             self._client.update_run(values["run"], status="RUNNING")
         params_left = [Param(name, value) for name, value in values["params"].items()]
         for start in range(0, len(params_left), PARAMS_PER_BATCH):
             self._client.log_batch(values["run"], params=params_left[start : start + PARAMS_PER_BATCH])
+
+    def _create(self, experiment: str) -> str:
+        values = self._record.values
+        made = self._client.search_runs([experiment], f"tags.record = '{values['tags']['record']}'", max_results=1)
+        if made:
+            return made[0].info.run_id
+        run = self._client.create_run(experiment, start_time=values["started"], tags=values["tags"], run_name=values["tags"]["stage"])
+        return run.info.run_id
 
     def _exists(self, run: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -227,10 +235,10 @@ class Sender:
         steps = dict(values["steps"])
         new = []
         # a stage that goes on from a checkpoint logs some steps a second time
-        for step, name, value in _logged(folder / "metrics.jsonl"):
+        for step, at, name, value in _logged(folder / "metrics.jsonl"):
             if step > steps.get(name, -1):
                 steps[name] = step
-                new.append(Metric(name, value, _now(), step))
+                new.append(Metric(name, value, at, step))
         for start in range(0, len(new), METRICS_PER_BATCH):
             self._client.log_batch(values["run"], metrics=new[start : start + METRICS_PER_BATCH])
         if new:
@@ -244,7 +252,8 @@ class Sender:
         values, results = self._record.values, self._record.folder / "results"
         for path in sorted(results.glob("metrics/*.json")):
             leaves = _leaves(_read(path), "/")
-            numbers = [Metric(f"final/{name}", float(value), ended, step) for name, value in leaves if isinstance(value, int | float)]
+            at = int(path.stat().st_mtime * 1000)
+            numbers = [Metric(f"final/{name}", float(value), at, step) for name, value in leaves if isinstance(value, int | float)]
             self._client.log_batch(values["run"], metrics=numbers)
         for path, axes in values["plots"].items():
             draw(results / path, axes)
@@ -308,13 +317,14 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _logged(path: Path) -> Iterator[tuple[int, str, float]]:
+def _logged(path: Path) -> Iterator[tuple[int, int, str, float]]:
+    """Step, time, name and value of each metric of each step."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.splitlines(keepends=True):
         # the last line may be under way
         if line.endswith("\n"):
             entry = json.loads(line)
-            yield from ((entry["step"], name, float(value)) for name, value in entry["metrics"].items())
+            yield from ((entry["step"], entry["time"], name, float(value)) for name, value in entry["metrics"].items())
 
 
 def _leaves(value: Any, separator: str, name: str = "") -> Iterator[tuple[str, Any]]:

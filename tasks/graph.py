@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from rlhf.errors import UserError
+
+SECONDS_TO_WRITE = 5  # which DVC needs for its bookkeeping at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,30 @@ def read(root: Path) -> list[Stage]:
             current=node.addressing not in changed and all(stages[name].current for name in after),
         )
     return list(stages.values())
+
+
+def mend(root: Path) -> None:
+    """Remove what a kill in the middle of DVC's own bookkeeping leaves, on which every later `dvc repro` would fail."""
+    locks = root / ".dvc" / "tmp" / "rwlock"
+    if not _is_whole(locks):
+        time.sleep(SECONDS_TO_WRITE)  # unless somebody is writing it just now
+        if not _is_whole(locks):
+            locks.unlink(missing_ok=True)
+    with suppress(DvcException), Repo(str(root)) as repo:
+        for entry in Path(repo.stage_cache.cache_dir).glob("*/*"):
+            if time.time() - entry.stat().st_mtime > SECONDS_TO_WRITE:
+                with suppress(OSError):
+                    entry.rmdir()  # of an entry of the run cache that was never written; others are not empty
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _name(node: Any) -> str:

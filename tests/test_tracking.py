@@ -47,7 +47,8 @@ def tracked(root: Path) -> Callable[..., Path]:
         tracker = tracking.Tracker(root, PARAMS, NODE, fingerprint, folder)
         tracker.__enter__()
         with (folder / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": step, "total": 9, "metrics": {"loss": 1 / step, "lr": 0.1}}) + "\n" for step in steps)
+            for step in steps:
+                file.write(json.dumps({"step": step, "total": 9, "time": step, "metrics": {"loss": 1 / step, "lr": 0.1}}) + "\n")
         tracker.__exit__(type(error) if error else None, error, None)
         return folder
 
@@ -70,6 +71,19 @@ def test_a_run_that_went_on_from_a_checkpoint_has_each_step_once(root: Path, tra
     assert state(folder)["run"] == first
     assert history(root, first, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
     assert tracking.client(root, PARAMS).get_run(first).info.status == "FINISHED"
+
+
+def test_what_was_sent_just_before_a_kill_is_not_there_twice(root: Path, tracked: Callable[..., Path]) -> None:
+    results = root / "runs/sft/killed/results/metrics"
+    results.mkdir(parents=True)
+    (results / "sft.json").write_text('{"rate": 0.5}')
+    folder = tracked("killed", 1, 2, 3)
+    sent = state(folder)
+    (folder / "tracking.json").write_text(json.dumps(sent | {"run": None, "steps": {}, "sent": False, "ended": sent["ended"] + 1}))
+    tracking.send_waiting(root)
+    assert state(folder)["run"] == sent["run"]
+    assert history(root, sent["run"], "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert history(root, sent["run"], "final/rate") == [(3, 0.5)]
 
 
 def test_a_run_says_what_it_was(root: Path, tracked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
