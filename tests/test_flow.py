@@ -124,6 +124,11 @@ def test_a_stage_that_breaks_down_is_tried_again(root: Path) -> None:
     assert walk(root) == {"base": "done"}
 
 
+def test_a_full_disk_is_not_tried_again() -> None:
+    assert stage.StageError("sft", 255, ["ERROR: unexpected error - [Errno 28] No space left on device"]).lasting
+    assert not stage.StageError("sft", 255, ["ERROR: unexpected error"]).lasting
+
+
 def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(event: stage.Progress) -> None:
         if event.text == "started":

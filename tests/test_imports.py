@@ -8,7 +8,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # folders and modules of rlhf that run inside a stage's process
-TRAINING = ("algorithms", "data", "engine", "models", "rollout", "stages", "config", "errors.py", "job.py", "tensors.py")
+TRAINING = (
+    "algorithms",
+    "data",
+    "engine",
+    "models",
+    "rollout",
+    "stages",
+    "config",
+    "errors.py",
+    "job.py",
+    "tensors.py",
+    "paths.py",
+    "redact.py",
+    "space.py",
+)
 
 
 def modules(*places: str) -> Iterator[Path]:
@@ -41,7 +55,20 @@ def test_training_code_runs_on_a_bare_image() -> None:
     away = {"prefect", "dvc", "mlflow", "typer", "rich", "flows", "tasks"}
     away |= {
         f"rlhf.{name}"
-        for name in ("cli", "launch", "registry", "tracking", "presets", "gates", "comparison", "serving", "chat", "progress")
+        for name in (
+            "cli",
+            "launch",
+            "registry",
+            "tracking",
+            "presets",
+            "gates",
+            "comparison",
+            "serving",
+            "chat",
+            "progress",
+            "gc",
+            "verify",
+        )
     }
     assert offences(paths, away) == []
 

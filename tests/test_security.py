@@ -6,13 +6,11 @@ import ast
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 import yaml
 from stage_runs import make_workspace, run, tiny_params
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import cli, command, config, fingerprint, presets
 from rlhf.config.training import PretrainedBase
@@ -21,9 +19,10 @@ from rlhf.data.formats import read
 from rlhf.errors import UserError
 from rlhf.ingest import ingest
 from rlhf.launch import check_places
-from rlhf.models.policy import load_policy
 from rlhf.redact import redact
-from rlhf.stages.base import pin
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROJECT = Path(__file__).parents[1]
 
@@ -36,6 +35,11 @@ def given(folder: Path, *, trust: bool = False) -> PretrainedBase:
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    import torch
+
+    from rlhf.models.policy import load_policy
+    from rlhf.stages.base import pin
+
     llama.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert pin(given(tmp_path))
@@ -51,6 +55,8 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, llama: Llam
 def test_code_of_a_model_runs_only_where_params_allow_it(
     tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from rlhf.stages.base import pin
+
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, marker = tmp_path / "model", tmp_path / "ran"
     llama.save_pretrained(folder)

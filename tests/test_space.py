@@ -7,20 +7,20 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 from stage_runs import make_workspace, run, set_params, tiny_params
-from transformers import LlamaForCausalLM
 
 from rlhf import config, space
 from rlhf.config.training import BuiltBase
 from rlhf.console import Console
 from rlhf.errors import UserError
 from rlhf.launch import launch
-from tasks.stage import StageError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 PROJECT = Path(__file__).parents[1]
 
@@ -124,8 +124,8 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(small_disk: Path, tmp_pa
     assert [folder.name for folder in (root / "runs/sft/checkpoints").iterdir()] == ["step-2"]
     (root / "filler").unlink()
     assert "goes on from step 2" in run(root, "sft")
-    weights = [load_file(place / "models/sft/model.safetensors") for place in (tmp_path / "calm", root)]
-    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    weights = Path("models/sft/model.safetensors")
+    assert (root / weights).read_bytes() == (tmp_path / "calm" / weights).read_bytes()
 
 
 STAGE = """
@@ -142,9 +142,10 @@ run("prepare", main)
 
 
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing_behind(
-    small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small_disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     root = small_disk
     (root / "toys").mkdir()
     (root / "toys/prepare.py").write_text(STAGE, encoding="utf-8")
@@ -176,6 +177,3 @@ def test_a_full_disk_is_known_by_what_libraries_say(tmp_path: Path) -> None:
     assert space.full(ValueError("I/O error: No space left on device (os error 28)"), tmp_path)
     assert space.full(RuntimeError("PytorchStreamWriter failed writing file data/0"), tmp_path) is None
     assert space.full(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
-    # and one that dvc tells of is not tried again
-    assert StageError("sft", 255, ["ERROR: unexpected error - [Errno 28] No space left on device"]).lasting
-    assert not StageError("sft", 255, ["ERROR: unexpected error"]).lasting
