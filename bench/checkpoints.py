@@ -71,7 +71,7 @@ def sft(job: Job) -> float:
     model, tokenizer = load_policy(job.input("models/base"), "fp32"), load_tokenizer(job.input("models/base"))
     rows, _ = read_rows(job, tokenizer)
     started = time.perf_counter()
-    fit(job, model, rows, job.params.sft, tokenizer.pad_token_id)
+    fit(job, model, rows, job.params.sft)
     return time.perf_counter() - started
 
 
@@ -85,7 +85,7 @@ def reward(job: Job) -> float:
     pairs, _ = read_pairs(job, tokenizer, "data/prepared/reward.jsonl", job.params.reward.max_tokens)
     scalar = new_scalar(job, tokenizer, "head")
     started = time.perf_counter()
-    fit(job, scalar, pairs, job.params.reward, tokenizer.pad_token_id)
+    fit(job, scalar, pairs, job.params.reward)
     return time.perf_counter() - started
 
 

@@ -30,6 +30,7 @@ from workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, jobs, 
 
 from rlhf.data.batches import Order, encode_prompt, pad_rows
 from rlhf.engine.distributed import start
+from rlhf.engine.speed import Clock
 from rlhf.job import Job, read_lines
 from rlhf.models.policy import load_policy
 from rlhf.models.scalar import load_scalar
@@ -53,8 +54,8 @@ class Plan:
     each: int = 1  # answers to a prompt
     updates: int = 2
 
-    def params(self, steps: int, micro_batch: int, ranks: int = 1) -> dict[str, dict[str, Any]]:
-        """What stage ppo is set to: no mixture text, never stopped early."""
+    def params(self, steps: int, **layout: int) -> dict[str, dict[str, Any]]:
+        """What stage ppo is set to: no mixture text, never stopped early. `layout` is of `jobs`."""
         values = {
             "steps": steps,
             "rollout_batch_size": self.answers,
@@ -69,7 +70,7 @@ class Plan:
             "critic": OPTIMIZER,
             "checkpoint_every": NEVER,
         }
-        return {"ppo": values, "launch": {"jobs": jobs(micro_batch, ranks)}}
+        return {"ppo": values, "launch": {"jobs": jobs(**layout)}}
 
     def lengths(self, prompts: list[list[int]]) -> dict[tuple[int, ...], int]:
         """Tokens of the answers to each prompt."""
@@ -113,7 +114,7 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quic
 def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:
     steps = rounds + 1  # the first one includes the start
     with (
-        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(steps, plan.answers), times=plan.each) as place,
+        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(steps), times=plan.each) as place,
         Side(planned_stage, place.root, plan, threads=threads) as ours,
         Side(peer, place.root, plan, threads=threads) as theirs,
     ):
@@ -241,7 +242,7 @@ WORK = (
 def differences(family: str) -> dict[str, float]:
     """The largest ones between both sides, on the same weights and answers: what they score, their losses, their weights after a step."""
     plan = Plan(8, 16)
-    params = plan.params(1, 3)
+    params = plan.params(1, tokens=100)
     params["ppo"] |= {name: {**OPTIMIZER, "learning_rate": 1e-3} for name in ("actor", "critic")}  # a wrong step shows
     with workspace(family, None, plan.answers, CONTEXT, params, **TINY[family]) as place:
         return _differences(place, plan)
@@ -254,7 +255,7 @@ def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
     prompts = asked(job)
     obey(plan, job)
     ours, theirs = load_models(job, place.tokenizer, device), reference.load(job, place.tokenizer)
-    rollouts = ppo.roll_out(job, ours, prompts, 0)
+    rollouts = ppo.roll_out(job, ours, prompts, 0, Clock(device))
     e = Experience.of(ppo.score(job, ours, rollouts), device)
     targets, _ = ppo.advantages(e, params, beta)
     batch = reference.Batch.of(prompts, pad_rows(rollouts.answers, theirs.pad_id, "cpu"), rollouts.lengths, theirs.pad_id)

@@ -23,7 +23,7 @@ from sides import Side
 from workload import CONTEXT, workspace
 
 FAMILY = "llama"
-MINI_BATCH = 16
+MICRO_BATCH = 1024  # tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def rows(pairs: Path | None, rounds: int) -> list[Row]:
 
 
 def _workspace(pairs: Path | None, variant: Variant, rounds: int) -> Any:
-    params = variant.plan.params(rounds + 1, MINI_BATCH // variant.ranks, variant.ranks)
+    params = variant.plan.params(rounds + 1, ranks=variant.ranks, tokens=MICRO_BATCH)
     params["launch"] |= {"rollout": {"slots": BASE.plan.answers // variant.ranks, "gather": "whole"}}
     return workspace(FAMILY, pairs, variant.plan.answers, CONTEXT, params, **variant.sizes)
 

@@ -74,7 +74,7 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> list
 
 def params() -> dict[str, dict[str, Any]]:
     each = {"epochs": 1.0, "batch_size": BATCH, "max_tokens": 512, "optimizer": OPTIMIZER, "checkpoint_every": NEVER}
-    return {**dict.fromkeys(PEERS, each), "launch": {"jobs": jobs(BATCH)}}
+    return {**dict.fromkeys(PEERS, each), "launch": {"jobs": jobs()}}
 
 
 def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads: int) -> Case:

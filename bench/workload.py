@@ -165,10 +165,10 @@ def fitting(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair], answer_to
     ]
 
 
-def jobs(micro_batch: int, ranks: int = 1) -> dict[str, Any]:
-    """`launch.jobs`, alike for all stages."""
+def jobs(ranks: int = 1, tokens: int = 4096) -> dict[str, Any]:
+    """`launch.jobs`, alike for all stages; `tokens` of a micro-batch."""
     stages = ("base", "sft", "reward", "ppo", "dpo", "evaluate")
-    return {stage: {"processes": ranks, "threads": 1, "micro_batch_size": micro_batch} for stage in stages}
+    return {stage: {"processes": ranks, "threads": 1, "micro_batch_tokens": tokens} for stage in stages}
 
 
 def planned_lengths(count: int, limit: int, plan: str) -> list[int]:

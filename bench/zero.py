@@ -60,7 +60,7 @@ def params(stage: int, offload: bool) -> dict[str, Any]:
     frozen = {"zero_stage": 3 if stage == 3 else 0, "offload_parameters": offload and stage == 3}
     raw["launch"]["engines"] = {"policy": trained, "critic": trained, "reference": frozen, "reward": frozen}
     for job in raw["launch"]["jobs"].values():
-        job |= {"processes": 2, "micro_batch_size": 2}
+        job |= {"processes": 2, "micro_batch_tokens": 150}
     return raw
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows whose logits are turned to fp32 at a time: bounds the peak of the log-softmax.
-CHUNK_TOKENS = 4096
+# Logits that are turned to fp32 at a time. On a CPU they stay in its cache from one operation to the next; on a GPU a few large kernels
+# are better than many small ones, and the number bounds the memory.
+CHUNK = {"cpu": 2**18, "cuda": 2**26}
 
 
 def mask_from_lengths(lengths: Tensor, width: int, start: Tensor | int = 0) -> Tensor:
@@ -22,44 +23,55 @@ def mask_from_lengths(lengths: Tensor, width: int, start: Tensor | int = 0) -> T
 
 
 def token_log_probs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each target token in fp32. Logits (N, V), targets (N,) → (N,).
+    """Log-probability of each target token in fp32. Logits (n, V), targets (n,) → (n,)."""
+    return log_probs_and_entropy(logits, targets, temperature)[0]
 
-    The log-softmax and its gradient run over chunks of rows, so that a full fp32 copy of the logits never exists.
+
+def log_probs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token, and the entropy in nats of its distribution, in fp32. Logits (n, V), targets (n,) → (n,), (n,).
+
+    Both, and their gradients, are computed over chunks of rows, so that a full fp32 copy of the logits never exists.
     """
-    return _TokenLogProbs.apply(logits, targets, temperature)
+    return _LogProbsAndEntropy.apply(logits, targets, temperature)
 
 
-class _TokenLogProbs(torch.autograd.Function):
-    """Keeps one number per row for the backward pass; left to itself, autograd would keep fp32 logits of every chunk."""
+class _LogProbsAndEntropy(torch.autograd.Function):
+    """Keeps two numbers per row for the backward pass; left to itself, autograd would keep fp32 logits of every chunk."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        parts, totals = [], []
-        for rows, wanted in zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-            scaled = rows.float() / temperature
-            totals.append(scaled.logsumexp(-1))
-            parts.append(scaled.gather(-1, wanted[:, None]).squeeze(-1) - totals[-1])
-        ctx.save_for_backward(logits, targets, torch.cat(totals))
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        log_probs, totals, entropies = torch.empty(3, len(logits), device=logits.device)
+        for at in _chunks(logits):
+            scaled = logits[at].float() / temperature
+            largest = scaled.amax(-1, keepdim=True)
+            weights = (scaled - largest).exp_()
+            sums = weights.sum(-1)
+            totals[at] = largest.squeeze(-1) + sums.log()
+            log_probs[at] = scaled.gather(-1, targets[at, None]).squeeze(-1) - totals[at]
+            entropies[at] = totals[at] - torch.linalg.vecdot(weights, scaled) / sums  # −Σ p·log p, with log p = scaled − total
+        ctx.save_for_backward(logits, targets, totals, entropies)
         ctx.temperature = temperature
-        return torch.cat(parts)
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # the base class is untyped in its arguments
-        """d log p(target) / d logits = (1[target] − softmax) / temperature."""
-        logits, targets, totals = ctx.saved_tensors
+    def backward(ctx: Any, slopes: Tensor, entropy_slopes: Tensor | None) -> tuple[Tensor, None, None]:  # type: ignore[override]  # the base class is untyped in its arguments
+        """d log p(target) / d logits = (1[target] − p) / temperature; d entropy / d logits = −p·(log p + entropy) / temperature."""
+        logits, targets, totals, entropies = ctx.saved_tensors
         result = torch.empty_like(logits)
-        chunks = (tensor.split(CHUNK_TOKENS) for tensor in (logits, targets, totals, grad, result))
-        for rows, wanted, total, slope, into in zip(*chunks, strict=True):
-            change = (rows.float() / ctx.temperature).sub_(total[:, None]).exp_().mul_(-slope[:, None])
-            change.scatter_add_(1, wanted[:, None], slope[:, None])
-            into.copy_(change.div_(ctx.temperature))
+        for at in _chunks(logits):
+            change = (logits[at].float() / ctx.temperature).sub_(totals[at, None])  # log p
+            if entropy_slopes is None:
+                change.exp_().mul_(-slopes[at, None])
+            else:
+                chances = change.exp()
+                change.add_(entropies[at, None]).mul_(-entropy_slopes[at, None]).sub_(slopes[at, None]).mul_(chances)
+            change.scatter_add_(1, targets[at, None], slopes[at, None])
+            result[at] = change.div_(ctx.temperature)
         return result, None, None
 
 
-def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of each row's distribution. Logits (N, V) → (N,)."""
-    parts = []
-    for rows in logits.split(CHUNK_TOKENS):
-        log_probs = (rows.float() / temperature).log_softmax(-1)
-        parts.append(-(log_probs.exp() * log_probs).sum(-1))
-    return torch.cat(parts)
+def _chunks(logits: Tensor) -> list[slice]:
+    """Rows of each chunk."""
+    size = max(1, CHUNK[logits.device.type] // logits.shape[1])
+    return [slice(first, first + size) for first in range(0, len(logits), size)]

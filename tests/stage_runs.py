@@ -5,7 +5,7 @@ The words run one after the other in one process, which is a rank of a real proc
 runs on from there to the end of the process:
 
     killed   dies by SIGKILL after its first checkpoint
-    padded   lays each sequence in a row of its own, padded on the right, instead of packing rows
+    padded   lays tokens of padding behind each sequence, and shares no beginning
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
 """
@@ -192,19 +192,18 @@ def pad_instead_of_packing() -> None:
         import_module(module).pack = padded  # type: ignore[attr-defined]
 
 
-def padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any, *, together: int = 1) -> Packed:
-    """What `rlhf.data.batches.pack` gives, laid out with one sequence per row; none shares its beginning, whatever `together` says."""
+def padded(sequences: Sequence[Sequence[int]], device: Any, *, together: int = 1) -> Packed:
+    """What `rlhf.data.batches.pack` gives, with padding up to the longest sequence; none shares its beginning, whatever `together` says."""
     import torch
 
-    from rlhf.data.batches import Packed, pad_rows
+    from rlhf.data.batches import Packed, Piece, pad_rows
 
     width = max(map(len, sequences))
     lengths = [len(sequence) for sequence in sequences]
     return Packed(
-        ids=pad_rows(sequences, pad_id, device),
-        positions=pad_rows([range(length) for length in lengths], 0, device),
-        segments=pad_rows([[number] * length for number, length in enumerate(lengths)], -1, device),
-        branches=None,
+        ids=pad_rows(sequences, 0, device).view(1, -1),
+        positions=torch.arange(width, device=device).repeat(1, len(sequences)),
+        pieces=[Piece(part, None) for length in lengths for part in (length, width - length) if part],
         places=torch.arange(len(sequences) * width, device=device).view(-1, width),
         lengths=torch.tensor(lengths, device=device),
     )
@@ -228,8 +227,8 @@ def compare_rollouts_with_the_weights() -> None:
     roll_out = ppo.roll_out
     before: list[Any] = []
 
-    def roll_out_and_compare(job: Any, models: Any, prompts: Any, step: int) -> Any:
-        rollouts = roll_out(job, models, prompts, step)
+    def roll_out_and_compare(job: Any, models: Any, *arguments: Any) -> Any:
+        rollouts = roll_out(job, models, *arguments)
         weights = plain_weights(models.actor.module, job.params.ppo.actor_lora)
         if job.is_main:
             before.append(weights)

@@ -24,10 +24,8 @@ def near(actual: Tensor, expected: list | float) -> None:
 
 
 def test_next_token_loss() -> None:
-    probabilities = torch.tensor([[[0.25, 0.75], [0.9, 0.1], [0.5, 0.5], [0.9, 0.1]]])
-    ids, mask = torch.tensor([[0, 1, 1, 0]]), torch.tensor([[0.0, 1, 0, 1]])
-    # counted: the second token, seen from the first (3/4), and the fourth, seen from the third (1/2)
-    near(next_token_loss(probabilities.log(), ids, mask, 4.0), (math.log(4 / 3) + LN2) / 4)
+    probabilities, targets = torch.tensor([[0.25, 0.75], [0.5, 0.5]]), torch.tensor([1, 0])
+    near(next_token_loss(probabilities.log(), targets, 4.0), (math.log(4 / 3) + LN2) / 4)
 
 
 def test_pairwise_loss() -> None:
@@ -165,14 +163,14 @@ GENERATOR = torch.Generator().manual_seed(1)
 ROWS, TOKENS, VOCABULARY = 6, 5, 7
 MASK = (torch.rand(ROWS, TOKENS, generator=GENERATOR) < 0.6).float()
 MASK[:, 0] = 1
-IDS = torch.randint(VOCABULARY, (ROWS, TOKENS + 1), generator=GENERATOR)
+IDS = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=GENERATOR)
 OLD, OTHER = torch.randn(2, ROWS, TOKENS, generator=GENERATOR)
 COUNTED = MASK.sum().item()
 
 LOSSES: dict[str, tuple[tuple[int, ...], Loss]] = {
     "next token": (
-        (ROWS, TOKENS + 1, VOCABULARY),
-        lambda x, at: next_token_loss(x[at], IDS[at], torch.cat([torch.zeros(ROWS, 1), MASK], 1)[at], COUNTED),
+        (ROWS, TOKENS, VOCABULARY),
+        lambda x, at: next_token_loss(x[at][MASK[at].bool()], IDS[at][MASK[at].bool()], COUNTED),
     ),
     "pairs": ((ROWS, 2), lambda x, at: pairwise_loss(x[at, 0], x[at, 1], ROWS)[0]),
     "policy": ((ROWS, TOKENS), lambda x, at: ppo.policy_loss(x[at], OLD[at], OTHER[at], MASK[at], (0.2, 0.2), None, COUNTED).loss),

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.data.batches import Order, Packed, blocks, decode_answer, encode_dialogue, encode_dialogues, encode_prompt, pack, pad_rows
 from rlhf.data.sandbox import make_rows
+from rlhf.models.policy import logits_at
 from rlhf.models.tokenizer import template
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -116,16 +117,14 @@ def sequences(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 120) -> list
 
 
 def rows_of(packed: Packed, values: torch.Tensor) -> list[torch.Tensor]:
-    """The values of each sequence, out of what was computed for the packed rows (R, C, …)."""
-    flat = values.flatten(0, 1)
-    return [flat[places[:length]] for places, length in zip(packed.places, packed.lengths.tolist(), strict=True)]
+    """The values of each sequence, out of what was computed for the packed row (1, N, …)."""
+    return [values[0, places[:length]] for places, length in zip(packed.places, packed.lengths.tolist(), strict=True)]
 
 
 @torch.no_grad()
 def test_no_sequence_sees_another(llama: LlamaForCausalLM) -> None:
     given = sequences((40, 30, 20))
-    packed = pack(given, 0, "cpu")
-    assert len(packed.ids) == 1
+    packed = pack(given, "cpu")
     changed = replace(packed, ids=packed.ids.clone())
     changed.ids[0, packed.places[1, :30]] = 7
     before, after = (rows_of(p, llama(**p.inputs, use_cache=False).logits) for p in (packed, changed))
@@ -139,8 +138,8 @@ def test_a_common_beginning_stands_once_and_each_sequence_reads_as_if_alone(llam
     prompt, other, *answers = sequences((40, 6, 12, 1, 9, 20))
     # the second pair's answers begin alike too, the third one is a sequence and its own beginning
     given = [prompt + answers[0], prompt + answers[1], other + answers[2], other + answers[2][:4] + answers[3], other, other + answers[3]]
-    packed = pack(given, 0, "cpu", together=2)
-    assert (packed.segments >= 0).sum() == (40 + 12 + 1) + (10 + 5 + 20) + (6 + 20)
+    packed = pack(given, "cpu", together=2)
+    assert packed.ids.shape == (1, (40 + 12 + 1) + (10 + 5 + 20) + (6 + 20))
     assert [packed.ids.flatten()[places[:length]].tolist() for places, length in zip(packed.places, packed.lengths, strict=True)] == given
     logits = rows_of(packed, llama(**packed.inputs, use_cache=False).logits)
     for ids, found in zip(given, logits, strict=True):
@@ -149,33 +148,36 @@ def test_a_common_beginning_stands_once_and_each_sequence_reads_as_if_alone(llam
     assert packed.ids.flatten()[packed.last].tolist() == [ids[-1] for ids in given]
 
 
-def test_layout_of_packed_rows() -> None:
+def test_layout_of_a_packed_row() -> None:
     given = sequences()
-    packed = pack(given, 0, "cpu")
-    flat, segments, positions = packed.ids.flatten(), packed.segments.flatten(), packed.positions.flatten()
-    for number, ids in enumerate(given):
-        (places,) = (segments == number).nonzero(as_tuple=True)
-        assert flat[places].tolist() == ids
-        assert positions[places].tolist() == list(range(len(ids)))
-        assert (places[0].item(), places[-1].item()) == (packed.places[number, 0].item(), packed.last[number].item())
-    assert (flat[segments == -1] == 0).all()
-    # 225 tokens in rows of 128 need two rows
-    assert packed.ids.shape == (2, 128)
-    assert pack(sequences((5, 3)), 0, "cpu").ids.shape == (1, 8)
-    assert pack(sequences((200, 3)), 0, "cpu").ids.shape == (2, 200)
+    packed = pack(given, "cpu")
+    assert packed.ids.tolist() == [[token for ids in given for token in ids]]
+    assert [piece.length for piece in packed.pieces] == list(LENGTHS)
+    assert packed.positions.tolist() == [[position for length in LENGTHS for position in range(length)]]
+    for ids, places, last in zip(given, packed.places, packed.last.tolist(), strict=True):
+        assert packed.ids[0, places[: len(ids)]].tolist() == ids
+        assert last == places[len(ids) - 1]
 
 
-def test_values_are_spread_over_the_tokens_of_their_sequences() -> None:
-    given = sequences()
-    packed = pack(given, 0, "cpu")
-    spread = packed.spread([[1000 * number + place for place in range(len(ids))] for number, ids in enumerate(given)])
-    assert [row.tolist() for row in rows_of(packed, spread)] == [
-        [1000 * n + place for place in range(len(ids))] for n, ids in enumerate(given)
-    ]
-    assert (spread[packed.segments == -1] == 0).all()
+def test_predictions_stand_before_the_tokens_of_the_mask() -> None:
+    packed = pack([[1, 2, 3, 4], [1, 2, 5], [6, 7]], "cpu", together=2)
+    assert packed.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    wanted = packed.predictions([[0, 0, 1, 1], [0, 0, 1], [1, 1]])
+    # 3 and 5 both follow the common 2; nothing predicts the first token of a sequence
+    assert wanted.places.tolist() == [1, 2, 1, 5]
+    assert wanted.targets.tolist() == [3, 4, 5, 7]
+    assert wanted.rows.tolist() == [0, 0, 1, 2]
 
 
-def test_loss_and_gradient_of_packed_rows_are_those_of_single_ones(llama: LlamaForCausalLM) -> None:
+@torch.no_grad()
+def test_a_model_that_does_not_attend_piece_by_piece_fails(llama: LlamaForCausalLM) -> None:
+    packed = pack(sequences((5, 3)), "cpu")
+    llama.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="must match"):
+        llama(**packed.inputs)
+
+
+def test_loss_and_gradient_of_a_packed_row_are_those_of_single_ones(llama: LlamaForCausalLM) -> None:
     given = sequences((40, 9, 30, 2, 20, 60))
     masks = [[0, *(1 if (token + place) % 3 else 0 for place, token in enumerate(ids[1:]))] for ids in given]
     counted = sum(map(sum, masks))
@@ -184,9 +186,9 @@ def test_loss_and_gradient_of_packed_rows_are_those_of_single_ones(llama: LlamaF
         llama.zero_grad()
         total = torch.zeros(())
         for i in range(0, len(given), size):
-            packed = pack(given[i : i + size], 0, "cpu")
-            logits = llama(**packed.inputs, use_cache=False).logits
-            loss = next_token_loss(logits, packed.ids, packed.spread(masks[i : i + size]), counted)
+            packed = pack(given[i : i + size], "cpu")
+            wanted = packed.predictions(masks[i : i + size])
+            loss = next_token_loss(logits_at(llama, packed, wanted.places), wanted.targets, counted)
             loss.backward()
             total += loss.detach()
         return total, [parameter.grad.clone() for parameter in llama.parameters() if parameter.grad is not None]

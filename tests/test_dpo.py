@@ -89,11 +89,9 @@ def test_packed_pairs_give_each_answers_own_log_probability(llama: LlamaForCausa
         return sum(log_probs[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
 
     expected = [[alone(*side) for side in pair] for pair in pairs]
-    found = torch.stack(pair_log_probs(llama, pairs, tokenizer.pad_token_id), dim=1)
+    found = torch.stack(pair_log_probs(llama, pairs), dim=1)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(
-        torch.tensor(log_probs_of(llama, pairs, tokenizer.pad_token_id, 1)), torch.tensor(expected), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(log_probs_of(llama, pairs)), torch.tensor(expected), rtol=1e-5, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- the stage, whole
@@ -150,7 +148,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_a_known_reference_changes_no
 def test_two_ranks_in_small_pieces_compute_what_one_does_at_once(trained: Path, tmp_path: Path) -> None:
     root = again(trained, tmp_path / "root", reference="precomputed")
     raw = dpo_params(reference="precomputed")
-    raw["launch"]["jobs"]["dpo"] |= {"processes": 2, "micro_batch_size": 3}
+    raw["launch"]["jobs"]["dpo"] |= {"processes": 2, "micro_batch_tokens": 300}
     set_params(root, raw)
     run(root, "dpo", ranks=2)
     same_curves(root, trained)

@@ -48,7 +48,7 @@ def variant(base: Path, target: Path, launch: dict[str, Any]) -> None:
     raw["ppo"] |= {"steps": 3, "ema_decay": 0.9}
     raw["launch"] |= launch
     for job in raw["launch"]["jobs"].values():
-        job |= {"processes": 2, "micro_batch_size": 2}
+        job |= {"processes": 2, "micro_batch_tokens": 150}
     shutil.copytree(base, target, ignore=shutil.ignore_patterns("runs"))
     set_params(target, raw)
 

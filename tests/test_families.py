@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.data.batches import Packed, pack, pad_rows
 from rlhf.errors import UserError
-from rlhf.models.policy import check_length, load_policy, save_model
+from rlhf.models.attention import attend_to_pieces
+from rlhf.models.policy import check_length, load_policy, logits_at, save_model
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
@@ -50,6 +51,7 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, **FAMILIES[family], **special, **changes)
     model = AutoModelForCausalLM.from_config(config).eval()
+    attend_to_pieces(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -71,7 +73,7 @@ def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]
 
 
 def of_each(packed: Packed, values: Tensor) -> list[Tensor]:
-    """The values of each sequence, out of what was computed for the packed rows, flattened."""
+    """The values of each sequence, out of what was computed for the packed row."""
     return [values[places[:length]] for places, length in zip(packed.places, packed.lengths.tolist(), strict=True)]
 
 
@@ -94,13 +96,27 @@ def test_padded_and_packed_logits_are_those_of_each_sequence_alone(family: str, 
     given = [*sequences(), [*sequences((9,))[0], EOS]]  # a real end token counts, whatever pads
     alone = [model(input_ids=torch.tensor([ids])).logits[0] for ids in given]
     assert torch.cat(alone).std() > 0.05
-    packed = pack(given, pad_id, "cpu")
-    assert len(packed.ids) < len(given)
-    side_by_side = of_each(packed, model(**packed.inputs, use_cache=False).logits.flatten(0, 1))
+    packed = pack(given, "cpu")
+    side_by_side = of_each(packed, model(**packed.inputs, use_cache=False).logits[0])
     left = model(**padded_left(given, pad_id), use_cache=False).logits
     for ids, expected, logits, row in zip(given, alone, side_by_side, left, strict=True):
         near(logits, expected)
         near(row[-len(ids) :], expected)
+
+
+def test_logits_at_some_places_and_their_gradients_are_those_of_all(family: str) -> None:
+    model = tiny(family)
+    prompt, *answers = sequences((20, 9, 4, 13, 6))
+    packed = pack([prompt + answer for answer in answers], "cpu", together=2)  # pairs, which share their beginning
+    wanted = packed.predictions([[0] * len(prompt) + [1] * len(answer) for answer in answers])
+    expected = torch.cat([model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] for answer in answers])
+    found = logits_at(model, packed, wanted.places)
+    near(found, expected)
+    assert wanted.targets.tolist() == [token for answer in answers for token in answer]
+    weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+    gradients = [torch.autograd.grad((logits * weights).sum(), list(model.parameters())) for logits in (found, expected)]
+    scale = max(gradient.abs().max().item() for gradient in gradients[1])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * scale)
 
 
 @torch.no_grad()
@@ -109,10 +125,11 @@ def test_the_score_is_read_at_the_last_real_token_of_any_layout(family: str, pad
     config = tiny(family).config
     config.num_labels = 1
     scalar = ScalarModel(AutoModelForSequenceClassification.from_config(config)).eval()
+    attend_to_pieces(scalar.model)
     given = [[*ids, EOS] for ids in sequences()]
     alone = torch.stack([scalar(input_ids=torch.tensor([ids]))[-1] for ids in given])
     assert alone.std() > 1e-3
-    packed = pack(given, pad_id, "cpu")
+    packed = pack(given, "cpu")
     near(scalar(**packed.inputs)[packed.last], alone)
     left = padded_left(given, pad_id)
     near(scalar(**left).view(left["input_ids"].shape)[:, -1], alone)
@@ -157,8 +174,8 @@ def test_sequences_longer_than_a_sliding_window_are_refused(family: str) -> None
     model = tiny(family, sliding_window=16, **WINDOWED[family])
     fits, longer = sequences((16, 10)), sequences((17, 10))
     for given, agrees in ((fits, True), (longer, False)):
-        packed = pack(given, PAD, "cpu")
-        found = of_each(packed, model(**packed.inputs, use_cache=False).logits.flatten(0, 1))
+        packed = pack(given, "cpu")
+        found = of_each(packed, model(**packed.inputs, use_cache=False).logits[0])
         alone = [model(input_ids=torch.tensor([ids])).logits[0] for ids in given]
         assert all(torch.allclose(logits, row, atol=1e-5) for logits, row in zip(found, alone, strict=True)) is agrees
     check_length(model, 16, "sft.max_tokens")

@@ -309,7 +309,7 @@ def test_a_killed_deepspeed_launcher_is_no_success(workspace: Path) -> None:
 
 
 def layouts(**layout: int) -> dict:
-    return {stage: layout | {"micro_batch_size": 1} for stage in config.STAGES if stage != "prepare"}
+    return {stage: layout | {"micro_batch_tokens": 1} for stage in config.STAGES if stage != "prepare"}
 
 
 def test_the_fingerprint_knows_params_and_content_but_not_where_it_runs(workspace: Path) -> None:

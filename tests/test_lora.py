@@ -225,7 +225,7 @@ def test_two_ranks_that_share_the_weights_compute_what_one_does(trained: Path, t
     shutil.copytree(trained, root, ignore=shutil.ignore_patterns("runs", "metrics", "plots"))
     raw = lora_params()
     for layout in raw["launch"]["jobs"].values():
-        layout |= {"processes": 2, "micro_batch_size": 3}
+        layout |= {"processes": 2, "micro_batch_tokens": 300}
     raw["launch"]["engines"]["policy"]["zero_stage"] = 3
     raw["launch"]["engines"]["critic"]["zero_stage"] = 2
     set_params(root, raw)

@@ -178,7 +178,7 @@ def rows(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 @pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
 def test_the_score_is_read_at_the_last_real_token(scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, pad: str) -> None:
     given = rows(tokenizer)
-    packed = pack(given, tokenizer.get_vocab()[pad], "cpu")
+    packed = pack(given, "cpu")
     together = scalar(**packed.inputs)[packed.last]
     alone = torch.stack([scalar(input_ids=torch.tensor([ids]))[-1] for ids in given])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)

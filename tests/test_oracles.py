@@ -26,12 +26,13 @@ from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config.training import BuiltBase, Kl, Ppo
 from rlhf.data.batches import encode_dialogue, encode_prompt, pack
 from rlhf.data.sandbox import make_rows
-from rlhf.models.policy import build_policy
+from rlhf.models.attention import attend_to_pieces
+from rlhf.models.policy import build_policy, logits_at
 from rlhf.models.scalar import ScalarModel
 from rlhf.rollout.experience import Experience, Layout
 from rlhf.stages import dpo as dpo_stage
 from rlhf.stages import ppo as ppo_stage
-from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
+from rlhf.tensors import log_probs_and_entropy, mask_from_lengths
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt -e '.[dev]'")
@@ -54,7 +55,9 @@ def classifier(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel
     torch.manual_seed(seed)
     config = policy(tokenizer, seed).config
     config.num_labels = 1
-    return AutoModelForSequenceClassification.from_config(config)
+    model = AutoModelForSequenceClassification.from_config(config)
+    attend_to_pieces(model)
+    return model
 
 
 def said(text: str) -> list[dict[str, str]]:
@@ -89,9 +92,9 @@ def test_sft_loss_and_gradient_are_trls(tokenizer: PreTrainedTokenizerFast, tmp_
     rows[2] = dpo_stage.encode_pairs(tokenizer, ROWS)[2][
         0
     ]  # where a stage learns from every answer of a dialogue, TRL's completion is the last one
-    packed = pack([ids for ids, _ in rows], tokenizer.pad_token_id, "cpu")
-    loss_mask = packed.spread([mask for _, mask in rows])
-    ours = next_token_loss(model(**packed.inputs).logits, packed.ids, loss_mask, loss_mask.sum().item())
+    packed = pack([ids for ids, _ in rows], "cpu")
+    wanted = packed.predictions([mask for _, mask in rows])
+    ours = next_token_loss(logits_at(model, packed, wanted.places), wanted.targets, len(wanted.targets))
     near(ours, theirs)
     near(gradient(model, ours), expected)
 
@@ -105,7 +108,7 @@ def test_reward_loss_gradient_and_statistics_are_trls(tokenizer: PreTrainedToken
     logged = {name: trainer._metrics["train"][name][-1] for name in ("accuracy", "margin", "mean_reward")}
 
     sides = [ids for pair in dpo_stage.encode_pairs(tokenizer, ROWS) for ids, _ in pair]
-    packed = pack(sides, tokenizer.pad_token_id, "cpu", together=2)
+    packed = pack(sides, "cpu", together=2)
     scores = ScalarModel(model)(**packed.inputs)[packed.last]
     ours, sums = pairwise_loss(scores[::2], scores[1::2], 4)
     near(ours, theirs)
@@ -131,8 +134,8 @@ def test_dpo_loss_gradient_and_statistics_are_trls(
     logged = {name: sum(values) / len(values) for name, values in trainer._metrics["train"].items()}
 
     given = dpo_stage.encode_pairs(tokenizer, ROWS)
-    before = dpo_stage.pair_log_probs(reference, given, tokenizer.pad_token_id)
-    now = dpo_stage.pair_log_probs(model, given, tokenizer.pad_token_id)
+    before = dpo_stage.pair_log_probs(reference, given)
+    now = dpo_stage.pair_log_probs(model, given)
     known = before[0].detach(), before[1].detach()
     if loss == "ipo":
         # TRL takes means over an answer's tokens where the paper's equation, and ours, has sums
@@ -251,9 +254,9 @@ def step(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp
 
 @torch.no_grad()
 def test_ppo_log_probs_values_and_scores_are_trls(step: TrlStep) -> None:
-    at = Layout.of(step.sequences, step.prompt_lengths, step.mask, 0)
-    near(ppo_stage.answer_log_probs(step.models["actor"], at, TEMPERATURE)[0], step.log_probs * step.mask)
-    near(ppo_stage.answer_log_probs(step.models["reference"], at, TEMPERATURE)[0], step.reference_log_probs * step.mask)
+    at = Layout.of(step.sequences, step.prompt_lengths, step.mask)
+    near(ppo_stage.answer_log_probs(step.models["actor"], at, TEMPERATURE), step.log_probs * step.mask)
+    near(ppo_stage.answer_log_probs(step.models["reference"], at, TEMPERATURE), step.reference_log_probs * step.mask)
     near(ppo_stage.answer_values(ScalarModel(step.models["critic"]), at), step.values * step.mask)
     near(ScalarModel(step.models["reward"])(**at.packed.inputs)[at.packed.last], step.scores)
 
@@ -280,7 +283,8 @@ def test_ppo_losses_are_trls(step: TrlStep) -> None:
     mask, longer, advantages = step.mask, step.longer, step.whitened * step.mask
     found: list[dict[str, float]] = []
     for logits, log_probs, values in step.updates:
-        near(token_log_probs(logits.flatten(0, 1), step.answers.flatten()).view(step.answers.shape), log_probs)
+        ours, entropies = log_probs_and_entropy(logits.flatten(0, 1), step.answers.flatten())
+        near(ours.view(step.answers.shape), log_probs)
         actor = ppo.policy_loss(log_probs, step.log_probs, advantages, mask, (CLIP, CLIP), None, mask.sum().item())
         critic = ppo.value_loss(values, step.values, returns, longer, VALUE_CLIP, longer.sum().item())
         found.append(
@@ -290,7 +294,7 @@ def test_ppo_losses_are_trls(step: TrlStep) -> None:
                 "policy/clipfrac_avg": (actor.sums["clip_fraction"] / mask.sum()).item(),
                 "val/clipfrac_avg": (critic.sums["value_clip_fraction"] / longer.sum()).item(),
                 "policy/approxkl_avg": (ppo.kl_estimate(log_probs, step.log_probs, "k2") * mask).mean().item(),
-                "policy/entropy_avg": entropy(logits.flatten(0, 1)).mean().item(),
+                "policy/entropy_avg": entropies.mean().item(),
             }
         )
     means = {name: sum(row[name] for row in found) / len(found) for name in found[0]}

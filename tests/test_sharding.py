@@ -20,11 +20,11 @@ from rlhf.models.policy import build_policy, save_model
 from rlhf.models.scalar import initialise_head, load_scalar
 
 BATCH = 16
-# (ranks, micro-batch size, variant of tests/stage_runs.py): accumulation 1 to 4 on one rank and on two, with and without a smaller rest
+# (ranks, tokens of a micro-batch, variant of tests/stage_runs.py): everything at once, several parts, and each row by itself
 Cut = tuple[int, int, str]
-WHOLE: Cut = (1, 16, "")
-CUTS: list[Cut] = [(1, 8, ""), (1, 6, ""), (1, 4, ""), (1, 6, "padded")]
-CUTS += [(2, 8, ""), (2, 4, ""), (2, 3, ""), (2, 2, ""), (2, 3, "padded")]
+WHOLE: Cut = (1, 100_000, "")
+CUTS: list[Cut] = [(1, 600, ""), (1, 250, ""), (1, 1, ""), (1, 250, "padded")]
+CUTS += [(2, 100_000, ""), (2, 300, ""), (2, 120, ""), (2, 1, ""), (2, 250, "padded")]
 STAGES = ("sft", "reward", "ppo", "dpo")
 
 
@@ -71,11 +71,11 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 def results(start: Path) -> dict[Cut, Path]:
     """For each cut, a workspace in which the stages have run."""
     places = {cut: start.with_name("-".join(map(str, cut))) for cut in (WHOLE, *CUTS)}
-    for (_, micro_batch_size, _), place in places.items():
+    for (_, tokens, _), place in places.items():
         shutil.copytree(start, place)
         raw = config.load(place / "params.yaml").model_dump(mode="json")
         for layout in raw["launch"]["jobs"].values():
-            layout["micro_batch_size"] = micro_batch_size
+            layout["micro_batch_tokens"] = tokens
         set_params(place, raw)
     for ranks in (1, 2):
         cuts = sorted((cut for cut in places if cut[0] == ranks), key=lambda cut: cut[2])  # once padded, a process stays so

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
 from rlhf.config.training import Optimizer, PretrainedBase
-from rlhf.engine.distributed import accumulation, micro_batches, share
+from rlhf.engine.distributed import micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
@@ -88,6 +87,25 @@ def test_ppo_starts_at_the_policy_that_it_keeps_near(unbroken: Path) -> None:
     for number, step in enumerate(steps):
         mean = sum(record["kl"] for record in records[8 * number : 8 * number + 8]) / 8
         assert mean == pytest.approx(step["kl"], abs=1e-5)
+
+
+def test_ppo_logs_what_each_step_cost_and_keeps_it_out_of_its_outputs(unbroken: Path) -> None:
+    lines = read_lines(unbroken / "runs/ppo/metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    phases = ("switching", "generation", "scoring", "training")
+    for found in (line["metrics"] for line in lines):
+        assert sum(found[f"{phase}_share"] for phase in phases) == pytest.approx(1)
+        assert sum(found[f"{phase}_seconds"] for phase in phases) == pytest.approx(found["seconds"])
+        answers = found["generation_tokens_per_second"] * found["generation_seconds"]
+        assert answers == pytest.approx(8 * found["answer_tokens"])
+        # each answer is learnt from twice, with its prompt; the actor's warm-up step has no texts beside them
+        assert found["training_tokens_per_second"] * found["training_seconds"] > 2 * answers
+        assert found["scoring_tokens_per_second"] * found["scoring_seconds"] > answers
+        assert 0 < found["flops_utilisation"] < 1
+        assert found["peak_memory_gib"] > 0.1
+    wall_clock = ("second", "share", "utilisation", "memory")
+    for names in (table(unbroken / "plots/ppo.csv")[0], json.loads((unbroken / "metrics/ppo.json").read_text(encoding="utf-8"))):
+        assert [name for name in names if any(part in name for part in wall_clock)] == []
 
 
 def test_a_champion_is_judged_as_evaluate_judged(unbroken: Path, tmp_path: Path) -> None:
@@ -179,16 +197,27 @@ def test_weight_decay_is_for_matrices_only(llama: LlamaForCausalLM) -> None:
     assert len(decayed["params"]) + len(kept["params"]) == len(list(llama.parameters())) - 1
 
 
-def test_a_batch_is_dealt_evenly_to_ranks_and_cut_into_micro_batches(tmp_path: Path) -> None:
-    raw = tiny_params()
-    raw["launch"]["jobs"]["sft"]["micro_batch_size"] = 2
-    jobs = [Job("sft", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", rank, 2, rank) for rank in range(2)]
+def test_a_batch_is_dealt_evenly_to_ranks(tmp_path: Path) -> None:
+    jobs = [Job("sft", config.validate(tiny_params(), "params.yaml"), tmp_path, tmp_path, "cpu", rank, 2, rank) for rank in range(2)]
     assert [share(list("abcdef"), job, "sft.batch_size") for job in jobs] == [["a", "c", "e"], ["b", "d", "f"]]
-    assert micro_batches(["a", "c", "e"], 2) == [["a", "c"], ["e"]]
-    assert accumulation(6, jobs[0]) == 2
-    assert accumulation(8, replace(jobs[0], world_size=1)) == 4
     with pytest.raises(UserError, match=r"sft\.batch_size: a batch of 5 rows cannot be dealt evenly to 2 processes .*multiple of 2"):
         share(list("abcde"), jobs[0], "sft.batch_size")
+
+
+def test_micro_batches_hold_about_as_many_tokens_and_none_too_many() -> None:
+    rows = ["a" * length for length in (5, 9, 1, 4, 7, 2)]
+
+    def cut(tokens: int, **least: int) -> list[list[int]]:
+        return [[len(row) for row in part] for part in micro_batches(rows, len, tokens, **least)]
+
+    assert cut(28) == [[5, 9, 1, 4, 7, 2]]
+    assert cut(27) == cut(14) == [[9, 1, 4], [5, 7, 2]]
+    assert cut(13) == [[9, 1], [7, 2], [5, 4]]
+    # the longest goes alone, and the others with as many as it has
+    assert cut(3) == [[9], [7], [5, 1], [4, 2]]
+    assert cut(28, least=3) == cut(13)
+    assert cut(1, least=6) == [[9], [7], [5], [4], [2], [1]]
+    assert micro_batches([], len, 10) == []
 
 
 def test_rows_that_are_all_too_long_are_an_error(unbroken: Path, tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
-from rlhf.tensors import CHUNK_TOKENS, entropy, mask_from_lengths, token_log_probs
+from rlhf import tensors
+from rlhf.tensors import log_probs_and_entropy, mask_from_lengths, token_log_probs
+
+ROWS = 11  # in chunks of four
 
 
 def test_masks_count_from_lengths() -> None:
@@ -17,19 +20,35 @@ def test_masks_count_from_lengths() -> None:
     assert mask_from_lengths(lengths, 3, start=torch.tensor([0, 1, 2])).tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
 
 
-def test_log_probs_of_more_rows_than_a_chunk_and_at_a_temperature() -> None:
-    logits = 5 * torch.randn(CHUNK_TOKENS + 3, 4, generator=torch.Generator().manual_seed(1))
-    targets = torch.arange(CHUNK_TOKENS + 3) % 4
-    for temperature in (1.0, 0.5):
-        expected = (logits / temperature).log_softmax(-1)[torch.arange(len(targets)), targets]
-        torch.testing.assert_close(token_log_probs(logits, targets, temperature), expected)
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tensors.CHUNK, "cpu", 4 * 7)
 
 
+def random_logits(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = 5 * torch.randn(ROWS, 7, generator=torch.Generator().manual_seed(1))
+    return logits.to(dtype).requires_grad_(), torch.arange(ROWS) % 7
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_log_probs_is_autograds_and_keeps_no_copy_of_the_logits(dtype: torch.dtype) -> None:
-    logits = torch.randn(CHUNK_TOKENS + 3, 7, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
-    targets, weights = torch.arange(CHUNK_TOKENS + 3) % 7, torch.linspace(-1, 1, CHUNK_TOKENS + 3)
-    expected = (logits.float() / 0.7).log_softmax(-1)[torch.arange(len(targets)), targets] @ weights
+def test_log_probs_and_entropy_are_torchs(dtype: torch.dtype, temperature: float) -> None:
+    logits, targets = random_logits(dtype)
+    distribution = torch.distributions.Categorical(logits=logits.float() / temperature)
+    found, entropies = log_probs_and_entropy(logits, targets, temperature)
+    assert found.dtype == entropies.dtype == torch.float32  # worked out in full precision
+    torch.testing.assert_close(found, distribution.log_prob(targets))
+    torch.testing.assert_close(entropies, distribution.entropy(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(token_log_probs(logits, targets, temperature), found)
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_autograds_and_no_copy_of_the_logits_is_kept(dtype: torch.dtype, entropy_weight: float) -> None:
+    logits, targets = random_logits(dtype)
+    weights = torch.linspace(-1, 1, ROWS)
+    distribution = torch.distributions.Categorical(logits=logits.float() / 0.7)
+    expected = distribution.log_prob(targets) @ weights + entropy_weight * (distribution.entropy() @ weights.cos())
     (gradient,) = torch.autograd.grad(expected, logits)
     kept: list[torch.Tensor] = []
 
@@ -38,25 +57,25 @@ def test_gradient_of_log_probs_is_autograds_and_keeps_no_copy_of_the_logits(dtyp
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        found = token_log_probs(logits, targets, 0.7)
-    torch.testing.assert_close(torch.autograd.grad(found @ weights, logits)[0], gradient)
+        found, entropies = log_probs_and_entropy(logits, targets, 0.7)
+    total = found @ weights + entropy_weight * (entropies @ weights.cos()) if entropy_weight else found @ weights
+    torch.testing.assert_close(torch.autograd.grad(total, logits)[0], gradient)
     assert [tensor.data_ptr() == logits.data_ptr() for tensor in kept if tensor.ndim == 2] == [True]
 
 
-def test_log_probs_of_half_precision_logits_are_worked_out_in_full_precision() -> None:
-    logits, targets = torch.randn(5, 300, generator=torch.Generator().manual_seed(1)).bfloat16(), torch.arange(5)
-    found = token_log_probs(logits, targets)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, logits.float().log_softmax(-1)[torch.arange(5), targets])
-
-
-def test_entropy() -> None:
+def test_entropy_by_hand() -> None:
     logits = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125], [1, 1e-30, 1e-30, 1e-30]]).log()
-    torch.testing.assert_close(entropy(logits), torch.tensor([math.log(4), 1.75 * math.log(2), 0.0]))
+    _, found = log_probs_and_entropy(logits, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(found, torch.tensor([math.log(4), 1.75 * math.log(2), 0.0]))
     # at temperature 1/2 every probability is squared: 4 : 1 : ¼ : ¼ (÷ 5.5)
     shares = [4 / 5.5, 1 / 5.5, 0.25 / 5.5, 0.25 / 5.5]
-    torch.testing.assert_close(entropy(logits[1:2], 0.5), torch.tensor([-sum(p * math.log(p) for p in shares)]))
+    _, found = log_probs_and_entropy(logits[1:2], torch.tensor([0]), 0.5)
+    torch.testing.assert_close(found, torch.tensor([-sum(p * math.log(p) for p in shares)]))
 
 
-def test_entropy_of_more_rows_than_a_chunk() -> None:
-    assert entropy(torch.zeros(CHUNK_TOKENS + 1, 2)).tolist() == [torch.tensor(2.0).log().item()] * (CHUNK_TOKENS + 1)
+def test_no_row_has_no_log_probs() -> None:
+    logits = torch.zeros(0, 7, requires_grad=True)
+    found = token_log_probs(logits, torch.zeros(0, dtype=torch.long))
+    found.sum().backward()
+    assert found.shape == (0,)
+    assert logits.grad is not None

@@ -53,8 +53,8 @@ class JobLayout(Section):
 
     processes: PositiveInt = Field(description="ranks per node; on GPU, one GPU each")
     threads: PositiveInt = Field(description="CPU threads per rank")
-    micro_batch_size: PositiveInt = Field(
-        description="rows that one rank passes through the model at a time; less where the batch is smaller"
+    micro_batch_tokens: PositiveInt = Field(
+        description="tokens that one rank passes through the model at a time, at most; a longer row goes alone"
     )
 
 

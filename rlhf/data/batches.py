@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,98 +97,83 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Tokens that stand side by side in a packed row. Each sees those before it in its piece, and all of the piece that precedes it."""
+
+    length: int
+    after: int | None  # number of the piece with which the sequence begins; None: it begins with this one
+
+
+@dataclass(frozen=True)
 class Packed:
-    """Sequences laid side by side in rows, so that next to no work is done on padding. None sees another: attention is block-diagonal.
+    """Sequences laid side by side in one row, so that no work is done on padding. None sees another (rlhf/models/attention.py).
 
     Sequences that begin alike, such as the two answers of a preference pair, may share that beginning: it stands there once, and each
     one's own part sees it and itself.
 
-    Models take a 4-D mask for this; it knows nothing of sliding windows, so sequences must not be longer than a model's window.
+    Attention knows nothing of sliding windows here, so sequences must not be longer than a model's window.
     """
 
-    ids: Tensor  # (R, C)
-    positions: Tensor  # (R, C) counted from each sequence's own start
-    segments: Tensor  # (R, C) number of the block, −1 on padding: a sequence, or several with their common beginning
-    branches: Tensor | None  # (R, C) 0 on a common beginning, 1, 2, … on what follows it; None: nothing is shared
-    places: Tensor  # (B, T) where each token of each sequence stands in the flattened (R·C); 0 beyond its end
+    ids: Tensor  # (1, N)
+    positions: Tensor  # (1, N) counted from each sequence's own start
+    pieces: Sequence[Piece]  # in the order of the row
+    places: Tensor  # (B, T) where each token of each sequence stands in the row; 0 beyond its end
     lengths: Tensor  # (B,)
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
-        """What a Hugging Face model is called with."""
-        seen = self.segments[:, :, None] == self.segments[:, None, :]
-        if self.branches is not None:
-            seen &= (self.branches[:, None, :] == 0) | (self.branches[:, :, None] == self.branches[:, None, :])
-        causal = torch.ones(seen.shape[1:], dtype=torch.bool, device=seen.device).tril()
-        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": (seen & causal)[:, None]}
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with; one that does not attend piece by piece fails on the mask, which fits nothing."""
+        unfit = torch.empty(1, 1, 0, 0, device=self.ids.device)
+        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": unfit, "pieces": self.pieces}
 
     @property
     def last(self) -> Tensor:
-        """(B,) index of each sequence's last token in the flattened (R·C)."""
+        """(B,) place of each sequence's last token in the row."""
         return self.places.gather(1, self.lengths[:, None] - 1).squeeze(1)
 
-    def spread(self, values: Sequence[Sequence[int]]) -> Tensor:
-        """One number per token of each sequence → (R, C), 0 on padding."""
-        flat = torch.zeros(self.ids.numel(), device=self.ids.device)
-        within = torch.arange(self.places.shape[1], device=self.ids.device) < self.lengths[:, None]
-        flat[self.places[within]] = torch.tensor([value for row in values for value in row], dtype=flat.dtype, device=flat.device)
-        return flat.view(self.ids.shape)
+    def predictions(self, masks: Sequence[Sequence[int]]) -> Predictions:
+        """Where the tokens with mask 1 are predicted, sequence by sequence; a sequence's first token is never."""
+        row, token = pad_rows([[0, *mask[1:]] for mask in masks], 0, self.ids.device).nonzero(as_tuple=True)
+        return Predictions(self.places[row, token - 1], self.ids[0, self.places[row, token]], row)
 
 
-MIN_WIDTH = 128  # of a packed row: wide enough for little waste, narrow enough for cheap attention
+@dataclass(frozen=True)
+class Predictions:
+    """The tokens whose log-probabilities are wanted, n of them: logits are computed for these alone."""
+
+    places: Tensor  # (n,) of the token before each one, whose output predicts it
+    targets: Tensor  # (n,) the tokens
+    rows: Tensor  # (n,) number of the sequence of each
 
 
-def pack(sequences: Sequence[Sequence[int]], pad_id: int, device: str | torch.device, *, together: int = 1) -> Packed:
-    """First-fit-decreasing packing into rows as wide as the longest block (at least MIN_WIDTH, at most all tokens).
+def pack(sequences: Sequence[Sequence[int]], device: str | torch.device, *, together: int = 1) -> Packed:
+    """Lay sequences side by side.
 
     Args:
         together: so many sequences, one after the other, are a block: what they all begin with is laid out, and computed, once.
     """
-    blocks = [sequences[i : i + together] for i in range(0, len(sequences), together)]
-    common = [_common(block) if together > 1 else 0 for block in blocks]
-    sizes = [shared + sum(len(sequence) - shared for sequence in block) for block, shared in zip(blocks, common, strict=True)]
-    width = max(*sizes, min(MIN_WIDTH, sum(sizes)))
-    rows: list[list[int]] = []  # numbers of blocks
-    used: list[int] = []
-    for number in sorted(range(len(blocks)), key=lambda i: -sizes[i]):
-        row = next((i for i, tokens in enumerate(used) if tokens + sizes[number] <= width), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            used.append(0)
-        rows[row].append(number)
-        used[row] += sizes[number]
-    ids, positions, segments, branches = list[int](), list[int](), list[int](), list[int]()
-    places: list[list[int]] = [[]] * len(sequences)
-    for numbers in rows:
-        start = len(ids)
-        for number in numbers:
-            shared = common[number]
-            beginning = list(range(len(ids), len(ids) + shared))
-            ids += blocks[number][0][:shared]
-            positions += range(shared)
-            branches += [0] * shared
-            for branch, sequence in enumerate(blocks[number]):
-                own = len(sequence) - shared
-                places[number * together + branch] = [*beginning, *range(len(ids), len(ids) + own)]
-                ids += sequence[shared:]
-                positions += range(shared, len(sequence))
-                branches += [branch + 1] * own
-            segments += [number] * sizes[number]
-        padding = start + width - len(ids)
-        ids += [pad_id] * padding
-        positions += [0] * padding
-        segments += [-1] * padding
-        branches += [0] * padding
+    ids, positions = list[int](), list[int]()
+    pieces: list[Piece] = []
+    places: list[list[int]] = []
 
-    def laid_out(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device).view(len(rows), width)
+    def lay(tokens: Sequence[int], first: int, after: int | None) -> range:
+        """Add a piece whose first token has this position; the places of its tokens."""
+        if tokens:
+            pieces.append(Piece(len(tokens), after))
+        ids.extend(tokens)
+        positions.extend(range(first, first + len(tokens)))
+        return range(len(ids) - len(tokens), len(ids))
 
+    for i in range(0, len(sequences), together):
+        block = sequences[i : i + together]
+        shared = _common(block) if together > 1 else 0
+        beginning = lay(block[0][:shared], 0, None)
+        after = len(pieces) - 1 if shared else None
+        places += [[*beginning, *lay(sequence[shared:], shared, after)] for sequence in block]
     return Packed(
-        ids=laid_out(ids),
-        positions=laid_out(positions),
-        segments=laid_out(segments),
-        branches=laid_out(branches) if any(common) else None,
+        ids=torch.tensor([ids], device=device),
+        positions=torch.tensor([positions], device=device),
+        pieces=pieces,
         places=pad_rows(places, 0, device),
         lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
     )

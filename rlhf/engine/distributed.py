@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch import Tensor
 
 from rlhf.config.operations import JobLayout
 from rlhf.errors import UserError
@@ -60,22 +62,57 @@ def share(rows: Sequence[T], job: Job, name: str) -> list[T]:
     return list(rows[job.rank :: job.world_size])
 
 
-def micro_batches(rows: Sequence[T], size: int) -> list[list[T]]:
-    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+def micro_batches(rows: Sequence[T], size: Callable[[T], int], tokens: int, *, least: int = 1) -> list[list[T]]:
+    """Rows in as few parts, of about as many tokens each, as keep every part within a number of tokens.
+
+    Args:
+        size: tokens of a row; one that is too large is a part by itself.
+        tokens: most of a part.
+        least: parts wanted at least; no more than rows.
+    """
+    sizes = [size(row) for row in rows]
+    limit = max([tokens, *sizes])
+    parts = _deal(sizes, max(least, -(-sum(sizes) // limit)))
+    while max(sum(sizes[i] for i in part) for part in parts) > limit:
+        parts = _deal(sizes, len(parts) + 1)
+    return [[rows[i] for i in sorted(part)] for part in parts if part]
 
 
-def accumulation(batch_size: int, job: Job) -> int:
-    """Micro-batches that one rank passes per optimiser step."""
-    return -(-(batch_size // job.world_size) // layout(job).micro_batch_size)
+def _deal(sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Numbers of the rows of each part: the longest row first, each to the part that has least so far."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, part) for part in range(count)]
+    for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        held, part = filled[0]
+        parts[part].append(row)
+        heapq.heapreplace(filled, (held + sizes[row], part))
+    return parts
+
+
+def equal_micro_batches(rows: Sequence[T], size: Callable[[T], int], job: Job) -> list[list[T]]:
+    """This rank's rows in micro-batches of launch.jobs.STAGE.micro_batch_tokens, on each rank equally many.
+
+    Ranks that share a model out (ZeRO) must make each forward and backward pass together. All must call this, with equally many rows.
+    """
+    tokens = layout(job).micro_batch_tokens
+    needed = torch.tensor(len(micro_batches(rows, size, tokens)), device=device(job))
+    dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+    return micro_batches(rows, size, tokens, least=int(needed))
 
 
 def layout(job: Job) -> JobLayout:
     return getattr(job.params.launch.jobs, job.stage)
 
 
-def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Each number added up over the ranks, in double precision."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Add numbers to sums of the same names, in double precision and where they are: reading each would have a GPU waited for."""
+    for name, value in more.items():
+        sums[name] = value.detach().double() + sums.get(name, 0.0)
+
+
+def sum_over_ranks(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Each number added up over the ranks."""
+    total = torch.stack(list(values.values()))
     dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
 

@@ -16,7 +16,6 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from rlhf.config.training import Optimizer
-from rlhf.engine.distributed import accumulation, layout
 from rlhf.engine.partition import shape
 from rlhf.errors import UserError
 from rlhf.job import Job
@@ -65,7 +64,7 @@ def settings(job: Job, name: str) -> dict[str, Any]:
     if engine.offload_parameters:
         zero["offload_param"] = cpu
     return {
-        "train_micro_batch_size_per_gpu": layout(job).micro_batch_size,
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only counts with it: `backward` says when a batch is over
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         # torch's AdamW steps on the CPU as well; DeepSpeed's own would have to be compiled
@@ -76,12 +75,11 @@ def settings(job: Job, name: str) -> dict[str, Any]:
     }
 
 
-def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, batch_size: int, total_steps: int) -> DeepSpeedEngine:
+def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, total_steps: int) -> DeepSpeedEngine:
     """A DeepSpeed engine that trains a module.
 
     Args:
         name: its place in launch.engines: policy or critic.
-        batch_size: rows of an optimiser step over all ranks; accumulation is derived from it.
         total_steps: optimiser steps of the whole run, which the schedule spans.
     """
     launch = job.params.launch
@@ -93,7 +91,7 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, batc
         parameter_groups(module, params.weight_decay), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(params, step, total_steps))
-    config = settings(job, name) | {"gradient_accumulation_steps": accumulation(batch_size, job), "gradient_clipping": params.max_grad_norm}
+    config = settings(job, name) | {"gradient_clipping": params.max_grad_norm}
     zero = config["zero_optimization"]
     if launch.precision != "fp32":
         zero["stage"] = max(1, zero["stage"])
@@ -116,14 +114,16 @@ def frozen(module: Module, job: Job, name: str, device: torch.device) -> Module:
     return module
 
 
-def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
+def backward(engine: DeepSpeedEngine, loss: torch.Tensor, *, last: bool) -> None:
     """Backward pass of one micro-batch's part of a loss whose denominator is global.
 
-    DeepSpeed divides by the accumulation steps and averages over ranks; both are undone, so that the gradient is that of the sum.
+    DeepSpeed averages over ranks, which is undone, so that the gradient is that of the sum.
+
+    Args:
+        last: of the micro-batches before the optimiser steps.
     """
-    engine.backward(loss * (engine.gradient_accumulation_steps() * engine.world_size))
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()  # it only counts here
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss * engine.world_size)
 
 
 def step(engine: DeepSpeedEngine) -> float:

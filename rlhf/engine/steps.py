@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from rlhf.engine import checkpoints
-from rlhf.engine.distributed import device, sum_over_ranks
+from rlhf.engine.partition import any_rank
 from rlhf.job import Job
 
 
@@ -37,7 +37,7 @@ class Steps:
         """Whether to save after step `number`, the same on all ranks, which must all call it. After the last step outputs are written."""
         if number + 1 == self.total:
             return False
-        self.stopping = sum_over_ranks({"asked": self.asked}, device(self.job))["asked"] > 0
+        self.stopping = any_rank(self.asked)
         return self.stopping or (number + 1) % self.every == 0
 
     def _ask(self, _number: int, _frame: object) -> None:

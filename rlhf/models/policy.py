@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlhf.config.training import BuiltBase
+from rlhf.data.batches import Packed
 from rlhf.errors import UserError
+from rlhf.models.attention import attend_to_pieces
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# the one that takes packed rows' masks as they are; a family without it (GPT-J, BLOOM, MPT) would read them as something else, unnoticed
+# the one that rlhf.models.attention goes back to; a family without it (GPT-J, BLOOM, MPT) cannot take packed rows
 ATTENTION = "sdpa"
 
 
@@ -25,7 +28,7 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
     facts up form late or, with some seeds, not at all (LOG.md).
     """
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=params.hidden_size,
@@ -41,6 +44,8 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    attend_to_pieces(model)
+    return model
 
 
 def load_policy(folder: Path, precision: str) -> PreTrainedModel:
@@ -80,9 +85,19 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
         raise UserError(
             f"{folder}: cannot be {purpose}: no weights for {', '.join(lacking[:3])}", remedy="give a folder with a whole model"
         )
+    attend_to_pieces(model)
     disable_dropout(model)
     model.config.use_cache = False
     return model
+
+
+def logits_at(model: Any, packed: Packed, places: Tensor) -> Tensor:
+    """Logits (n, V) at n places of a packed row alone: the output layer, often the largest of all, computes no others.
+
+    Args:
+        model: a causal language model, or the engine that trains it.
+    """
+    return model(**packed.inputs, logits_to_keep=places, use_cache=False).logits[0]
 
 
 def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:

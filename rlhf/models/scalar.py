@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Inputs of a Hugging Face model (R, C) → one value per token, flattened (R·C,), fp32."""
+    def forward(self, **inputs: Any) -> Tensor:
+        """Inputs of a Hugging Face model (B, T) → one value per token, flattened (B·T,), fp32."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.head(hidden).flatten().float()
 

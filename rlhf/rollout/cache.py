@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.data.batches import Packed
+from rlhf.models import attention
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
@@ -34,7 +34,7 @@ class SlotCache:
     def __init__(self, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
         self.layers: list[Layer] = []  # (slots, H, capacity, D) each
-        self.fresh: list[Layer] | None = None  # (R, H, C, D) each, while prompts are read
+        self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
         self.width = 0  # columns that a decoding step reads
 
@@ -97,10 +97,10 @@ class SlotCache:
 
 
 def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
-    """The keys and values (H, T, D) of one sequence, in all layers' (R, H, C, D) of packed rows."""
-    row, start = divmod(int(packed.places[number, 0]), packed.ids.shape[1])
+    """The keys and values (H, T, D) of one sequence, in all layers' (1, H, N, D) of a packed row."""
+    start = int(packed.places[number, 0])
     end = start + int(packed.lengths[number])
-    return [(keys[row, :, start:end], values[row, :, start:end]) for keys, values in layers]
+    return [(keys[0, :, start:end], values[0, :, start:end]) for keys, values in layers]
 
 
 @contextmanager
@@ -130,10 +130,10 @@ def attend(
     And each span of slots has its own width.
 
     Args:
-        spans: first slot of each and its width; None: prompts are read, which goes the usual way.
+        spans: first slot of each and its width; None: prompts are read, piece by piece.
     """
     if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return attention.attend(module, query, key, value, attention_mask, **options)
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, width)
     found = torch.empty_like(grouped)

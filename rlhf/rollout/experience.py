@@ -63,24 +63,24 @@ class Experience:
 
 @dataclass(frozen=True)
 class Layout:
-    """Answers laid out for a forward pass: packed rows, and where each answer token's prediction stands in them."""
+    """Answers laid out for a forward pass: a packed row, and where each answer token's prediction stands in it."""
 
     packed: Packed
-    before: Tensor  # (N,) flat index of the token before each answer token; its output predicts it
-    targets: Tensor  # (N,) the answer tokens
-    valid: Tensor  # (B, A) bool: which cells the N tokens fill, row by row
+    before: Tensor  # (n,) place of the token before each answer token; its output predicts it
+    targets: Tensor  # (n,) the answer tokens
+    valid: Tensor  # (B, A) bool: which cells the n tokens fill, row by row
 
     @classmethod
-    def of(cls, sequences: list[list[int]], prompt_lengths: Tensor, mask: Tensor, pad_id: int) -> Layout:
+    def of(cls, sequences: list[list[int]], prompt_lengths: Tensor, mask: Tensor) -> Layout:
         """Of prompts with their answers; mask (B, A) is 1 on answer tokens."""
-        packed = pack(sequences, pad_id, mask.device)
+        packed = pack(sequences, mask.device)
         valid = mask.bool()
         row, step = valid.nonzero(as_tuple=True)
         token = prompt_lengths[row] + step  # number of each answer token in its sequence
-        return cls(packed, packed.places[row, token - 1], packed.ids.flatten()[packed.places[row, token]], valid)
+        return cls(packed, packed.places[row, token - 1], packed.ids[0, packed.places[row, token]], valid)
 
     def fill(self, values: Tensor) -> Tensor:
-        """One number per answer token (N,) → (B, A), 0 beyond each answer's end."""
+        """One number per answer token (n,) → (B, A), 0 beyond each answer's end."""
         cells = torch.zeros(self.valid.shape, device=values.device)
         cells[self.valid] = values
         return cells

@@ -158,18 +158,10 @@ class _Batch:
         self._draw(logits, first)
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
-        packed = pack(prompts, self.pad_id, self.device)
-
-        def last_tokens(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            """Each prompt's last hidden state, (R, C, E) → (1, B, E): logits of all the others would fill the memory."""
-            return (inputs[0].flatten(0, 1)[packed.last][None],)
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(last_tokens)
-        try:
-            with self.cache.reading() as layers:
-                logits = self.model(**packed.inputs, past_key_values=self.cache, use_cache=True).logits[0]
-        finally:
-            hook.remove()
+        packed = pack(prompts, self.device)
+        with self.cache.reading() as layers:
+            read = self.model(**packed.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=packed.last)
+        logits = read.logits[0]
         for number, prompt in enumerate(prompts):
             self.read[prompt] = _Prompt(parts_of(packed, layers, number), logits[number])
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
 from rlhf.engine import output
-from rlhf.engine.distributed import start
+from rlhf.engine.distributed import layout, start
 from rlhf.engine.partition import shape
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
@@ -40,7 +40,7 @@ def main(job: Job) -> None:
         "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "loss": history[-1]["loss"] if history else None,
-        "heldout_perplexity": perplexity(model.eval().to(device), rows, tokenizer.pad_token_id, 32) if rows else None,
+        "heldout_perplexity": perplexity(model.eval().to(device), rows, layout(job).micro_batch_tokens) if rows else None,
     }
     output.save(job, model, tokenizer, job.output("models/base"))
     if job.is_main:
@@ -60,7 +60,7 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
         )
     model = build_policy(params, tokenizer, job.seed("weights"))
     job.say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(rows):,} rows of {params.max_tokens} tokens")
-    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params, tokenizer.pad_token_id)
+    history = fit(job, model, [(row, [1] * len(row)) for row in rows], params)
     return model, tokenizer, history
 
 

@@ -12,16 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms.dpo import dpo_loss
 from rlhf.config.training import Dpo, peak
-from rlhf.data.batches import Order, encode_dialogues, pack, pad_rows
+from rlhf.data.batches import Order, encode_dialogues, pack
 from rlhf.engine import checkpoints, divergence, output
-from rlhf.engine.distributed import gather, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, equal_micro_batches, gather, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.partition import born
 from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models import lora
-from rlhf.models.policy import check_length, load_policy
+from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.tensors import token_log_probs
 
@@ -39,7 +39,7 @@ def main(job: Job) -> None:
     check_length(policy, params.max_tokens, "dpo.max_tokens")
     adapters = lora.attach(policy, params.lora, "models/sft", "dpo.lora", job)
     reference = lora.reference(adapters, job, job.input("models/sft"), device) if params.reference == "live" else None
-    history = fit(job, policy, reference, pairs, tokenizer.pad_token_id)
+    history = fit(job, policy, reference, pairs)
     output.save(job, policy, tokenizer, job.output("models/dpo"), adapters)
     if job.is_main:
         counts = {"steps": len(history), "pairs": len(pairs), "too_long": too_long}
@@ -71,13 +71,13 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, An
     return list(zip(sides[::2], sides[1::2], strict=True))
 
 
-def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair], pad_id: int) -> list[dict[str, float]]:
+def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair]) -> list[dict[str, float]]:
     """Train the policy in place; returns a row per step for the plot."""
     params = job.params.dpo
     order = Order(len(pairs), params.batch_size, job.seed("order"))
     total = order.steps(params.epochs)
-    engine = train_engine(policy, peak(params.optimizer, params.lora), job, "policy", params.batch_size, total)
-    before = torch.tensor(reference_before_training(job, engine, pairs, pad_id), device=engine.device)  # (pairs, 2)
+    engine = train_engine(policy, peak(params.optimizer, params.lora), job, "policy", total)
+    before = torch.tensor(reference_before_training(job, engine, pairs), device=engine.device)  # (pairs, 2)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
     steps = Steps(job, state["step"], total, params.checkpoint_every)
@@ -85,22 +85,19 @@ def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pai
         started = time.perf_counter()
         batch = order.batch(number)
         mine = share(batch, job, "dpo.batch_size")
-        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_reward": 0.0, "rejected_reward": 0.0}
-        for rows in micro_batches(mine, layout(job).micro_batch_size):
+        sums: dict[str, Tensor] = {}
+        parts = equal_micro_batches(mine, lambda row: tokens_of_pair(pairs[row]), job)
+        for number_of_part, rows in enumerate(parts, start=1):
             micro = [pairs[i] for i in rows]
             if reference is None:
                 known = before[rows, 0], before[rows, 1]
             else:
                 with reference() as model, torch.no_grad():
-                    known = pair_log_probs(model, micro, pad_id)
-            loss, stats = dpo_loss(
-                pair_log_probs(engine, micro, pad_id), known, params.loss, params.beta, params.label_smoothing, len(batch)
-            )
-            backward(engine, loss)
-            sums["loss"] += loss.item()
-            for name, value in stats.items():
-                sums[name] += value.item() / len(batch)
-        means = {**sum_over_ranks(sums, engine.device), "grad_norm": step(engine)}
+                    known = pair_log_probs(model, micro)
+            loss, stats = dpo_loss(pair_log_probs(engine, micro), known, params.loss, params.beta, params.label_smoothing, len(batch))
+            backward(engine, loss, last=number_of_part == len(parts))
+            add(sums, {"loss": loss, **{name: value.double() / len(batch) for name, value in stats.items()}})
+        means = {**sum_over_ranks(sums), "grad_norm": step(engine)}
         divergence.check(job, number + 1, means, {})
         history.append({"step": number + 1, **means})
         speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
@@ -110,47 +107,53 @@ def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pai
     return history
 
 
-def reference_before_training(job: Job, engine: Any, pairs: Sequence[Pair], pad_id: int) -> list[tuple[float, float]]:
+def reference_before_training(job: Job, engine: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
     """The reference's log-probabilities of all pairs, chosen and rejected, where they are not computed as they are needed.
 
     The policy itself gives them, before its first step: it is still sft's. The ranks share the pairs.
     """
     if job.params.dpo.reference != "precomputed":
         return [(0.0, 0.0)] * len(pairs)
-    return gather(log_probs_of(engine, pairs[job.rank :: job.world_size], pad_id, layout(job).micro_batch_size), job)
+    even = [*pairs, *pairs[: -len(pairs) % job.world_size]]  # as many on each rank
+    mine = range(len(even))[job.rank :: job.world_size]
+    found = dict[int, tuple[float, float]]()
+    for rows in equal_micro_batches(mine, lambda row: tokens_of_pair(even[row]), job):
+        found |= zip(rows, log_probs_of(engine, [even[row] for row in rows]), strict=True)
+    return gather([found[row] for row in mine], job)[: len(pairs)]
+
+
+def tokens_of_pair(pair: Pair) -> int:
+    return sum(len(ids) for ids, _ in pair)
 
 
 @torch.no_grad()
-def log_probs_of(model: Any, pairs: Sequence[Pair], pad_id: int, batch_size: int) -> list[tuple[float, float]]:
-    """Log-probabilities of the chosen and the rejected answer of each pair, in the order given."""
+def log_probs_of(model: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+    """Log-probabilities of the chosen and the rejected answer of each pair, for measuring; one forward pass."""
     training = model.training
     model.eval()
-    found: list[tuple[float, float]] = []
-    for micro in micro_batches(pairs, batch_size):
-        chosen, rejected = pair_log_probs(model, micro, pad_id)
-        found += zip(chosen.tolist(), rejected.tolist(), strict=True)
+    chosen, rejected = pair_log_probs(model, pairs)
     model.train(training)
-    return found
+    return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
 
-def pair_log_probs(model: Any, pairs: Sequence[Pair], pad_id: int) -> tuple[Tensor, Tensor]:
+def pair_log_probs(model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Σ log p(token) over the answer's tokens, chosen and rejected, each (B,); one forward pass for both."""
     sides = [side for pair in pairs for side in pair]
-    packed = pack([ids for ids, _ in sides], pad_id, model.device, together=2)
-    row, token = pad_rows([mask for _, mask in sides], 0, model.device).nonzero(as_tuple=True)
-    logits = model(**packed.inputs).logits.flatten(0, 1)[packed.places[row, token - 1]]
-    log_probs = token_log_probs(logits, packed.ids.flatten()[packed.places[row, token]])
-    sums = torch.zeros(len(sides), device=model.device).index_add(0, row, log_probs)
+    packed = pack([ids for ids, _ in sides], model.device, together=2)
+    wanted = packed.predictions([mask for _, mask in sides])
+    log_probs = token_log_probs(logits_at(model, packed, wanted.places), wanted.targets)
+    sums = torch.zeros(len(sides), device=model.device).index_add(0, wanted.rows, log_probs)
     return sums[::2], sums[1::2]
 
 
-def implicit_accuracy(
-    policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, pad_id: int, batch_size: int
-) -> float:
-    """Share of pairs whose chosen answer has the higher implicit reward."""
-    after = log_probs_of(policy, pairs, pad_id, batch_size)
-    before = log_probs_of(reference, pairs, pad_id, batch_size) if params.reference != "none" else [(0.0, 0.0)] * len(pairs)
-    return sum(c - known_c > r - known_r for (c, r), (known_c, known_r) in zip(after, before, strict=True)) / len(pairs)
+def implicit_accuracy(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, tokens: int) -> float:
+    """Share of pairs whose chosen answer has the higher implicit reward; so many tokens to a forward pass."""
+    higher = 0
+    for part in micro_batches(pairs, tokens_of_pair, tokens):
+        after = log_probs_of(policy, part)
+        before = log_probs_of(reference, part) if params.reference != "none" else [(0.0, 0.0)] * len(part)
+        higher += sum(c - known_c > r - known_r for (c, r), (known_c, known_r) in zip(after, before, strict=True))
+    return higher / len(pairs)
 
 
 if __name__ == "__main__":

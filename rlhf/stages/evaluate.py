@@ -24,7 +24,7 @@ from rlhf.engine import output
 from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora
-from rlhf.models.policy import load_policy
+from rlhf.models.policy import load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
@@ -62,7 +62,7 @@ def main(job: Job) -> None:
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
         "win_rate": {**win_rate(job, scores), "judge": judge.name},
         "reward_model": reward_model,
-        "kl": kl(job, policies, rollouts[new], tokenizer),
+        "kl": kl(job, policies, rollouts[new]),
         "perplexity": perplexities(job, policies, tokenizer),
         "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
@@ -141,7 +141,7 @@ def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase) -> Judge:
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
     second = reward.new_scalar(job, tokenizer, "judge")
     adapters = lora.attach(second.model, params.lora, "models/base", "evaluate.judge.lora", job)
-    reward.fit(job, second, pairs, params, tokenizer.pad_token_id)
+    reward.fit(job, second, pairs, params)
     name = f"second reward model, trained on {len(pairs)} held-out pairs"
     return Judge(name, lambda rows, answers: reward_scores(second, tokenizer, rows, answers, job), second, adapters)
 
@@ -158,7 +158,7 @@ def reward_scores(
         encode_dialogue(tokenizer, [*row["prompt"], {"role": "assistant", "content": text}])[0]
         for row, text in zip(rows, answers, strict=True)
     ]
-    return reward.score(model, ids, tokenizer.pad_token_id, layout(job).micro_batch_size)
+    return reward.score(model, ids, layout(job).micro_batch_tokens)
 
 
 # --------------------------------------------------------------------------------------------------------------- numbers
@@ -172,7 +172,7 @@ def measure_reward_model(
     model = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision).eval().to(device)
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
     pairs = pairs[: job.params.evaluate.pairs]
-    scores = reward.score_pairs(model, pairs, tokenizer.pad_token_id, layout(job).micro_batch_size)
+    scores = reward.score_pairs(model, pairs, layout(job).micro_batch_tokens)
     given = {name: reward_scores(model, tokenizer, prompts, answers[name], job) for name in answers}
     means = {name: statistics.fmean(values) for name, values in given.items()}
     rise = bootstrap(job, np.array(given["ppo"]) - np.array(given["sft"]))
@@ -183,8 +183,8 @@ def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, polici
     """Accuracy of DPO's implicit reward on held-out pairs."""
     pairs, _ = dpo.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl")
     pairs = pairs[: job.params.evaluate.pairs]
-    sizes = {"pad_id": tokenizer.pad_token_id, "batch_size": layout(job).micro_batch_size}
-    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, **sizes), "n": len(pairs)}
+    tokens = layout(job).micro_batch_tokens
+    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, tokens), "n": len(pairs)}
 
 
 def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
@@ -217,17 +217,15 @@ def bootstrap(job: Job, values: np.ndarray) -> list[float]:
 
 
 @torch.no_grad()
-def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> float:
+def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts) -> float:
     """Mean over the new policy's answers of log p(answer) − log p_sft(answer), in nats, at the sampling temperature."""
     total = 0.0
     rows = list(zip(rollouts.prompts, rollouts.answers, strict=True))
-    for part in micro_batches(rows, layout(job).micro_batch_size):
-        packed = pack([prompt + ids for prompt, ids in part], tokenizer.pad_token_id, policies["sft"].device)
-        answered = packed.spread([[0] * len(prompt) + [1] * len(ids) for prompt, ids in part])[:, 1:].bool()
+    for part in micro_batches(rows, lambda row: len(row[0]) + len(row[1]), layout(job).micro_batch_tokens):
+        packed = pack([prompt + ids for prompt, ids in part], policies["sft"].device)
+        answered = packed.predictions([[0] * len(prompt) + [1] * len(ids) for prompt, ids in part])
         log_probs = {
-            name: token_log_probs(
-                model(**packed.inputs).logits[:, :-1][answered], packed.ids[:, 1:][answered], job.params.evaluate.temperature
-            )
+            name: token_log_probs(logits_at(model, packed, answered.places), answered.targets, job.params.evaluate.temperature)
             for name, model in policies.items()
         }
         total += (log_probs[job.params.algorithm] - log_probs["sft"]).sum().item()
@@ -239,7 +237,7 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
     limit = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
     texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
     rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    values = {name: perplexity(model, rows, tokenizer.pad_token_id, layout(job).micro_batch_size) for name, model in policies.items()}
+    values = {name: perplexity(model, rows, layout(job).micro_batch_tokens) for name, model in policies.items()}
     return {**values, "ratio": values[job.params.algorithm] / values["sft"]}
 
 

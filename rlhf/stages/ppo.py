@@ -7,9 +7,10 @@ Each step: 1. rollout, 2. scoring, 3. rewards and advantages, 4. updates. The ar
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +22,21 @@ from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config.training import Ppo
 from rlhf.data.batches import Order, decode_answer, pack
 from rlhf.engine import checkpoints, divergence, output
-from rlhf.engine.distributed import check_even, gather, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, check_even, equal_micro_batches, gather, share, start, sum_over_ranks
 from rlhf.engine.setup import backward, step_together
+from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, run
 from rlhf.models import lora
+from rlhf.models.policy import logits_at
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
-from rlhf.stages.ppo_setup import Clock, Models, Records, load_models, read_prompts, read_texts, updates_per_step
-from rlhf.tensors import entropy, mask_from_lengths, token_log_probs
+from rlhf.stages.ppo_setup import Models, Records, Report, load_models, read_prompts, read_texts, updates_per_step
+from rlhf.tensors import log_probs_and_entropy, mask_from_lengths, token_log_probs
 
 MAX_RATIO_ERROR = 1e-3  # of the first mini-batch after a rollout, in fp32: rounding alone stays a hundred times below
 
@@ -55,14 +58,14 @@ def main(job: Job) -> None:
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
     records = Records(job, state.get("records_bytes", 0))
+    report = Report(job, models, device)
 
     steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
     for step in steps:
-        clock = Clock()
+        clock = Clock(device)
         picked = share(order.batch(step), job, "ppo.rollout_batch_size")
         # 1. rollout
-        rollouts = roll_out(job, models, [prompts[i]["ids"] for i in picked], step)
-        clock.stop("generation")
+        rollouts = roll_out(job, models, [prompts[i]["ids"] for i in picked], step, clock)
         # 2. scores, reference log-probabilities, values: each rank its answers, then all of them on every rank
         experience = Experience.of(gather(score(job, models, rollouts), job), device)
         clock.stop("scoring")
@@ -77,7 +80,11 @@ def main(job: Job) -> None:
         controller.update(stats["kl"], params.rollout_batch_size)
 
         history.append({"step": step + 1, **stats})
-        job.log(step + 1, params.steps, {**stats, **clock.report(experience.mask.sum().item())})
+        done = int(stats["updates"])
+        learnt = [row for index in itertools.islice(mini_batches(job, len(experience.sequences), step), done) for row in index]
+        texts_learnt = [text for batch in passages[:done] for text in batch]
+        cost = report.of(clock, experience, learnt, texts_learnt, actor_learns=step >= params.critic_warmup_steps)
+        job.log(step + 1, params.steps, {**stats, **cost})
         records.add(
             {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, ids[length:]), "kl": kl, "score": value}
             for i, ids, length, kl, value in zip(
@@ -105,47 +112,51 @@ def main(job: Job) -> None:
 # ---------------------------------------------------------------------------------------------------------------- a step
 
 
-def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int) -> Rollouts:
+def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int, clock: Clock) -> Rollouts:
     params = job.params.ppo
     sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
     seeds = [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(len(prompts))]
     ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
     rollout = job.params.launch.rollout
     with policy_weights(models.actor, rollout.gather) as (actor, together):
-        return generate(actor, prompts, seeds, sampling, **ids, slots=rollout.slots, policy_version=step, together=together)
+        clock.stop("switching")
+        rollouts = generate(actor, prompts, seeds, sampling, **ids, slots=rollout.slots, policy_version=step, together=together)
+        clock.stop("generation")
+    clock.stop("switching")
+    return rollouts
 
 
 @torch.no_grad()
 def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
     """What the frozen models and the critic say of each answer of this rank."""
     params, device = job.params.ppo, models.actor.device
-    scored = []
+    scored: dict[int, Scored] = {}
     models.critic.eval()
-    for index in micro_batches(range(len(rollouts.answers)), layout(job).micro_batch_size):
+    numbers = range(len(rollouts.answers))
+    for index in equal_micro_batches(numbers, lambda i: len(rollouts.prompts[i]) + len(rollouts.answers[i]), job):
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
         prompt_lengths = torch.tensor([len(rollouts.prompts[i]) for i in index], device=device)
         lengths = [len(rollouts.answers[i]) for i in index]
-        at = Layout.of(sequences, prompt_lengths, mask_from_lengths(torch.tensor(lengths, device=device), max(lengths)), models.pad_id)
+        at = Layout.of(sequences, prompt_lengths, mask_from_lengths(torch.tensor(lengths, device=device), max(lengths)))
         with models.reference() as model:
-            reference = answer_log_probs(model, at, params.temperature)[0].cpu()
+            reference = answer_log_probs(model, at, params.temperature).cpu()
         values = answer_values(models.critic, at).cpu()
         raw = models.reward(**at.packed.inputs)[at.packed.last]
         scores = ((raw - models.reward.mean) / models.reward.std).tolist()
         # decoding and training round differently in half precision, and the ratio must start at 1
         exact = job.params.launch.precision == "fp32"
-        again = None if exact else answer_log_probs(models.actor.module, at, params.temperature)[0].cpu()
+        again = None if exact else answer_log_probs(models.actor.module, at, params.temperature).cpu()
         for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
             log_probs = torch.tensor(rollouts.log_probs[i]) if again is None else again[row, :length]
             said = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
-            scored.append(Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row], *said))
+            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row], *said)
     models.critic.train()
-    return scored
+    return [scored[i] for i in numbers]
 
 
-def answer_log_probs(model: Any, at: Layout, temperature: float, *, learn_entropy: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer token (B, A), 0 beyond the end; and each prediction's entropy (N,), with gradient where wanted."""
-    logits = model(**at.packed.inputs).logits.flatten(0, 1)[at.before]
-    return at.fill(token_log_probs(logits, at.targets, temperature)), entropy(logits if learn_entropy else logits.detach(), temperature)
+def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:
+    """Log-probability of each answer token (B, A), 0 beyond the end."""
+    return at.fill(token_log_probs(logits_at(model, at.packed, at.before), at.targets, temperature))
 
 
 def answer_values(critic: Any, at: Layout) -> Tensor:
@@ -201,10 +212,10 @@ class Part:
     returns: Tensor
 
     @classmethod
-    def of(cls, e: Experience, targets: Targets, index: Sequence[int], pad_id: int) -> Part:
+    def of(cls, e: Experience, targets: Targets, index: Sequence[int]) -> Part:
         rows = list(index)
         mask = e.mask[rows]
-        at = Layout.of([e.sequences[i] for i in rows], e.prompt_lengths[rows], mask, pad_id)
+        at = Layout.of([e.sequences[i] for i in rows], e.prompt_lengths[rows], mask)
         return cls(at, mask, e.log_probs[rows], e.values[rows], targets.advantages[rows], targets.returns[rows])
 
 
@@ -218,7 +229,7 @@ def update(
     job: Job, models: Models, experience: Experience, targets: Targets, passages: list[list[list[int]]], step: int
 ) -> dict[str, float]:
     """Several passes over the rollout batch; stops early once the policy has moved too far from the one that sampled."""
-    params, device = job.params.ppo, models.actor.device
+    params = job.params.ppo
     train_actor = step >= params.critic_warmup_steps
     totals: dict[str, float] = {}
     tokens_seen = updates = 0.0
@@ -227,18 +238,21 @@ def update(
     for number, index in enumerate(mini_batches(job, len(experience.sequences), step)):
         tokens = experience.mask[index].sum().item()
         mine = share(index, job, "ppo.mini_batch_size")
-        parts = micro_batches(mine, layout(job).micro_batch_size)
+        parts = equal_micro_batches(mine, lambda row: len(experience.sequences[row]), job)
         texts = passages[number] if passages else []
         text_tokens = sum(len(text) - 1 for text in texts)
-        sums: dict[str, float] = {}
+        sums: dict[str, Tensor] = {}
+        ratios: list[Tensor] = []
         for i, rows in enumerate(parts):
-            part = Part.of(experience, targets, rows, models.pad_id)
+            part = Part.of(experience, targets, rows)
+            last = i + 1 == len(parts)
             if train_actor:
                 own_texts = share(texts, job, "ppo.mixture_batch_size")[i :: len(parts)]
-                stats, ratio = actor_step(job, models, part, tokens, own_texts, text_tokens)
+                stats, ratio = actor_step(job, models, part, tokens, own_texts, text_tokens, last=last)
                 add(sums, stats)
-                ratio_max = max(ratio_max, ratio, key=lambda value: abs(value - 1))
-            add(sums, critic_step(job, models, part, tokens))
+                ratios.append(ratio)
+            add(sums, critic_step(job, models, part, tokens, last=last))
+        ratio_max = max(ratio_max, *torch.stack(ratios).tolist(), key=lambda value: abs(value - 1)) if ratios else ratio_max
         trained = {"critic_grad_norm": models.critic} | ({"actor_grad_norm": models.actor} if train_actor else {})
         found = dict(zip(trained, step_together(job, list(trained.values())), strict=True))
         norms |= {name: max(norms[name], norm) for name, norm in found.items()}
@@ -246,8 +260,9 @@ def update(
             models.ema.update(models.actor.module)
         if number == 0 and train_actor:
             ratio_error = abs(ratio_max - 1)
-        means = sum_over_ranks(sums, device)
-        add(totals, means)
+        means = sum_over_ranks(sums)
+        for name, value in means.items():
+            totals[name] = totals.get(name, 0.0) + value
         tokens_seen, updates = tokens_seen + tokens, updates + 1
         if means.get("approx_kl", 0.0) / tokens > params.max_approx_kl:
             break
@@ -283,48 +298,46 @@ def mini_batches(job: Job, count: int, step: int) -> Iterator[list[int]]:
     for epoch in range(job.params.ppo.epochs):
         order = list(range(count))
         job.random("mini-batches", step, epoch).shuffle(order)
-        yield from micro_batches(order, job.params.ppo.mini_batch_size)
-
-
-def add(sums: dict[str, float], more: Mapping[str, float]) -> None:
-    for name, value in more.items():
-        sums[name] = sums.get(name, 0.0) + value
+        size = job.params.ppo.mini_batch_size
+        yield from (order[first : first + size] for first in range(0, count, size))
 
 
 def actor_step(
-    job: Job, models: Models, part: Part, tokens: float, texts: list[list[int]], text_tokens: int
-) -> tuple[dict[str, float], float]:
+    job: Job, models: Models, part: Part, tokens: float, texts: list[list[int]], text_tokens: int, *, last: bool
+) -> tuple[dict[str, Tensor], Tensor]:
     """Gradient of the policy loss, and of the mixture loss, on one micro-batch.
 
     Args:
         tokens, text_tokens: counted tokens of the whole global mini-batch and of its mixture text.
+        last: micro-batch of the mini-batch.
 
     Returns:
         sums to log; the ratio that is furthest from 1
     """
     params, actor = job.params.ppo, models.actor
-    log_probs, entropies = answer_log_probs(actor, part.at, params.temperature, learn_entropy=params.entropy_coefficient > 0)
+    logits = logits_at(actor, part.at.packed, part.at.before)
+    found, entropies = log_probs_and_entropy(logits, part.at.targets, params.temperature)
+    log_probs = part.at.fill(found)
     policy = ppo.policy_loss(log_probs, part.log_probs, part.advantages, part.mask, params.policy_clip, params.dual_clip, tokens)
-    loss, sums = policy.loss, {"policy_loss": policy.loss.item(), "entropy": entropies.sum().item()}
+    loss, sums = policy.loss, {"policy_loss": policy.loss, "entropy": entropies.sum()}
     if params.entropy_coefficient:
         loss = loss - params.entropy_coefficient * entropies.sum() / tokens
     if texts:
-        packed = pack(texts, models.pad_id, actor.device)
-        counted = packed.spread([[0] + [1] * (len(text) - 1) for text in texts])
-        mixture = next_token_loss(actor(**packed.inputs).logits, packed.ids, counted, text_tokens)
+        packed = pack(texts, actor.device)
+        wanted = packed.predictions([[1] * len(text) for text in texts])
+        mixture = next_token_loss(logits_at(actor, packed, wanted.places), wanted.targets, text_tokens)
         loss = loss + params.mixture_coefficient * mixture
-        sums["mixture_loss"] = mixture.item()
-    backward(actor, loss)
+        sums["mixture_loss"] = mixture
+    backward(actor, loss, last=last)
     ratio = ((log_probs.detach() - part.log_probs) * part.mask).exp()
-    furthest = ratio.flatten()[(ratio - 1).abs().argmax()].item()
-    return {**sums, **{name: value.item() for name, value in policy.sums.items()}}, furthest
+    return {**sums, **policy.sums}, ratio.flatten()[(ratio - 1).abs().argmax()]
 
 
-def critic_step(job: Job, models: Models, part: Part, tokens: float) -> dict[str, float]:
+def critic_step(job: Job, models: Models, part: Part, tokens: float, *, last: bool) -> dict[str, Tensor]:
     values = answer_values(models.critic, part.at)
     value = ppo.value_loss(values, part.values, part.returns, part.mask, job.params.ppo.value_clip, tokens)
-    backward(models.critic, value.loss)
-    return {"value_loss": value.loss.item(), **{name: sum_.item() for name, sum_ in value.sums.items()}}
+    backward(models.critic, value.loss, last=last)
+    return {"value_loss": value.loss, **value.sums}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Around stage ppo: its data, its models, its file of rollouts and its clock."""
+"""Around stage ppo: its data, its models, its file of rollouts and the report of a step."""
 
 from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.training import Ppo, peak
 from rlhf.data.batches import encode_dialogues
+from rlhf.engine.distributed import gather
 from rlhf.engine.ema import Ema
 from rlhf.engine.partition import born, written
 from rlhf.engine.setup import frozen, settings, train_engine
+from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models import lora
-from rlhf.models.policy import check_length, load_policy
+from rlhf.models.policy import DTYPES, check_length, load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.rollout.experience import Experience
 
 
 @dataclass
@@ -83,10 +85,10 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
         actor = load_policy(job.input("models/sft"), precision)
     check_length(actor, params.max_prompt_tokens + params.max_answer_tokens, "ppo.max_prompt_tokens + ppo.max_answer_tokens")
     adapters = lora.attach(actor, params.actor_lora, "models/sft", "ppo.actor_lora", job)
-    engine = train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", params.mini_batch_size, max(1, updates - warmup))
+    engine = train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", max(1, updates - warmup))
     return Models(
         actor=engine,
-        critic=train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.mini_batch_size, updates),
+        critic=train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", updates),
         reference=lora.reference(adapters, job, job.input("models/sft"), device),
         reward=reward,
         adapters=adapters,
@@ -113,20 +115,36 @@ class Records:
             self.bytes = self.path.stat().st_size
 
 
-class Clock:
-    """Seconds and shares of the phases of a step."""
+class Report:
+    """What a step cost, for the log alone."""
 
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+    def __init__(self, job: Job, models: Models, device: torch.device) -> None:
+        self.job, self.device = job, device
+        self.rate = matrix_rate(device, DTYPES[job.params.launch.precision]) * job.world_size
+        with models.reference() as reference:
+            scoring = [Products.of(reference), Products.of(models.critic.module), Products.of(models.reward)]
+        # in half precision the actor says anew what it thinks of its answers
+        self.scoring = scoring if job.params.launch.precision == "fp32" else [*scoring, Products.of(models.actor.module)]
+        self.actor, self.critic = Products.of(models.actor.module), Products.of(models.critic.module)
 
-    def stop(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = now - self.last
-        self.last = now
+    def of(self, clock: Clock, e: Experience, rows: Sequence[int], texts: Sequence[list[int]], *, actor_learns: bool) -> dict[str, float]:
+        """Seconds and tokens per second of the phases, the share of the machine's rate that all their products come to, and memory.
 
-    def report(self, tokens: float) -> dict[str, float]:
-        total = sum(self.seconds.values())
-        shares = {f"{phase}_share": seconds / total for phase, seconds in self.seconds.items()}
-        speeds = {f"{phase}_tokens_per_second": tokens / self.seconds[phase] for phase in ("generation", "training")}
-        return {"seconds": total, **shares, **speeds}
+        All ranks must call it.
+
+        Args:
+            rows: of the experience, as often as they were learnt from.
+            texts: that were learnt from.
+        """
+        sizes, answers = [len(sequence) for sequence in e.sequences], e.mask.sum(-1).tolist()
+        tokens, answer_tokens, text_tokens = sum(sizes), sum(answers), sum(map(len, texts))
+        learnt, learnt_answers = sum(sizes[row] for row in rows), sum(answers[row] for row in rows)
+        operations = [model.forward(tokens, answer_tokens) for model in (self.actor, *self.scoring)]
+        operations.append(self.critic.training(learnt))
+        if actor_learns:
+            operations.append(self.actor.training(learnt + text_tokens, learnt_answers + text_tokens))
+        return {
+            **clock.report({"generation": answer_tokens, "scoring": tokens, "training": learnt + text_tokens}),
+            "flops_utilisation": sum(operations) / clock.total / self.rate,
+            "peak_memory_gib": max(gather([peak_memory(self.device)], self.job)),
+        }

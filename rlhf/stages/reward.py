@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config.training import Reward, peak
 from rlhf.data.batches import Order, encode_dialogues, pack
 from rlhf.engine import checkpoints, divergence, output
-from rlhf.engine.distributed import layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, equal_micro_batches, layout, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.partition import born, written
 from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
@@ -36,8 +37,8 @@ def main(job: Job) -> None:
     scalar = new_scalar(job, tokenizer, "head")
     check_length(scalar.model, params.max_tokens, "reward.max_tokens")
     adapters = lora.attach(scalar.model, params.lora, "models/base", "reward.lora", job)
-    history = fit(job, scalar, pairs, params, tokenizer.pad_token_id)
-    chosen, rejected = score_pairs(scalar, held_out, tokenizer.pad_token_id, params.batch_size)
+    history = fit(job, scalar, pairs, params)
+    chosen, rejected = score_pairs(scalar, held_out, layout(job).micro_batch_tokens)
     normalise(scalar, chosen + rejected)
     output.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
     if job.is_main:
@@ -84,12 +85,12 @@ def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[li
     return pairs, len(rows) - len(pairs)
 
 
-def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pad_id: int) -> list[dict[str, float]]:
+def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) -> list[dict[str, float]]:
     """Train a reward model in place; returns a row per step for the plot."""
     lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs] if params.group_by_length else None
     order = Order(len(pairs), params.batch_size, job.seed("order"), lengths)
     total = order.steps(params.epochs)
-    engine = train_engine(scalar, peak(params.optimizer, params.lora), job, "critic", params.batch_size, total)
+    engine = train_engine(scalar, peak(params.optimizer, params.lora), job, "critic", total)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
     steps = Steps(job, state["step"], total, params.checkpoint_every)
@@ -97,17 +98,16 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
         started = time.perf_counter()
         batch = [pairs[i] for i in order.batch(number)]
         mine = share(batch, job, f"{job.stage}.batch_size")
-        sums = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "chosen_score": 0.0, "rejected_score": 0.0}
-        for micro in micro_batches(mine, layout(job).micro_batch_size):
+        sums: dict[str, Tensor] = {}
+        parts = equal_micro_batches(mine, tokens_of_pair, job)
+        for number_of_part, micro in enumerate(parts, start=1):
             # both answers of a pair follow the same prompt: it is computed once
-            packed = pack([ids for pair in micro for ids in pair], pad_id, engine.device, together=2)
+            packed = pack([ids for pair in micro for ids in pair], engine.device, together=2)
             scores = engine(**packed.inputs)[packed.last]
             loss, stats = pairwise_loss(scores[::2], scores[1::2], len(batch))
-            backward(engine, loss)
-            sums["loss"] += loss.item()
-            for name, value in stats.items():
-                sums[name] += value.item() / len(batch)
-        means = {**sum_over_ranks(sums, engine.device), "grad_norm": step(engine)}
+            backward(engine, loss, last=number_of_part == len(parts))
+            add(sums, {"loss": loss, **{name: value.double() / len(batch) for name, value in stats.items()}})
+        means = {**sum_over_ranks(sums), "grad_norm": step(engine)}
         divergence.check(job, number + 1, means, {})
         history.append({"step": number + 1, **means})
         speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
@@ -117,25 +117,32 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, pa
     return history
 
 
+def tokens_of_pair(pair: Pair) -> int:
+    return len(pair[0]) + len(pair[1])
+
+
 @torch.no_grad()
-def score(scalar: ScalarModel, rows: Sequence[list[int]], pad_id: int, batch_size: int, *, together: int = 1) -> list[float]:
+def score(scalar: ScalarModel, rows: Sequence[list[int]], tokens: int, *, together: int = 1) -> list[float]:
     """The raw score of each row of token ids, in the order given.
 
     Args:
-        batch_size: rows of a forward pass, a multiple of `together`.
+        tokens: most of a forward pass.
         together: so many rows, one after the other, begin alike.
     """
     scalar.eval()
     device = next(scalar.parameters()).device
-    scores: list[float] = []
-    for part in micro_batches(rows, batch_size):
-        packed = pack(part, pad_id, device, together=together)
-        scores += scalar(**packed.inputs)[packed.last].tolist()
+    scores = [0.0] * len(rows)
+    blocks = [range(first, first + together) for first in range(0, len(rows), together)]
+    for part in micro_batches(blocks, lambda block: sum(len(rows[i]) for i in block), tokens):
+        index = [i for block in part for i in block]
+        packed = pack([rows[i] for i in index], device, together=together)
+        for i, value in zip(index, scalar(**packed.inputs)[packed.last].tolist(), strict=True):
+            scores[i] = value
     return scores
 
 
-def score_pairs(scalar: ScalarModel, pairs: Sequence[Pair], pad_id: int, batch_size: int) -> tuple[list[float], list[float]]:
-    scores = score(scalar, [ids for pair in pairs for ids in pair], pad_id, 2 * batch_size, together=2)
+def score_pairs(scalar: ScalarModel, pairs: Sequence[Pair], tokens: int) -> tuple[list[float], list[float]]:
+    scores = score(scalar, [ids for pair in pairs for ids in pair], tokens, together=2)
     return scores[::2], scores[1::2]
 
 

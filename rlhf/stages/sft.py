@@ -27,7 +27,7 @@ def main(job: Job) -> None:
         model = load_policy(base, job.params.launch.precision)
     check_length(model, params.max_tokens, "sft.max_tokens")
     adapters = lora.attach(model, params.lora, "models/base", "sft.lora", job)
-    history = fit(job, model, rows, params, tokenizer.pad_token_id)
+    history = fit(job, model, rows, params)
     output.save(job, model, tokenizer, job.output("models/sft"), adapters)
     if job.is_main:
         counts = {"steps": len(history), "rows": len(rows), "too_long": too_long}

@@ -1,0 +1,79 @@
+"""Attention of packed sequences, piece by piece: no work on what a token does not see, and no mask as wide and as high as the row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.data.batches import Piece
+
+NAME = "packed"  # under which transformers' models find `attend`
+
+
+def attend_to_pieces(model: PreTrainedModel) -> None:
+    """Have a model that attends by scaled_dot_product_attention take packed rows.
+
+    Raises:
+        UserError: its attention is its own, and knows nothing of pieces.
+    """
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise UserError(
+            f"a model of type {model.config.model_type} has an attention of its own, which cannot take packed rows",
+            remedy="choose a model of another family (docs/own-model.md)",
+        )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    pieces: Sequence[Piece] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention within the pieces of a packed row: query (1, Q, N, D), key and value (1, H, N, D) → (1, N, Q, D).
+
+    Each group of Q / H heads of queries shares keys and values, which are not repeated for it.
+
+    Args:
+        pieces: of the row, left to right; None: ordinary rows with a mask, which go the usual way.
+    """
+    if pieces is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    # split, not slices: the gradient of each slice would be as large as the row
+    queries, keys, values = (states.split([piece.length for piece in pieces], dim=2) for states in (query, key, value))
+    found = []
+    for number, piece in enumerate(pieces):
+        k, v = keys[number], values[number]
+        mask = None
+        if piece.after is not None:
+            k, v = torch.cat((keys[piece.after], k), dim=2), torch.cat((values[piece.after], v), dim=2)
+            before = pieces[piece.after].length
+            mask = torch.ones(piece.length, before + piece.length, dtype=torch.bool, device=query.device).tril(before)
+        attended = scaled_dot_product_attention(
+            queries[number],
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=options.get("scaling"),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        found.append(attended.transpose(1, 2))
+    return torch.cat(found, dim=1), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # of ordinary rows
