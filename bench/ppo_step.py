@@ -208,6 +208,7 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
         max_completion_length=plan.limit,
         max_steps=job.params.ppo.steps * plan.updates,
         beta=job.params.ppo.kl.coefficient,
+        generation_kwargs={"use_cache": True},  # the loaded model is set to do without
     )
     data = Dataset.from_list([{"prompt": text} for text in texts])
     trainer = RLOOTrainer(policy, scores, settings, data, processing_class=tokenizer, callbacks=[Pausing(pause, plan.updates)])

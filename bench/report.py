@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -11,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clone import machine
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +34,15 @@ def case(name: str, work: Sequence[float], seconds: Sequence[tuple[float, float]
 def write(path: Path, cases: Sequence[Case], **more: Any) -> None:
     """Cases, and what they were measured on."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    found = {"machine": machine(), "versions": versions, "cases": list(cases), **more}
+    found = {"machine": {"processor": _processor(), "cores": os.cpu_count()}, "versions": versions, "cases": list(cases), **more}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    """Its name, where the machine says it."""
+    place = Path("/proc/cpuinfo")
+    lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(cases: Sequence[Case]) -> Table:
