@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ from typing import Annotated
 import reference_ppo as reference
 import torch
 import typer
-from report import Case, case, console, table, write
+from report import Case, case, collect, console, table, write
 from rich.table import Table
 from transformers import PreTrainedModel
 from workload import LONGEST, MODELS, SHORTEST, make_model, make_tokenizer, planned_lengths, read_pairs
@@ -52,18 +53,17 @@ def main(
         torch.set_num_threads(threads)
         console().print(phases(pairs, slots))
         return
-    found = cases(pairs, (LIMITS[0],) if quick else LIMITS, 3 if quick else rounds, threads, slots)
+    found = collect(cases(pairs, (LIMITS[0],) if quick else LIMITS, 3 if quick else rounds, threads, slots))
     console().print(table(found))
     if output:
         write(output, found)
 
 
-def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int, slots: int = PROMPTS) -> list[Case]:
+def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int, slots: int = PROMPTS) -> Iterator[Case]:
     """Each model, limit and plan."""
     torch.set_num_threads(threads)
     prompts = make_prompts(pairs)
     mean = statistics.fmean(map(len, prompts))
-    found = []
     for family in MODELS:
         model = make_model(family)
         for limit in limits:
@@ -75,8 +75,7 @@ def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int
                     f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: transformers' generate"
                 )
                 name = f"generation, {family}, up to {limit}, {plan}"
-                found.append(case(name, [sum(lengths)] * rounds, seconds, "useful answer tokens/s", setting))
-    return found
+                yield case(name, [sum(lengths)] * rounds, seconds, "useful answer tokens/s", setting)
 
 
 def make_prompts(pairs: Path | None) -> list[list[int]]:

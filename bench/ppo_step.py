@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import reference_ppo as reference
 import torch
 import typer
-from report import Case, case, console, table, write
+from report import Case, case, collect, console, table, write
 from rich.table import Table
 from sides import Pause, Side, free_port, paced_job
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -92,23 +92,21 @@ def main(
 ) -> None:
     """Print samples per second of both sides, and the median of the rounds' ratios."""
     if check:
-        found = {family: differences(family) for family in TINY}
-        console().print(drawn(found))
-        raise typer.Exit(int(max(value for row in found.values() for value in row.values()) > TOLERANCE))
-    cases_found = cases(pairs, 2 if quick else rounds, threads, only, quick=quick)
-    console().print(table(cases_found))
+        apart = {family: differences(family) for family in TINY}
+        console().print(drawn(apart))
+        raise typer.Exit(int(max(value for row in apart.values() for value in row.values()) > TOLERANCE))
+    found = collect(cases(pairs, 2 if quick else rounds, threads, only, quick=quick))
+    console().print(table(found))
     if output:
-        write(output, cases_found)
+        write(output, found)
 
 
-def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quick: bool = False) -> list[Case]:
+def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quick: bool = False) -> Iterator[Case]:
     """Against the reference loop, and against RLOO."""
-    found = []
     for family, plan, peer in WORK:
         name = f"ppo step, {family}, up to {plan.limit}, {plan.kind}, against {peer.__name__.replace('_', ' ')}"
         if only in name and not (quick and plan.limit > QUICK_LIMIT):
-            found.append(measured(name, family, plan, peer, pairs, rounds, threads))
-    return found
+            yield measured(name, family, plan, peer, pairs, rounds, threads)
 
 
 def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:

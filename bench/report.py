@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,16 @@ def case(name: str, work: Sequence[float], seconds: Sequence[tuple[float, float]
     ratios = [one / other for one, other in zip(*rates, strict=True)]
     medians = {"ours": statistics.median(rates[0]), "peer": statistics.median(rates[1]), "ratio": statistics.median(ratios)}
     return {"name": name, **medians, "ratios": ratios, "unit": unit, "setting": f"{setting}, {len(ratios)} rounds"}
+
+
+def collect(cases: Iterable[Case]) -> list[Case]:
+    """All of them; each is told of as soon as it is known."""
+    found = []
+    for one in cases:
+        found.append(one)
+        ratios = " ".join(f"{ratio:.2f}" for ratio in one["ratios"])
+        print(f"{one['name']}: {one['ours']:.4g} against {one['peer']:.4g} {one['unit']}, rounds {ratios}", file=sys.stderr, flush=True)
+    return found
 
 
 def write(path: Path, cases: Sequence[Case], **more: Any) -> None:

@@ -7,6 +7,7 @@ python bench/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style p
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import ppo_step
 import scaling
 import training
 import typer
-from report import console, table, write
+from report import collect, console, table, write
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -27,10 +28,16 @@ def main(
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
 ) -> None:
     """Print ours, the peer's and the median of the rounds' ratios for every case."""
-    found = generation.cases(pairs, generation.LIMITS[:1] if quick else generation.LIMITS, 2 if quick else 3, threads)
-    found += training.cases(pairs, 2 if quick else 4, threads)
-    found += ppo_step.cases(pairs, 1 if quick else 3, threads, quick=quick)
-    growth = scaling.rows(pairs, 1 if quick else 3)
+    limits = generation.LIMITS[:1] if quick else generation.LIMITS
+    rounds = 1 if quick else 3
+    found = collect(
+        itertools.chain(
+            generation.cases(pairs, limits, rounds, threads),
+            training.cases(pairs, rounds, threads),
+            ppo_step.cases(pairs, rounds, threads, quick=quick),
+        )
+    )
+    growth = scaling.rows(pairs, rounds)
     console().print(table(found))
     console().print(scaling.drawn(growth))
     write(output, found, scaling=growth)

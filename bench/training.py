@@ -11,11 +11,12 @@ check, measure and log in a step; a round is one optimiser step on the same rows
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from report import Case, case, console, table, write
+from report import Case, case, collect, console, table, write
 from sides import Pause, Side, stage
 from transformers import TrainerCallback
 from workload import MODELS, NEVER, OPTIMIZER, Workspace, jobs, workspace
@@ -55,21 +56,19 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:
     """Print tokens or pairs per second of both sides, and the median of the rounds' ratios."""
-    found = cases(pairs, 2 if quick else rounds, threads, only)
+    found = collect(cases(pairs, 2 if quick else rounds, threads, only))
     console().print(table(found))
     if output:
         write(output, found)
 
 
-def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> list[Case]:
+def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> Iterator[Case]:
     """Each stage and model."""
     names = {f"{stage_name}, {family}": (family, stage_name) for family in MODELS for stage_name in PEERS}
-    found = []
     for name, (family, stage_name) in names.items():
         if only in name:
             with workspace(family, pairs, (rounds + 1) * BATCH, ANSWER_TOKENS, params()) as place:
-                found.append(measured(name, stage_name, place, rounds, threads))
-    return found
+                yield measured(name, stage_name, place, rounds, threads)
 
 
 def params() -> dict[str, dict[str, Any]]:
