@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import command, config, fingerprint, processes
+from rlhf import command, config, fingerprint, processes, tracking
 from rlhf.console import Console
 from rlhf.errors import UserError
 from rlhf.locks import lock
-from rlhf.tracking import Tracker, waiting
 
 
 class StageError(Exception):
@@ -55,7 +54,7 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
     try:
         with processes.stoppable(), lock(root, stage, refuse=f"stage {stage} is being run already"):
             run = open_run(root, params, graph[stage])
-            with Tracker(root, params, run.node, run.fingerprint, run.folder):
+            with tracking.of_stage(root, params, run.node, run.fingerprint, run.folder):
                 if not run.done.exists():
                     train(run, f"{package}.{stage}")
                     seal(run)
@@ -257,7 +256,7 @@ def clean(run: Run) -> None:
     """Delete the checkpoints, and the stage's other runs unless they hold something for MLflow."""
     for name in ("out", "checkpoints", "hidden"):
         shutil.rmtree(run.folder / name, ignore_errors=True)
-    keep = {run.folder, *waiting(run.root, run.node.name)}
+    keep = {run.folder, *tracking.waiting(run.root, run.node.name)}
     for folder in run.folder.parent.iterdir():
         if folder not in keep:
             shutil.rmtree(folder)
