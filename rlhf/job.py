@@ -75,7 +75,8 @@ class Job:
         if not self.is_main:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "total": total, "time": int(time.time() * 1000), "metrics": dict(metrics)}) + "\n")
+            line = {"step": step, "total": total, "at": int(time.time() * 1000), "metrics": dict(metrics)}
+            file.write(json.dumps(line) + "\n")
         # a quick stage would spend its processor time on its own log
         if step in (1, total) or time.monotonic() - self.clock.get("line", 0.0) >= SECONDS_BETWEEN_LINES:
             self.clock["line"] = time.monotonic()

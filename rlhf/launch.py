@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import command, config, fingerprint, processes, space
+from rlhf import command, config, fingerprint, processes, space, tracking
 from rlhf.console import Console
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.paths import inside
-from rlhf.tracking import Tracker, waiting
 
 
 class StageError(Exception):
@@ -59,7 +58,7 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
             run = open_run(root, params, graph[stage])
             if not run.done.exists():
                 space.check(root, stage, params, run.folder)
-            with Tracker(root, params, run.node, run.fingerprint, run.folder):
+            with tracking.of_stage(root, params, run.node, run.fingerprint, run.folder):
                 if not run.done.exists():
                     train(run, f"{package}.{stage}")
                     seal(run)
@@ -297,7 +296,7 @@ def clean(run: Run) -> None:
     kept = () if "DVC_STAGE" in os.environ else ("out",)
     for name in ("checkpoints", "hidden", *kept):
         shutil.rmtree(run.folder / name, ignore_errors=True)
-    keep = {run.folder, *waiting(run.root, run.node.name)}
+    keep = {run.folder, *tracking.waiting(run.root, run.node.name)}
     for folder in run.folder.parent.iterdir():
         if folder not in keep:
             shutil.rmtree(folder)

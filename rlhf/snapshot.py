@@ -29,6 +29,11 @@ def head(root: Path) -> str | None:
     return _git(root, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False) or None
 
 
+def changed(root: Path, *paths: str) -> bool:
+    """Whether any of these paths differs from the commit that is checked out."""
+    return bool(_git(root, "status", "--porcelain", "--", *paths, check=False))
+
+
 def commit(root: Path, message: str) -> str | None:
     """Commit the workspace as it stands to a new branch rlhf/TIME; the revision, None outside a git repository.
 

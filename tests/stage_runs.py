@@ -197,7 +197,7 @@ def after_the_first_checkpoint(act: Callable[[Path], None]) -> None:
     from rlhf.engine import checkpoints
 
     save = checkpoints.save
-    done = []
+    done: list[bool] = []
 
     def save_and_act(job: Any, *arguments: Any) -> None:
         save(job, *arguments)

@@ -100,7 +100,7 @@ class Servers:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-postgres-", ignore_cleanup_errors=True)))
         if user:
             shutil.chown(folder, user)
-        making = [programs / "initdb", "--pgdata", folder / "data", "--username=admin", "--auth=trust", "--no-sync"]
+        making: list[str | Path] = [programs / "initdb", "--pgdata", folder / "data", "--username=admin", "--auth=trust", "--no-sync"]
         subprocess.run(making, check=True, capture_output=True, user=user, cwd="/")
         port = str(self.ports["postgres"])
         # from here on, each connection of a role needs its password
