@@ -159,6 +159,10 @@ class Workspace(Clone):
         # DVC writes it in place: it may be half written just now
         return path.exists() and f"\n  {stage}:\n" in path.read_text(encoding="utf-8")
 
+    def finished(self, stage: str) -> float:
+        """When the last process of a stage came to its end; infinity where none has."""
+        return max((path.stat().st_mtime for path in self.root.glob(f"runs/{stage}/*/FINISHED")), default=float("inf"))
+
     def came_back_at(self, stage: str) -> int:
         """The step from which a stage went on last; 0 where it began anew."""
         said = "".join(path.read_text(encoding="utf-8") for path in self.root.glob(f"runs/{stage}/*/log.txt"))
