@@ -154,19 +154,22 @@ def disturbed(
         inject(place, stage, run)
         if stops:
             _await_all(ranks, stops)
-        lines, stopped = place.lines(stage), ""
+        lines, stopped, restarted = place.lines(stage), "", 0.0
         while place.lines(stage) <= lines and not place.has_locked(stage):
             if run.ended():
                 run.gone()
                 stopped = f"; all gone after {time.monotonic() - began:.1f} s"
                 if mend:
                     mend(place, stage, run)
+                restarted = time.time()
                 run.start()
             if time.monotonic() - began > PATIENCE:
                 raise LostError(f"{stage} does not go on")
             time.sleep(0.05)
         seconds = time.monotonic() - began
         lost = max(0, at - place.came_back_at(stage)) if stops or stopped else 0
+        if stopped and place.finished(stage) < restarted:  # what had been trained was published
+            lost = 0
         found.append((stage, f"{lost} of {total} steps{stopped}", seconds))
     wrong = run.finish() + run.close()
     wrong += place.problems(bench.expected, uri)

@@ -156,7 +156,12 @@ class Workspace(Clone):
     def has_locked(self, stage: str) -> bool:
         """Whether DVC has taken this stage's outputs."""
         path = self.root / "dvc.lock"
-        return path.exists() and stage in yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        # DVC writes it in place: it may be half written just now
+        return path.exists() and f"\n  {stage}:\n" in path.read_text(encoding="utf-8")
+
+    def finished(self, stage: str) -> float:
+        """When the last process of a stage came to its end; infinity where none has."""
+        return max((path.stat().st_mtime for path in self.root.glob(f"runs/{stage}/*/FINISHED")), default=float("inf"))
 
     def came_back_at(self, stage: str) -> int:
         """The step from which a stage went on last; 0 where it began anew."""

@@ -125,11 +125,12 @@ def check_models(root: Path, folders: Iterable[str], hashes: Mapping[str, str]) 
 
 
 def locked(root: Path, stage: str) -> dict[str, str]:
-    """The MD5 of each output of a stage, by path, as dvc.lock has them; none where it does not know the stage."""
-    path = root / "dvc.lock"
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-    outs = (entries or {}).get("stages", {}).get(stage, {}).get("outs", [])
-    return {out["path"]: out["md5"] for out in outs}
+    """The MD5 of each output of a stage, by path, as dvc.lock has them; none where it does not know the stage, or is being written."""
+    try:
+        entry = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
+        return {out["path"]: out["md5"] for out in entry["outs"]}
+    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError):
+        return {}
 
 
 def md5(path: Path) -> str:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import networkx
+from dvc.dvcfile import Lockfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
 from rlhf.errors import UserError
 
@@ -72,11 +74,23 @@ def mend(root: Path) -> None:
         time.sleep(SECONDS_TO_WRITE)  # unless somebody is writing it just now
         if not _is_whole(locks):
             locks.unlink(missing_ok=True)
+    lock = root / "dvc.lock"
     with suppress(DvcException), Repo(str(root)) as repo:
+        if not _is_lock(repo, lock) and "<<<<<<<" not in lock.read_text(encoding="utf-8"):  # a merge is for people to end
+            (root / "runs").mkdir(exist_ok=True)
+            lock.replace(root / "runs" / "dvc.lock.damaged")  # the run cache knows what it knew
         for entry in Path(repo.stage_cache.cache_dir).glob("*/*"):
             if time.time() - entry.stat().st_mtime > SECONDS_TO_WRITE:
                 with suppress(OSError):
                     entry.rmdir()  # of an entry of the run cache that was never written; others are not empty
+
+
+def _is_lock(repo: Repo, path: Path) -> bool:
+    try:
+        Lockfile(repo, str(path)).load()
+    except (YAMLSyntaxError, YAMLValidationError):
+        return False
+    return True
 
 
 def _is_whole(path: Path) -> bool:

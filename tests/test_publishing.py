@@ -122,6 +122,8 @@ def test_what_a_killed_dvc_leaves_half_done_is_removed(tmp_path: Path) -> None:
     long_ago = time.time() - 60
     for entry in (runs / "abc", runs / "abd"):
         os.utime(entry, (long_ago, long_ago))
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  sft:\n    cm")
     graph.mend(tmp_path)
+    assert not (tmp_path / "dvc.lock").exists()
     assert not locks.exists()
     assert [path.name for path in runs.iterdir()] == ["abd"]
