@@ -32,6 +32,7 @@ SMALL = [
     *("promote.min_gold_difference=-1", "promote.min_win_rate=0", "promote.min_reward_accuracy=0", "promote.max_kl=1000"),
     *("promote.max_perplexity_ratio=1000", "promote.min_eos_rate=0", "promote.max_answer_tokens=1000", "launch.accelerator=cpu"),
     *(f"launch.jobs.{stage}.threads=1" for stage in ("base", "sft", "reward", "ppo", "evaluate")),
+    "operations.spare_gib=0",  # some cases give it a small disk
 ]
 DISTURBED = ("sft", "ppo")  # the stages that cases disturb; those before them are done, those after them come out of DVC's run cache
 MARK = "RLHF_FAULTS"  # the variable by which all processes of a workspace are known

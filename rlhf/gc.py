@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -162,6 +163,8 @@ def _data(root: Path, versions: Sequence[registry.Version]) -> tuple[list[Leftov
     for number, revision in revisions.items():
         if not snapshot.has(root, revision):
             return [], [f"the DVC cache stays as it is: revision {revision} of version {number} is not here; bring it with `git fetch`"]
+    # of revisions that no run has been committed to, it would warn that they name no data
+    logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
         # silent: it would ask people whether a folder whose list is missing may be lost
         with Repo(str(root)) as repo, contextlib.redirect_stdout(io.StringIO()):
