@@ -110,13 +110,12 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quic
 
 
 def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:
-    steps = rounds + 1  # the first one includes the start
     with (
-        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(steps), times=plan.each) as place,
+        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(rounds), times=plan.each) as place,
         Side(planned_stage, place.root, plan, threads=threads) as ours,
         Side(peer, place.root, plan, threads=threads) as theirs,
     ):
-        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(steps)][1:]
+        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(rounds + 1)][1:]  # the first is to get ready
         return case(name, [plan.answers] * rounds, seconds, "samples/s", described(place, plan, threads))
 
 
@@ -159,6 +158,7 @@ def reference_loop(pause: Pause, root: Path, plan: Plan) -> None:
     params, prompts = job.params.ppo, asked(job)
     lengths, models = plan.lengths(prompts), reference.load(job, load_tokenizer(job.input("models/sft")))
     order = Order(len(prompts), params.rollout_batch_size, job.seed("order"))
+    pause()
     for step in range(params.steps):
         rows = [prompts[i] for i in order.batch(step)]
         ends = [lengths[tuple(row)] for row in rows]
@@ -228,10 +228,10 @@ class EndsAsPlanned(LogitsProcessor):
 
 
 WORK = (
-    ("opt", Plan(64, 64), reference_loop),
-    ("llama", Plan(64, 64), reference_loop),
-    ("llama", Plan(32, 256), reference_loop),
-    ("llama", Plan(64, 64, each=2), rloo),
+    ("opt", Plan(32, 64), reference_loop),
+    ("llama", Plan(32, 64), reference_loop),
+    ("llama", Plan(16, 256), reference_loop),
+    ("llama", Plan(32, 64, each=2), rloo),
 )
 
 

@@ -33,11 +33,11 @@ class Variant:
     sizes: dict[str, int] = field(default_factory=dict)  # of the model
 
 
-BASE = Variant(Plan(32, 32))
+BASE = Variant(Plan(16, 32))
 LARGER = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2304}
 VARIANTS = {
-    "rollouts × 2": replace(BASE, plan=Plan(64, 32, updates=4)),
-    "answers × 2": replace(BASE, plan=Plan(32, 64)),
+    "rollouts × 2": replace(BASE, plan=Plan(32, 32, updates=4)),
+    "answers × 2": replace(BASE, plan=Plan(16, 64)),
     "model × 4": replace(BASE, sizes=LARGER),
     "ranks × 2": replace(BASE, ranks=2),
 }
@@ -62,7 +62,7 @@ def rows(pairs: Path | None, rounds: int) -> list[Row]:
                 afterwards.enter_context(Side(planned_stage, place.root, one.plan, ranks=one.ranks))
                 for place, one in zip(places, (BASE, variant), strict=True)
             ]
-            steps = [tuple(side.step() for side in sides) for _ in range(rounds + 1)][1:]
+            steps = [tuple(side.step() for side in sides) for _ in range(rounds + 1)][1:]  # the first is to get ready
         if not found:
             found.append(_row("base", BASE, places[0].parameters, [(one, one) for one, _ in steps]))
         found.append(_row(name, variant, places[1].parameters, steps))
@@ -70,7 +70,7 @@ def rows(pairs: Path | None, rounds: int) -> list[Row]:
 
 
 def _workspace(pairs: Path | None, variant: Variant, rounds: int) -> Any:
-    params = variant.plan.params(rounds + 1, ranks=variant.ranks, tokens=MICRO_BATCH)
+    params = variant.plan.params(rounds, ranks=variant.ranks, tokens=MICRO_BATCH)
     params["launch"] |= {"rollout": {"slots": BASE.plan.answers // variant.ranks, "gather": "whole"}}
     return workspace(FAMILY, pairs, variant.plan.answers, CONTEXT, params, **variant.sizes)
 

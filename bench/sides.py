@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import forkserver
@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf.job import Job
 
-Pause = Callable[[], None]  # called by a program after each of its steps: waits until the next one is wanted
+Pause = Callable[[], None]  # called by a program when it is ready, and after each of its steps: waits until the next one is wanted
 PRELOADED = ("deepspeed", "trl", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "rlhf.stages.ppo")
 
 
@@ -32,7 +32,7 @@ class Step:
 
 
 class Side:
-    """A program under way. `program(pause, *arguments)` is a function of a module; what it does before its first step is step 0's."""
+    """A program under way: `program(pause, *arguments)`, a function of a module. The first step is to get ready."""
 
     def __init__(self, program: Callable[..., None], *arguments: Any, threads: int = 1, ranks: int = 1) -> None:
         context = _context()
@@ -135,8 +135,17 @@ class PacedJob(Job):
 
 
 def paced_job(pause: Pause, root: Path, stage: str) -> PacedJob:
+    """A job whose stage also pauses before its first step."""
     from rlhf import config
+    from rlhf.engine.steps import Steps
 
+    begin = Steps.__iter__
+
+    def begin_when_wanted(steps: Steps) -> Iterator[int]:
+        pause()
+        return begin(steps)
+
+    Steps.__iter__ = begin_when_wanted  # type: ignore[method-assign]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = PacedJob(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank, pause=pause)
     job.folder.mkdir(parents=True, exist_ok=True)
