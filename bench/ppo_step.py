@@ -115,8 +115,8 @@ def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pair
         Side(planned_stage, place.root, plan, threads=threads) as ours,
         Side(peer, place.root, plan, threads=threads) as theirs,
     ):
-        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(rounds + 1)][1:]  # the first is to get ready
-        return case(name, [plan.answers] * rounds, seconds, "samples/s", described(place, plan, threads))
+        costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
+        return case(name, [plan.answers] * rounds, costs, "samples/s", described(place, plan, threads))
 
 
 def described(place: Workspace, plan: Plan, threads: int) -> str:

@@ -27,8 +27,23 @@ PRELOADED = ("deepspeed", "trl", "transformers.models.llama.modeling_llama", "tr
 
 @dataclass(frozen=True)
 class Step:
+    """What a step cost; of ranks, what it cost rank 0."""
+
     seconds: float
-    memory: int  # bytes: the largest that the process of rank 0 has held since its start
+    processor: float  # seconds of processor time: what can be compared where other work is done beside
+    memory: int  # bytes: the largest that the process has held since its start
+
+
+class Stopwatch:
+    """Runs from its making on."""
+
+    def __init__(self) -> None:
+        self.seconds, self.processor = time.perf_counter(), time.process_time()
+
+    def stop(self) -> Step:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return Step(time.perf_counter() - self.seconds, time.process_time() - self.processor, memory)
 
 
 class Side:
@@ -89,21 +104,15 @@ def _serve(
         program(lambda: None, *arguments)
         return
     connection.recv()
-    started = time.perf_counter()
+    watch = Stopwatch()
 
     def pause() -> None:
-        nonlocal started
-        connection.send(Step(time.perf_counter() - started, _peak()))
+        nonlocal watch
+        connection.send(watch.stop())
         connection.recv()
-        started = time.perf_counter()
+        watch = Stopwatch()
 
     program(pause, *arguments)
-
-
-def _peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @cache

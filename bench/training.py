@@ -84,13 +84,13 @@ def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads:
         for pair in rows
     ]
     with Side(stage, place.root, stage_name, threads=threads) as ours, Side(PEERS[stage_name], place.root, data, threads=threads) as theirs:
-        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(rounds + 1)][1:]  # the first is to get ready
+        costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
     lengths = [len(ids) for ids, _ in encode_dialogues(place.tokenizer, (pair.dialogue(pair.chosen) for pair in rows))]
     work = [sum(lengths[i : i + BATCH]) if stage_name == "sft" else BATCH for i in range(0, len(rows), BATCH)]
     return case(
         name,
         work,
-        seconds,
+        costs,
         "tokens/s" if stage_name == "sft" else "pairs/s",
         f"{place.parameters / 1e6:.1f} million weights, fp32, {threads} threads, {BATCH} rows a step, prompt with answer "
         f"{statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most; TRL: {SETTING[stage_name]}",
