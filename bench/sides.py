@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any
 from rlhf.job import Job
 
 Pause = Callable[[], None]  # called by a program when it is ready, and after each of its steps: waits until the next one is wanted
+SECONDS_TO_END = 10
 PRELOADED = ("deepspeed", "trl", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "rlhf.stages.ppo")
 
 
@@ -81,10 +83,11 @@ class Side:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.connection.close()
+        self.processes[0].join(SECONDS_TO_END)
         for process in self.processes:
             process.kill()
             process.join()
-        self.connection.close()
         self.log.unlink()
 
 
@@ -109,7 +112,10 @@ def _serve(
     def pause() -> None:
         nonlocal watch
         connection.send(watch.stop())
-        connection.recv()
+        try:
+            connection.recv()
+        except EOFError:  # no further step is wanted
+            sys.exit()
         watch = Stopwatch()
 
     program(pause, *arguments)
