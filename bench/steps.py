@@ -72,6 +72,7 @@ def main(
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected`; may end in .gz.")] = None,
     answers: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
+    micro: Annotated[int | None, typer.Option(help="Tokens of a micro-batch; else the sandbox's.")] = None,
 ) -> None:
     """Print seconds and tokens per second of a step, and the milliseconds of processor time of each kind of work."""
     shown = Table(
@@ -85,10 +86,12 @@ def main(
         root = Path(tempfile.mkdtemp(prefix="rlhf-steps-"))
         try:
             result = context.Queue()
-            process = context.Process(target=measure, args=(root, family, stage, pairs, answers, threads, result))
+            process = context.Process(target=measure, args=(root, family, stage, pairs, answers, threads, micro, result))
             process.start()
-            found = result.get()
             process.join()
+            if process.exitcode:
+                raise typer.Exit(1)
+            found = result.get()
         finally:
             shutil.rmtree(root, ignore_errors=True)
         cells = [f"{1000 * found['kinds'].get(heading, 0.0):.0f}" for heading in HEADINGS]
@@ -115,7 +118,7 @@ class WatchedJob(Job):
             self.profiler.stop()
 
 
-def measure(root: Path, family: str, stage: str, pairs: Path | None, answers: int, threads: int, result: Any) -> None:
+def measure(root: Path, family: str, stage: str, pairs: Path | None, answers: int, threads: int, micro: int | None, result: Any) -> None:
     """In a process of its own: run the stage and tell what its steps took."""
     os.environ |= {
         "DS_ACCELERATOR": "cpu",
@@ -127,7 +130,7 @@ def measure(root: Path, family: str, stage: str, pairs: Path | None, answers: in
     }
     os.dup2(os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT), 1)
     torch.set_num_threads(threads)
-    tokens = make_workspace(root, family, stage, pairs, answers)
+    tokens = make_workspace(root, family, stage, pairs, answers, micro)
     job = WatchedJob(stage, config.load(root / "params.yaml"), root, root / "runs", "cpu", 0, 1, 0)
     job.folder.mkdir()
     import_module(f"rlhf.stages.{stage}").main(job)
@@ -147,15 +150,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def make_workspace(root: Path, family: str, stage: str, file: Path | None, answers: int) -> float:
+def make_workspace(root: Path, family: str, stage: str, file: Path | None, answers: int, micro: int | None) -> float:
     """Params, models and prepared data; gives the tokens of a step on average: of prompts and answers, each pair's prompt twice."""
     texts = read(file)
     tokenizer = build_tokenizer([text for three in texts for text in three], VOCABULARY, CONTEXT)
-    rows = []
-    sizes = []
+    rows: list[dict[str, Any]] = []
+    sizes: list[list[int]] = []
     for prompt, *sides in texts:
         begin, *ends = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *sides))
-        cut = [tokenizer.decode(end[: answers - 2]) for end in ends]
+        cut = [str(tokenizer.decode(end[: answers - 2])) for end in ends]
         if 8 < len(begin) < LONGEST - 8:
             rows.append({"prompt": [{"role": "user", "content": prompt}], "chosen": cut[0], "rejected": cut[1]})
             sizes.append([len(begin) + 4, *(min(len(end), answers - 2) + 1 for end in ends)])
@@ -177,11 +180,14 @@ def make_workspace(root: Path, family: str, stage: str, file: Path | None, answe
     raw = yaml.safe_load((Path(__file__).parents[1] / "presets/sandbox.yaml").read_text(encoding="utf-8"))
     for name, batch in (("sft", ROWS), ("reward", ROWS // 2), ("dpo", ROWS // 2)):
         raw[name] |= {"batch_size": batch, "epochs": STEPS * batch / len(rows), "max_tokens": CONTEXT, "checkpoint_every": 10**6}
+    raw["base"] |= {"context_tokens": CONTEXT}
+    if micro:
+        raw["launch"]["jobs"][stage] |= {"micro_batch_tokens": micro}
     raw["ppo"] |= {"steps": STEPS, "rollout_batch_size": 2 * ROWS, "mini_batch_size": ROWS, "max_answer_tokens": answers}
     raw["ppo"] |= {"critic_warmup_steps": 0, "max_approx_kl": 1e6, "checkpoint_every": 10**6}
     (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    prompt, chosen, rejected = (statistics.fmean(column) for column in zip(*sizes, strict=True))
-    return {"sft": ROWS * (prompt + chosen), "ppo": 2 * ROWS * (prompt + answers)}.get(stage, ROWS // 2 * (2 * prompt + chosen + rejected))
+    asked, chosen, rejected = (statistics.fmean(column) for column in zip(*sizes, strict=True))
+    return {"sft": ROWS * (asked + chosen), "ppo": 2 * ROWS * (asked + answers)}.get(stage, ROWS // 2 * (2 * asked + chosen + rejected))
 
 
 def said(text: str) -> dict[str, str]:

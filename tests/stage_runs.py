@@ -238,7 +238,7 @@ def compare_rollouts_with_the_weights() -> None:
             print(f"{job.root.name}, version {rollouts.policy_version}: off by {off[-1]:.1e}, from the weights before by {off[0]:.1e}")
         return rollouts
 
-    ppo.roll_out = roll_out_and_compare
+    ppo.roll_out = roll_out_and_compare  # type: ignore[assignment]  # it takes whatever it is given
 
 
 def plain_weights(module: Any, lora: Any) -> dict[str, Any]:

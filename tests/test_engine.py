@@ -102,14 +102,14 @@ half = job.params.model_copy(update={"launch": job.params.launch.model_copy(upda
 device = start(job)
 for name in ("policy", "critic"):
     models = [torch.nn.Linear(3, 3) for _ in range(2)]
-    engines = [train_engine(model, job.params.sft.optimizer, job, name, 8, 10) for model in models]
+    engines = [train_engine(model, job.params.sft.optimizer, job, name, 10) for model in models]
     for engine in engines:
         engine.optimizer.check_grad_overflow = True  # as DeepSpeed does under fp16
     for factor in (math.inf, 1.0):
         before = [model.weight.detach().clone() for model in models]
         for engine, scale in zip(engines, (factor if rank == 0 else 1.0, 1.0)):
-            for _ in range(engine.gradient_accumulation_steps()):
-                backward(engine, (engine(torch.ones(1, 3)) * scale).sum())
+            for last in (False, True):
+                backward(engine, (engine(torch.ones(1, 3)) * scale).sum(), last=last)
         norms = step_together(Job("sft", half, root, root, "cpu", rank, 2, rank), engines)
         assert [math.isfinite(norm) for norm in norms] == [factor == 1.0] * 2, norms
         assert [torch.equal(old, model.weight) for old, model in zip(before, models)] == [factor != 1.0] * 2

@@ -100,6 +100,8 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     # norms and biases stay whole on every rank: to gather each of them would cost more than it saves
     zero["stage3_param_persistence_threshold"] = max((math.prod(shape(p)) for p in module.parameters() if len(shape(p)) < 2), default=0)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, dist_init_required=False, config=config)
+    # one rank has nobody to add its gradients up with, yet DeepSpeed would copy all of them there and back
+    engine.enable_backward_allreduce = zero["stage"] > 0 or job.world_size > 1
     return engine
 
 
