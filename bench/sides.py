@@ -49,18 +49,22 @@ class Stopwatch:
 
 
 class Side:
-    """A program under way: `program(pause, *arguments)`, a function of a module. The first step is to get ready."""
+    """A program under way: `program(pause, *arguments)`, a function of a module. The first step is to get ready.
 
-    def __init__(self, program: Callable[..., None], *arguments: Any, threads: int = 1, ranks: int = 1) -> None:
+    Args:
+        ranks: processes that are told their place in a process group, as stages need it; None: one that is told nothing.
+    """
+
+    def __init__(self, program: Callable[..., None], *arguments: Any, threads: int = 1, ranks: int | None = None) -> None:
         context = _context()
         self.connection, far = context.Pipe()
         descriptor, name = tempfile.mkstemp(prefix="rlhf-bench-", suffix=".log")
         os.close(descriptor)
         self.log = Path(name)
-        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        port = free_port()
+        places = [{}] if ranks is None else [place_of(rank, ranks, port) for rank in range(ranks)]
         self.processes = [
-            context.Process(target=_serve, args=(far, self.log, rank, place, threads, program, arguments), daemon=True)
-            for rank in range(ranks)
+            context.Process(target=_serve, args=(far, self.log, place, threads, program, arguments), daemon=True) for place in places
         ]
         for process in self.processes:
             process.start()
@@ -91,18 +95,16 @@ class Side:
         self.log.unlink()
 
 
-def _serve(
-    connection: Connection, log: Path, rank: int, place: dict[str, str], threads: int, program: Callable[..., None], arguments: tuple
-) -> None:
+def _serve(connection: Connection, log: Path, place: dict[str, str], threads: int, program: Callable[..., None], arguments: tuple) -> None:
     """In a process of its own."""
     import torch
 
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= place
     torch.set_num_threads(threads)
-    if rank:
+    if place.get("RANK", "0") != "0":
         connection.close()
         program(lambda: None, *arguments)
         return
@@ -127,6 +129,12 @@ def _context() -> Any:
     os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     forkserver.set_forkserver_preload(list(PRELOADED))
     return multiprocessing.get_context("forkserver")
+
+
+def place_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a process of a group finds in its environment."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()}
 
 
 def free_port() -> int:

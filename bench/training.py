@@ -83,7 +83,10 @@ def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads:
         {"prompt": pair.dialogue("")[:1], "chosen": pair.dialogue(pair.chosen)[1:], "rejected": pair.dialogue(pair.rejected)[1:]}
         for pair in rows
     ]
-    with Side(stage, place.root, stage_name, threads=threads) as ours, Side(PEERS[stage_name], place.root, data, threads=threads) as theirs:
+    with (
+        Side(stage, place.root, stage_name, threads=threads, ranks=1) as ours,
+        Side(PEERS[stage_name], place.root, data, threads=threads) as theirs,
+    ):
         costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
     lengths = [len(ids) for ids, _ in encode_dialogues(place.tokenizer, (pair.dialogue(pair.chosen) for pair in rows))]
     work = [sum(lengths[i : i + BATCH]) if stage_name == "sft" else BATCH for i in range(0, len(rows), BATCH)]
