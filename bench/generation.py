@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +27,7 @@ import torch
 import typer
 from report import Case, case, collect, console, table, write
 from rich.table import Table
+from sides import Step, Stopwatch
 from transformers import PreTrainedModel
 from workload import LONGEST, MODELS, SHORTEST, make_model, make_tokenizer, planned_lengths, read_pairs
 
@@ -69,13 +69,13 @@ def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int
         for limit in limits:
             for plan in PLANS:
                 lengths = planned_lengths(PROMPTS, limit, plan)
-                seconds = [(ours(model, prompts, lengths, slots), peer(model, prompts, lengths)) for _ in range(rounds)]
+                costs = [(ours(model, prompts, lengths, slots), peer(model, prompts, lengths)) for _ in range(rounds)]
                 setting = (
                     f"{model.num_parameters() / 1e6:.1f} million weights, fp32, {slots} slots, {threads} threads, {PROMPTS} prompts of "
                     f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: transformers' generate"
                 )
                 name = f"generation, {family}, up to {limit}, {plan}"
-                yield case(name, [sum(lengths)] * rounds, seconds, "useful answer tokens/s", setting)
+                yield case(name, [sum(lengths)] * rounds, costs, "useful answer tokens/s", setting)
 
 
 def make_prompts(pairs: Path | None) -> list[list[int]]:
@@ -85,10 +85,10 @@ def make_prompts(pairs: Path | None) -> list[list[int]]:
     return random.Random(1).sample([ids for ids in encoded if SHORTEST <= len(ids) <= LONGEST], PROMPTS)
 
 
-def ours(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int], slots: int) -> float:
-    """Seconds of the engine."""
+def ours(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int], slots: int) -> Step:
+    """What the engine takes."""
     sampling = Sampling(1.0, 0, 1.0, max(lengths))
-    start = time.perf_counter()
+    watch = Stopwatch()
     found = generate(
         model,
         prompts,
@@ -99,18 +99,18 @@ def ours(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int], s
         slots=slots,
         stop=lambda number, answer: len(answer) == lengths[number],
     )
-    seconds = time.perf_counter() - start
+    cost = watch.stop()
     assert found.lengths == lengths
-    return seconds
+    return cost
 
 
-def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -> float:
-    """Seconds of transformers' generate."""
-    start = time.perf_counter()
+def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -> Step:
+    """What transformers' generate takes."""
+    watch = Stopwatch()
     answers = reference.generate(model, prompts, lengths, PAD)
-    seconds = time.perf_counter() - start
+    cost = watch.stop()
     assert answers.shape[1] == max(lengths)
-    return seconds
+    return cost
 
 
 # kind of work → torch's operations
@@ -136,7 +136,7 @@ def phases(pairs: Path | None, slots: int) -> Table:
         for name, run in sides.items():
             run()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watch:
-                seconds = run()
+                seconds = run().seconds
             spent = Counter({event.key: event.self_cpu_time_total / 1e6 for event in watch.key_averages()})
             parts = [sum(spent[operation] for operation in operations) for operations in PARTS.values()]
             within = sum(spent.values())

@@ -24,9 +24,9 @@ import torch
 import typer
 from report import Case, case, collect, console, table, write
 from rich.table import Table
-from sides import Pause, Side, free_port, paced_job
+from sides import Pause, Side, free_port, paced_job, place_of
 from transformers import LogitsProcessor, LogitsProcessorList
-from workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, jobs, planned_lengths, workspace
+from workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, job_in, jobs, planned_lengths, workspace
 
 from rlhf.data.batches import Order, encode_prompt, pad_rows
 from rlhf.engine.distributed import start
@@ -110,14 +110,13 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quic
 
 
 def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:
-    steps = rounds + 1  # the first one includes the start
     with (
-        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(steps), times=plan.each) as place,
-        Side(planned_stage, place.root, plan, threads=threads) as ours,
+        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(rounds), times=plan.each) as place,
+        Side(planned_stage, place.root, plan, threads=threads, ranks=1) as ours,
         Side(peer, place.root, plan, threads=threads) as theirs,
     ):
-        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(steps)][1:]
-        return case(name, [plan.answers] * rounds, seconds, "samples/s", described(place, plan, threads))
+        costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
+        return case(name, [plan.answers] * rounds, costs, "samples/s", described(place, plan, threads))
 
 
 def described(place: Workspace, plan: Plan, threads: int) -> str:
@@ -154,11 +153,12 @@ def obey(plan: Plan, job: Job) -> None:
 
 
 def reference_loop(pause: Pause, root: Path, plan: Plan) -> None:
-    job = paced_job(pause, root, "ppo")
+    job = job_in(root, "ppo")
     torch.manual_seed(1)
     params, prompts = job.params.ppo, asked(job)
     lengths, models = plan.lengths(prompts), reference.load(job, load_tokenizer(job.input("models/sft")))
     order = Order(len(prompts), params.rollout_batch_size, job.seed("order"))
+    pause()
     for step in range(params.steps):
         rows = [prompts[i] for i in order.batch(step)]
         ends = [lengths[tuple(row)] for row in rows]
@@ -175,7 +175,7 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
     from training import SETTINGS, Pausing
     from trl import RLOOConfig, RLOOTrainer
 
-    job = paced_job(pause, root, "ppo")
+    job = job_in(root, "ppo")
     tokenizer = load_tokenizer(job.input("models/sft"))
     lengths = plan.lengths(asked(job))
     texts = [row["prompt"] for row in read_lines(job.input("data/prepared/ppo.jsonl"))][:: plan.each]
@@ -228,10 +228,10 @@ class EndsAsPlanned(LogitsProcessor):
 
 
 WORK = (
-    ("opt", Plan(64, 64), reference_loop),
-    ("llama", Plan(64, 64), reference_loop),
-    ("llama", Plan(32, 256), reference_loop),
-    ("llama", Plan(64, 64, each=2), rloo),
+    ("opt", Plan(32, 64), reference_loop),
+    ("llama", Plan(32, 64), reference_loop),
+    ("llama", Plan(16, 256), reference_loop),
+    ("llama", Plan(32, 64, each=2), rloo),
 )
 
 
@@ -249,7 +249,7 @@ def differences(family: str) -> dict[str, float]:
 
 def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
     job = place.job("ppo")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= place_of(0, 1, free_port())
     device, params, beta = start(job), job.params.ppo, job.params.ppo.kl.coefficient
     prompts = asked(job)
     obey(plan, job)

@@ -14,21 +14,31 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from sides import Step
 
-Case = dict[str, Any]  # name, ours, peer, ratio, ratios, unit, setting
+# name, ours, peer, ratio, unit, setting; ratios of all rounds; processor_ratio, of processor time, which other work beside changes little
+Case = dict[str, Any]
 PACKAGES = ("torch", "transformers", "deepspeed", "trl", "accelerate")
 
 
-def case(name: str, work: Sequence[float], seconds: Sequence[tuple[float, float]], unit: str, setting: str) -> Case:
+def case(name: str, work: Sequence[float], rounds: Sequence[tuple[Step, Step]], unit: str, setting: str) -> Case:
     """Of rounds in which both sides did the same work, ours first.
 
     Args:
         work: units of each round.
     """
-    rates = [[units / pair[side] for units, pair in zip(work, seconds, strict=True)] for side in (0, 1)]
-    ratios = [one / other for one, other in zip(*rates, strict=True)]
-    medians = {"ours": statistics.median(rates[0]), "peer": statistics.median(rates[1]), "ratio": statistics.median(ratios)}
-    return {"name": name, **medians, "ratios": ratios, "unit": unit, "setting": f"{setting}, {len(ratios)} rounds"}
+    ours, peer = (statistics.median(units / pair[side].seconds for units, pair in zip(work, rounds, strict=True)) for side in (0, 1))
+    ratios = [other.seconds / one.seconds for one, other in rounds]
+    return {
+        "name": name,
+        "ours": ours,
+        "peer": peer,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "processor_ratio": statistics.median(other.processor / one.processor for one, other in rounds),
+        "unit": unit,
+        "setting": f"{setting}, {len(rounds)} rounds",
+    }
 
 
 def collect(cases: Iterable[Case]) -> list[Case]:
@@ -37,7 +47,8 @@ def collect(cases: Iterable[Case]) -> list[Case]:
     for one in cases:
         found.append(one)
         ratios = " ".join(f"{ratio:.2f}" for ratio in one["ratios"])
-        print(f"{one['name']}: {one['ours']:.4g} against {one['peer']:.4g} {one['unit']}, rounds {ratios}", file=sys.stderr, flush=True)
+        said = f"{one['name']}: {one['ours']:.4g} against {one['peer']:.4g} {one['unit']}, rounds {ratios}"
+        print(f"{said}, of processor time {one['processor_ratio']:.2f}", file=sys.stderr, flush=True)
     return found
 
 
@@ -57,11 +68,19 @@ def _processor() -> str:
 
 def table(cases: Sequence[Case]) -> Table:
     drawn = Table(title="Speed, in turn on this machine", title_justify="left")
-    for name in ("case", "ours", "peer", "unit", "ratio", "of the rounds"):
+    for name in ("case", "ours", "peer", "unit", "ratio", "of the rounds", "of processor time"):
         drawn.add_column(name, justify="left" if name in {"case", "unit"} else "right")
     for one in cases:
         spread = f"{min(one['ratios']):.2f} … {max(one['ratios']):.2f}"
-        drawn.add_row(one["name"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", spread)
+        drawn.add_row(
+            one["name"],
+            f"{one['ours']:.4g}",
+            f"{one['peer']:.4g}",
+            one["unit"],
+            f"{one['ratio']:.2f}",
+            spread,
+            f"{one['processor_ratio']:.2f}",
+        )
     return drawn
 
 

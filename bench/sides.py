@@ -8,9 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import forkserver
@@ -21,29 +22,49 @@ from typing import Any
 
 from rlhf.job import Job
 
-Pause = Callable[[], None]  # called by a program after each of its steps: waits until the next one is wanted
+Pause = Callable[[], None]  # called by a program when it is ready, and after each of its steps: waits until the next one is wanted
+SECONDS_TO_END = 10
 PRELOADED = ("deepspeed", "trl", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "rlhf.stages.ppo")
 
 
 @dataclass(frozen=True)
 class Step:
+    """What a step cost; of ranks, what it cost rank 0."""
+
     seconds: float
-    memory: int  # bytes: the largest that the process of rank 0 has held since its start
+    processor: float  # seconds of processor time: what can be compared where other work is done beside
+    memory: int  # bytes: the largest that the process has held since its start
+
+
+class Stopwatch:
+    """Runs from its making on."""
+
+    def __init__(self) -> None:
+        self.seconds, self.processor = time.perf_counter(), time.process_time()
+
+    def stop(self) -> Step:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+        return Step(time.perf_counter() - self.seconds, time.process_time() - self.processor, memory)
 
 
 class Side:
-    """A program under way. `program(pause, *arguments)` is a function of a module; what it does before its first step is step 0's."""
+    """A program under way: `program(pause, *arguments)`, a function of a module. The first step is to get ready.
 
-    def __init__(self, program: Callable[..., None], *arguments: Any, threads: int = 1, ranks: int = 1) -> None:
+    Args:
+        ranks: processes that are told their place in a process group, as stages need it; None: one that is told nothing.
+    """
+
+    def __init__(self, program: Callable[..., None], *arguments: Any, threads: int = 1, ranks: int | None = None) -> None:
         context = _context()
         self.connection, far = context.Pipe()
         descriptor, name = tempfile.mkstemp(prefix="rlhf-bench-", suffix=".log")
         os.close(descriptor)
         self.log = Path(name)
-        place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        port = free_port()
+        places = [{}] if ranks is None else [place_of(rank, ranks, port) for rank in range(ranks)]
         self.processes = [
-            context.Process(target=_serve, args=(far, self.log, rank, place, threads, program, arguments), daemon=True)
-            for rank in range(ranks)
+            context.Process(target=_serve, args=(far, self.log, place, threads, program, arguments), daemon=True) for place in places
         ]
         for process in self.processes:
             process.start()
@@ -66,44 +87,40 @@ class Side:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.connection.close()
+        self.processes[0].join(SECONDS_TO_END)
         for process in self.processes:
             process.kill()
             process.join()
-        self.connection.close()
         self.log.unlink()
 
 
-def _serve(
-    connection: Connection, log: Path, rank: int, place: dict[str, str], threads: int, program: Callable[..., None], arguments: tuple
-) -> None:
+def _serve(connection: Connection, log: Path, place: dict[str, str], threads: int, program: Callable[..., None], arguments: tuple) -> None:
     """In a process of its own."""
     import torch
 
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= place
     torch.set_num_threads(threads)
-    if rank:
+    if place.get("RANK", "0") != "0":
         connection.close()
         program(lambda: None, *arguments)
         return
     connection.recv()
-    started = time.perf_counter()
+    watch = Stopwatch()
 
     def pause() -> None:
-        nonlocal started
-        connection.send(Step(time.perf_counter() - started, _peak()))
-        connection.recv()
-        started = time.perf_counter()
+        nonlocal watch
+        connection.send(watch.stop())
+        try:
+            connection.recv()
+        except EOFError:  # no further step is wanted
+            sys.exit()
+        watch = Stopwatch()
 
     program(pause, *arguments)
-
-
-def _peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 @cache
@@ -112,6 +129,12 @@ def _context() -> Any:
     os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     forkserver.set_forkserver_preload(list(PRELOADED))
     return multiprocessing.get_context("forkserver")
+
+
+def place_of(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a process of a group finds in its environment."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in place.items()}
 
 
 def free_port() -> int:
@@ -135,8 +158,17 @@ class PacedJob(Job):
 
 
 def paced_job(pause: Pause, root: Path, stage: str) -> PacedJob:
+    """A job whose stage also pauses before its first step."""
     from rlhf import config
+    from rlhf.engine.steps import Steps
 
+    begin = Steps.__iter__
+
+    def begin_when_wanted(steps: Steps) -> Iterator[int]:
+        pause()
+        return begin(steps)
+
+    Steps.__iter__ = begin_when_wanted  # type: ignore[method-assign]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = PacedJob(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank, pause=pause)
     job.folder.mkdir(parents=True, exist_ok=True)

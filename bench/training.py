@@ -67,7 +67,7 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> Iter
     names = {f"{stage_name}, {family}": (family, stage_name) for family in MODELS for stage_name in PEERS}
     for name, (family, stage_name) in names.items():
         if only in name:
-            with workspace(family, pairs, (rounds + 1) * BATCH, ANSWER_TOKENS, params()) as place:
+            with workspace(family, pairs, rounds * BATCH, ANSWER_TOKENS, params()) as place:
                 yield measured(name, stage_name, place, rounds, threads)
 
 
@@ -78,19 +78,22 @@ def params() -> dict[str, dict[str, Any]]:
 
 def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads: int) -> Case:
     order = Order(len(place.pairs), BATCH, place.job(stage_name).seed("order"))
-    rows = [place.pairs[i] for step in range(rounds + 1) for i in order.batch(step)]
+    rows = [place.pairs[i] for step in range(rounds) for i in order.batch(step)]
     data = [
         {"prompt": pair.dialogue("")[:1], "chosen": pair.dialogue(pair.chosen)[1:], "rejected": pair.dialogue(pair.rejected)[1:]}
         for pair in rows
     ]
-    with Side(stage, place.root, stage_name, threads=threads) as ours, Side(PEERS[stage_name], place.root, data, threads=threads) as theirs:
-        seconds = [(ours.step().seconds, theirs.step().seconds) for _ in range(rounds + 1)][1:]  # the first one includes the start
+    with (
+        Side(stage, place.root, stage_name, threads=threads, ranks=1) as ours,
+        Side(PEERS[stage_name], place.root, data, threads=threads) as theirs,
+    ):
+        costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
     lengths = [len(ids) for ids, _ in encode_dialogues(place.tokenizer, (pair.dialogue(pair.chosen) for pair in rows))]
-    work = [sum(lengths[i : i + BATCH]) if stage_name == "sft" else BATCH for i in range(BATCH, len(rows), BATCH)]
+    work = [sum(lengths[i : i + BATCH]) if stage_name == "sft" else BATCH for i in range(0, len(rows), BATCH)]
     return case(
         name,
         work,
-        seconds,
+        costs,
         "tokens/s" if stage_name == "sft" else "pairs/s",
         f"{place.parameters / 1e6:.1f} million weights, fp32, {threads} threads, {BATCH} rows a step, prompt with answer "
         f"{statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most; TRL: {SETTING[stage_name]}",
@@ -101,10 +104,13 @@ def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads:
 
 
 class Pausing(TrainerCallback):
-    """Pauses a trainer after every so many optimiser steps."""
+    """Pauses a trainer when it begins, and after every so many optimiser steps."""
 
     def __init__(self, pause: Pause, every: int = 1) -> None:
         self.pause, self.every = pause, every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.pause()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self.every == 0:

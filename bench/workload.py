@@ -106,7 +106,12 @@ class Workspace:
     parameters: int  # of the policy
 
     def job(self, stage: str) -> Job:
-        return Job(stage, config.load(self.root / "params.yaml"), self.root, self.root / "runs" / stage, "cpu", 0, 1, 0)
+        return job_in(self.root, stage)
+
+
+def job_in(root: Path, stage: str) -> Job:
+    """The job of a stage that runs alone in a workspace."""
+    return Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", 0, 1, 0)
 
 
 @contextmanager
