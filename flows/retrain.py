@@ -5,6 +5,7 @@ It computes nothing itself. `rlhf run` runs it in the current folder.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,24 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
     root = (root or Path.cwd()).resolve()
     params = check(root)
     busy = None if params.operations.when_busy == "queue" else f"{root}: another retraining flow is running in this workspace"
-    with lock(root, "flow", refuse=busy):
-        params = check(root)  # again: a run that waited finds what is there now
-        stages = run_stages(root)
-        tracking.send_waiting(root)
-        version = tasks.registry.register(root, params, str(runtime.flow_run.id))
-        verdict = tasks.registry.check(version, root, params)
-        tasks.share.push(root)
-        evidence = tasks.report.evidence(root)
-    # nothing below reads the workspace's models: the next run need not wait for a person
-    word = Word(person(), f"flow run {runtime.flow_run.name}: all gates passed")
-    if verdict.may_be_promoted and params.promote.approval.required:
-        word = ask(verdict, params.promote.approval)
-    decision = tasks.registry.carry_out(verdict, root, params, by=word.by, why=word.why, declined=word.declined)
-    tasks.report.publish(decision, evidence)
+    flow_run_id = str(runtime.flow_run.id)
+    with ExitStack() as to_the_end:
+        with lock(root, "flow", refuse=busy):
+            params = check(root)  # again: a run that waited finds what is there now
+            run = to_the_end.enter_context(tracking.of_flow(root, params, flow_run_id, str(runtime.flow_run.name)))
+            stages = run_stages(root)
+            tracking.send_waiting(root)
+            run.tag({f"stage.{name}": state for name, state in stages.items()})
+            version = tasks.registry.register(root, params, flow_run_id)
+            verdict = tasks.registry.check(version, root, params)
+            tasks.share.push(root)
+            evidence = tasks.report.collect(root, params, verdict, run.results)
+        # nothing below reads the workspace's models: the next run need not wait for a person
+        word = Word(person(), f"flow run {runtime.flow_run.name}: all gates passed")
+        if verdict.may_be_promoted and params.promote.approval.required:
+            word = ask(verdict, params.promote.approval)
+        decision = tasks.registry.carry_out(verdict, root, params, by=word.by, why=word.why, declined=word.declined)
+        tasks.report.publish(decision, verdict, word, evidence, root, params, flow_run_id, run)
     return {
         "stages": stages,
         "version": version.number,

@@ -74,16 +74,22 @@ def use(
 @app.command()
 def run() -> None:
     """Run the retraining flow: all stages that are not up to date, then registration, gates and promotion."""
-    from rlhf import progress
+    from rlhf import processes, progress
 
     root = workspace()
     os.chdir(root)
     params = config.load(root / "params.yaml")
-    with progress.shown(Console(stderr=True)):
-        from flows.retrain import check, retrain
+    try:
+        with processes.stoppable(), progress.shown(Console(stderr=True)):
+            from flows.retrain import check, retrain
+            from tasks import server
 
-        check(root)  # before a server is started for the flow
-        outcome = retrain(root)
+            check(root)  # before a server is started for the flow
+            server.ensure()
+            outcome = retrain(root)
+    except processes.Stopped as stop:
+        print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + stop.number)
     _print_metrics(root)
     print()
     for line in outcome["lines"]:

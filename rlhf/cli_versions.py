@@ -125,6 +125,7 @@ def lineage(version: Named) -> None:
         print(f"output    {path} md5 {md5}")
     compared = f"with version {tags['compared_with']}" if "compared_with" in tags else "with no other version"
     print(f"compared  {compared}; gates {tags.get('gates', 'not checked')}")
+    print(f"report    {tags.get('report', 'none: no flow decided about it')}")
     for move in registry.moves(root, params):
         if chosen.number in (move.version, move.replaces):
             print(move.line)

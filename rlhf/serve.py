@@ -34,6 +34,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PREFECT_API_URL": api,
         "RLHF_ROOT": str(root),
+        "RLHF_MLFLOW_PAGES": pages,
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -8,10 +8,10 @@ from prefect import get_run_logger
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
-from prefect.settings import PREFECT_API_URL
 
 from rlhf.config.operations import Approval
 from rlhf.registry import Verdict
+from tasks import server
 
 
 class Answer(RunInput):
@@ -35,7 +35,7 @@ def ask(verdict: Verdict, approval: Approval) -> Word:
     """Pause the flow run until somebody answers, or the time is over."""
     version = verdict.version
     by_hand = f"`rlhf promote {version.number}` puts it into service"
-    if not PREFECT_API_URL.value():
+    if not server.lasts():
         return Word("", "", f"it needs an approval, and there is no Prefect server to ask on: {by_hand}")
     gates = "\n".join(f"- {gate.line}" for gate in verdict.gates)
     champion = f"version {verdict.champion}" if verdict.champion else "none"

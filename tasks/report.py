@@ -1,75 +1,56 @@
-"""The page that Prefect shows for a flow run: gates, numbers and sample answers."""
+"""What Prefect and MLflow show of a flow run: the report, the table of numbers, the pictures, the way to the MLflow runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from rlhf import gates
-from rlhf.job import read_lines
-from rlhf.registry import EVALUATED, Decision
+from rlhf import registry, report, tracking
+from rlhf.config import Params
+from rlhf.report import Evidence
+from tasks.approval import Word
 
-SAMPLES = Path("data/samples.jsonl")
-SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The numbers of stage evaluate, and some of the answers that they came from."""
-
-    metrics: dict[str, Any]
-    samples: list[dict[str, Any]]
+REPORT = "report.html"
 
 
 @task(cache_policy=NO_CACHE)
-def publish(decision: Decision, evidence: Evidence) -> str:
-    """Make the page and store it as Prefect artifact `evaluation`; returns it."""
-    page = markdown(decision, evidence)
-    create_markdown_artifact(key="evaluation", markdown=page, description=decision.lines[-1])
+def collect(root: Path, params: Params, verdict: registry.Verdict, results: Path) -> Evidence:
+    """What the report shows of the workspace; numbers, tables and pictures also go to `results`."""
+    compared = verdict.champion not in (None, verdict.version.number) and "promoted" not in verdict.version.tags
+    champion = registry.find(root, params, verdict.champion) if compared and verdict.champion else None
+    return report.collect(root, verdict, champion, results)
+
+
+@task(cache_policy=NO_CACHE)
+def publish(
+    decision: registry.Decision,
+    verdict: registry.Verdict,
+    word: Word,
+    evidence: Evidence,
+    root: Path,
+    params: Params,
+    flow_run_id: str,
+    run: tracking.Tracker,
+) -> str:
+    """Leave the report, as artifacts of Prefect and as page and tags of the flow's MLflow run; returns it."""
+    own = tracking.run_of_flow(flow_run_id, root, params)
+    stages = {name.removeprefix("run."): made for name, made in decision.version.tags.items() if name.startswith("run.")}
+    links = {name: tracking.page(made, root, params) for name, made in ({"flow": own} | stages).items() if made}
+    page = report.markdown(decision, evidence, links)
+    run.results.mkdir(parents=True, exist_ok=True)
+    title = f"{decision.version.model}, version {decision.version.number}"
+    (run.results / REPORT).write_text(report.html(page, title), encoding="utf-8")
+    run.tag(report.tags(decision, verdict.champion, word.by, word.why))
+    # one that was in service before keeps the report of its promotion
+    if "report" not in decision.version.tags or "promoted" not in verdict.version.tags:
+        registry.tag(decision.version, root, params, "report", f"runs:/{own}/{REPORT}")
+    said = decision.lines[-1]
+    create_markdown_artifact(key="evaluation", markdown=page, description=said)
+    create_table_artifact(key="metrics", table=evidence.numbers, description=f"{title}: {evidence.note}")
+    for name, picture in evidence.pictures.items():
+        create_image_artifact(key=f"plot-{name.replace('_', '-')}", image_url=report.data_uri(picture), description=name)
+    create_link_artifact(key="mlflow", link=links["flow"], link_text="MLflow run of this flow run", description=said)
     return page
-
-
-def evidence(root: Path) -> Evidence:
-    """What the page shows, read while the workspace is this run's."""
-    return Evidence(gates.read_metrics(root), read_lines(root / SAMPLES)[:SHOWN] if (root / SAMPLES).exists() else [])
-
-
-def markdown(decision: Decision, evidence: Evidence) -> str:
-    """The page."""
-    metrics = evidence.metrics
-    parts = [f"# {decision.version.model}, version {decision.version.number}", f"{decision.lines[-1]}.", "## Gates"]
-    parts.append(
-        _table(("gate", "passed", "measured"), [(gate.name, "yes" if gate.passed else "**no**", gate.text) for gate in decision.gates])
-    )
-    parts += [
-        "## Measured on held-out data",
-        _table(("metric", "value"), [(name, metrics[name]) for name in EVALUATED if metrics.get(name) is not None]),
-    ]
-    if evidence.samples:
-        policies = ("sft", decision.version.tags["algorithm"])
-        rows = [(_prompt(row["prompt"]), *(row[name] for name in policies)) for row in evidence.samples]
-        parts += ["## Sample answers", _table(("prompt", *policies), rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _prompt(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items())
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_cell, value)) + "]"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", "<br>")

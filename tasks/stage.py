@@ -23,6 +23,7 @@ from rlhf import processes
 from rlhf.errors import UserError
 from rlhf.redact import redact
 from tasks.graph import Stage
+from tasks.progress import Bar
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
@@ -85,25 +86,33 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
     Raises:
         StageError: its command failed.
     """
-    if stage.current:
-        _tell(Progress(stage.name, "up to date"))
-        return Completed(name="Cached", message="up to date")
-    _tell(Progress(stage.name, "running"))
-    lines: deque[str] = deque(maxlen=LAST_LINES)
+    with Bar(stage.name) as bar:
 
-    def take(line: str) -> None:
-        if not line.startswith("ERROR: failed to reproduce"):
-            lines.append(line)
-        _tell(_progress(stage.name, line))
+        def tell(progress: Progress) -> None:
+            share = 1.0 if progress.state in ("done", "up to date") else progress.step / progress.total if progress.total else None
+            bar.move(progress.text or progress.state, share)
+            for watcher in _watchers:
+                watcher(progress)
 
-    # --wait-for-lock: a stage that ends while another one commits would be lost without it
-    code = follow(["dvc", "--wait-for-lock", "repro", "--single-item", stage.name], root, environment, take)
-    if code:
-        failure = StageError(stage.name, code, list(lines))
-        _tell(Progress(stage.name, "failed", failure.what))
-        raise failure
-    _tell(Progress(stage.name, "done"))
-    return None
+        if stage.current:
+            tell(Progress(stage.name, "up to date"))
+            return Completed(name="Cached", message="up to date")
+        tell(Progress(stage.name, "running"))
+        lines: deque[str] = deque(maxlen=LAST_LINES)
+
+        def take(line: str) -> None:
+            if not line.startswith("ERROR: failed to reproduce"):
+                lines.append(line)
+            tell(_progress(stage.name, line))
+
+        # --wait-for-lock: a stage that ends while another one commits would be lost without it
+        code = follow(["dvc", "--wait-for-lock", "repro", "--single-item", stage.name], root, environment, take)
+        if code:
+            failure = StageError(stage.name, code, list(lines))
+            tell(Progress(stage.name, "failed", failure.what))
+            raise failure
+        tell(Progress(stage.name, "done"))
+        return None
 
 
 def follow(command: list[str], root: Path, environment: dict[str, str], take: Callable[[str], None]) -> int:
@@ -156,8 +165,3 @@ def _progress(stage: str, line: str) -> Progress:
     if match and match["stage"] == stage:
         return Progress(stage, "running", match["metrics"], int(match["step"]), int(match["total"]))
     return Progress(stage, "running", line)
-
-
-def _tell(progress: Progress) -> None:
-    for watcher in _watchers:
-        watcher(progress)

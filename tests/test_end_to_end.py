@@ -42,12 +42,16 @@ launch.accelerator=cpu
 ASK_MLFLOW = """
 import json, mlflow
 client = mlflow.MlflowClient()
-runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+found = mlflow.search_runs(search_all_experiments=True, output_format="list")
+runs = [run for run in found if "stage" in run.data.tags]
 base = next(run for run in runs if run.info.run_name == "base")
 print(json.dumps({
     "versions": [version.tags for version in client.search_model_versions()],
     "champion": client.get_model_version_by_alias("assistant", "champion").tags,
     "runs": {run.info.run_id: run.info.run_name for run in runs},
+    "flows": {run.info.run_id: run.data.tags for run in found if "flow" in run.data.tags},
+    "above": sorted({run.data.tags["mlflow.parentRunId"] for run in runs}),
+    "data": {run.info.run_name: {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs} for run in runs},
     "base_steps": [metric.step for metric in client.get_metric_history(base.info.run_id, "loss")],
     "answers": mlflow.pyfunc.load_model("models:/assistant@champion").predict(QUESTIONS),
 }))
@@ -206,6 +210,17 @@ def test_a_second_run_trains_nothing_and_registers_nothing(flow_clone: Clone) ->
     assert tags["md5.models/ppo"] in json.dumps(lock["stages"]["ppo"]["outs"])
     assert {seen["runs"][tags[f"run.{stage}"]] for stage in STAGES} == set(STAGES)
     assert flow_clone.call("git", "rev-parse", "HEAD").strip() in tags.values()
+    # the stages are below the flow that trained them, which the version points at; the one that trained nothing names their runs
+    trained, idle = sorted(seen["flows"], key=lambda run: seen["flows"][run]["decision"], reverse=True)
+    assert seen["above"] == [trained]
+    assert tags["report"] == f"runs:/{trained}/report.html"
+    assert seen["flows"][idle]["decision"] == "champion already"
+    assert {seen["flows"][idle][f"run.{stage}"] for stage in STAGES} == set(seen["runs"])
+    # their data has the hashes that DVC knows
+    read = {entry["path"]: entry["md5"] for stage in lock["stages"].values() for entry in stage["deps"]}
+    for stage in STAGES[1:]:
+        assert seen["data"][stage]
+        assert seen["data"][stage].items() <= read.items()
     # what is served are the weights of ppo
     assert seen["answers"] == flow_clone.ask(ASK_FOLDER)
     assert len(seen["answers"]) == len(QUESTIONS)

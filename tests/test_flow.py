@@ -14,18 +14,19 @@ import pytest
 import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import Artifact, StateType
+from prefect.client.schemas.sorting import ArtifactSort
 from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.retrain import retrain, run_stages
-from rlhf import config, registry
+from rlhf import config, registry, tracking
 from rlhf.config.operations import Approval
 from rlhf.errors import UserError
 from rlhf.gates import Gate
 from rlhf.locks import lock
-from tasks import report, stage
+from tasks import progress, stage
 from tasks.approval import Word, ask
 
 PROJECT = Path(__file__).parents[1]
@@ -156,16 +157,45 @@ def git_status(root: Path) -> str:
     return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
+def artifacts(key: str) -> list[Artifact]:
+    """A key's artifacts, oldest first."""
+    with get_client(sync_client=True) as client:
+        return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.CREATED_ASC)
+
+
+def test_a_stages_progress_moves_while_it_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_MOVES", 0.1)
+    half_way = "echo 'base 2/8 loss=2.5'; while [ ! -e go ]; do sleep 0.1; done; echo done > out"
+    pipeline(root, {"base": {"cmd": half_way, "outs": ["out"]}})
+
+    def look() -> str:
+        try:
+            while not (found := artifacts("progress-base")) or found[-1].data != 25:
+                time.sleep(0.1)
+            return found[-1].description or ""
+        finally:
+            (root / "go").touch()
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        walk(root)
+        assert looking.result(60) == "base: loss=2.5"
+    assert [(found.data, found.description) for found in artifacts("progress-base")] == [(100, "base: done")]
+    walk(root)
+    assert [found.description for found in artifacts("progress-base")] == ["base: done", "base: up to date"]
+
+
 def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     made = root / "made"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
     model.save_pretrained(made)
     (made / "lineage.json").write_text(json.dumps({"fingerprint": "f00d"}))
     (root / "evaluate.json").write_text(json.dumps(METRICS))
-    (root / "samples.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a|b"}], "sft": "x", "ppo": "y"}) + "\n")
+    (root / "samples.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a|b<i>"}], "sft": "x", "ppo": "y"}) + "\n")
     (root / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
     (root / "answers.jsonl").write_text("{}\n")
-    copying = "mkdir -p metrics data; cp evaluate.json metrics/; cp samples.jsonl answers.jsonl data/"
+    (root / "gold_against_kl.csv").write_text("step,loss\n1,2\n2,1\n")
+    copying = "mkdir -p metrics data plots; cp evaluate.json metrics; cp samples.jsonl answers.jsonl data; cp gold_against_kl.csv plots"
     pipeline(
         root,
         {
@@ -175,6 +205,7 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
                 "deps": ["models/ppo"],
                 "outs": ["data/samples.jsonl", "data/answers.jsonl"],
                 "metrics": [{"metrics/evaluate.json": {"cache": False}}],
+                "plots": [{"plots/gold_against_kl.csv": {"cache": False, "x": "step", "y": "loss"}}],
             },
         },
     )
@@ -196,10 +227,30 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     params = config.load(root / "params.yaml")
     [version] = registry.versions(root, params)
     assert version.tags["md5.models/ppo"].endswith(".dir")
-    decision = registry.Decision(version, registry.check(version, root, params).gates, 1, ["version 1 is champion already"])
-    page = report.markdown(decision, report.evidence(root))
-    assert "| user: a\\|b | x | y |" in page
+    page, again = (str(found.data) for found in artifacts("evaluation"))
+    assert "**version 1 is champion, the one before is none**" in page
+    assert "**version 1 is champion already**" in again
+    assert "| user: a\\|b\\<i\\> | x | y |" in page
     assert "| min_win_rate | yes |" in page
+    [table, _] = artifacts("metrics")
+    rows = {row["metric"]: row for row in json.loads(str(table.data))}
+    assert rows["win_rate.value"] == {"metric": "win_rate.value", "this version": "0.8", "champion": "—", "difference": "—"}
+    assert rows["eos_rate.policy"]["this version"] == "0.99"
+    assert str(artifacts("plot-gold-against-kl")[0].data).startswith("data:image/png;base64,iVBOR")
+
+    first_run, second_run = (str(found.data).rpartition("/")[2].rstrip(")") for found in artifacts("mlflow"))
+    assert f"/runs/{first_run}" in page
+    assert version.tags["report"] == f"runs:/{first_run}/report.html"
+    client = tracking.client(root, params)
+    tags = client.get_run(first_run).data.tags
+    assert (tags["decision"], tags["version"], tags["champion.before"], tags["gates"]) == ("promoted", "1", "none", "passed")
+    assert tags["stage.ppo"] == "done"
+    assert client.get_run(second_run).data.tags["decision"] == "champion already"
+    assert client.get_run(second_run).data.metrics["final/win_rate/value"] == 0.8
+    assert {artifact.path for artifact in client.list_artifacts(first_run)} == {"metrics", "plots", "report.html"}
+    web = Path(client.download_artifacts(first_run, "report.html")).read_text()
+    assert "<td>user: a|b&lt;i&gt;</td>" in web
+    assert '<img src="data:image/png;base64,' in web
 
     with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
         retrain(root)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf import config, tracking
+from rlhf import config, machine, tracking
 from rlhf.fingerprint import Node
 from rlhf.processes import Stopped
 
@@ -116,13 +119,96 @@ def test_what_waited_for_mlflow_is_sent_whole(
     assert {Path(artifact.path).name for artifact in artifacts} == {"sft.csv", "sft.png"}
 
 
-def test_sending_twice_sends_nothing_twice(root: Path, tracked: Callable[..., Path]) -> None:
-    folder = tracked("twice", 1)
+def test_what_is_sent_twice_is_there_once(root: Path, tracked: Callable[..., Path]) -> None:
+    (root / "runs/sft/twice/results/metrics").mkdir(parents=True)
+    (root / "runs/sft/twice/results/metrics/sft.json").write_text('{"rate": 0.5}')
+    folder = tracked("twice", 1, 2)
     run = state(folder)["run"]
     tracking.send_waiting(root)
-    (folder / "tracking.json").write_text(json.dumps(state(folder) | {"sent": False}))
+    # a kill came after it was sent and before it was noted, and the stage has logged a step anew since
+    (folder / "tracking.json").write_text(json.dumps(state(folder) | {"sent": False, "run": None, "steps": {}}))
+    tracked("twice", 2)
+    assert state(folder)["run"] == run
+    assert history(root, run, "loss") == [(1, 1.0), (2, 1 / 2)]
+    assert history(root, run, "final/rate") == [(2, 0.5)]
+    client = tracking.client(root, PARAMS)
+    assert len(client.search_runs([tracking.initialise(root, PARAMS)], "tags.fingerprint = 'twice'")) == 1
+
+
+def test_the_stages_of_a_flow_are_below_its_run(
+    root: Path, tracked: Callable[..., Path], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
+    monkeypatch.setenv("RLHF_FLOW_RUN_ID", "flow-7")
+    with tracking.of_flow(root, PARAMS, "flow-7", "calm-fox") as flow:
+        tracked("first", 1)
+        # MLflow is back: the stage is the first to reach it, and the flow's run is opened once all the same
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+        second = tracked("second", 1)
+        flow.tag({"decision": "promoted"})
+        flow.results.mkdir()
+        (flow.results / "report.html").write_text("<p>yes</p>")
     tracking.send_waiting(root)
-    assert history(root, run, "loss") == [(1, 1.0)]
+    client = tracking.client(root, PARAMS)
+    own = tracking.run_of_flow("flow-7", root, PARAMS)
+    assert own
+    run = client.get_run(own)
+    assert (run.info.run_name, run.info.status, run.data.tags["decision"]) == ("calm-fox", "FINISHED", "promoted")
+    assert run.data.params["ppo.steps"] == str(PARAMS.ppo.steps)
+    assert [artifact.path for artifact in client.list_artifacts(own)] == ["report.html"]
+    experiment = tracking.initialise(root, PARAMS)
+    below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{own}'")
+    assert {found.data.tags["fingerprint"] for found in below} == {"first", "second"}
+    assert len(client.search_runs([experiment], "tags.flow_run_id = 'flow-7' and tags.flow = 'retrain'")) == 1
+    assert tracking.page(own, root, PARAMS) == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{own}"
+
+    # what was sent goes as the next flow begins
+    with tracking.of_flow(root, PARAMS, "flow-8", "dry-owl"):
+        assert [folder.name for folder in (root / "runs/flow").iterdir()] == ["flow-8"]
+    # a stage that goes on under another flow is that one's
+    monkeypatch.setenv("RLHF_FLOW_RUN_ID", "flow-8")
+    tracked("second", 2)
+    moved = client.get_run(state(second)["run"])
+    assert moved.data.tags["mlflow.parentRunId"] == tracking.run_of_flow("flow-8", root, PARAMS)
+
+
+def test_a_run_knows_its_data_and_the_load_of_the_machine(
+    root: Path, tracked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "SECONDS_BETWEEN_SAMPLES", 0.01)
+    raw, prepared = root / "data/raw/mine", root / "data/prepared"
+    for folder in (raw, prepared):
+        folder.mkdir(parents=True)
+    (raw / "part.jsonl.dvc").write_text("outs: [{md5: 0123456789abcdef0123456789abcdef, size: 9, path: part.jsonl}]\n")
+    (prepared / "sft.jsonl").write_text("{}\n{}\n")
+    (prepared / "heldout_text.jsonl").write_text("{}\n")
+    inputs = ("models/base", "data/raw", "data/prepared/sft.jsonl", "data/prepared/heldout_text.jsonl")
+    monkeypatch.setitem(globals(), "NODE", replace(NODE, inputs=inputs))
+
+    def sample(fingerprint: str) -> list[int]:
+        folder = root / "runs/sft" / fingerprint
+        before = len((folder / "system.jsonl").read_text().splitlines()) if folder.exists() else 0
+        folder.mkdir(parents=True, exist_ok=True)
+        with tracking.of_stage(root, PARAMS, NODE, fingerprint, folder):
+            while not (folder / "system.jsonl").exists() or len((folder / "system.jsonl").read_text().splitlines()) < before + 2:
+                time.sleep(0.01)
+        return [step for step, _ in history(root, state(folder)["run"], "system/cpu_utilization_percentage")]
+
+    first = sample("loaded")
+    assert first == list(range(1, len(first) + 1))
+    again = sample("loaded")
+    assert again == list(range(1, len(again) + 1))
+    assert len(again) > len(first)
+    run = tracking.client(root, PARAMS).get_run(state(root / "runs/sft/loaded")["run"])
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    found = {entry.dataset.name: entry for entry in run.inputs.dataset_inputs}
+    assert {name: entry.dataset.digest for name, entry in found.items()} == {
+        "data/raw/mine/part.jsonl": "0123456789abcdef0123456789abcdef",
+        "data/prepared/sft.jsonl": hashlib.md5(b"{}\n{}\n").hexdigest(),
+        "data/prepared/heldout_text.jsonl": hashlib.md5(b"{}\n").hexdigest(),
+    }
+    assert json.loads(found["data/prepared/sft.jsonl"].dataset.profile) == {"lines": 2, "bytes": 6}
+    assert [tag.value for tag in found["data/prepared/heldout_text.jsonl"].tags] == ["evaluation"]
 
 
 def test_a_run_whose_launcher_was_killed_is_ended(root: Path, tracked: Callable[..., Path]) -> None:

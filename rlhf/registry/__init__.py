@@ -7,7 +7,7 @@ was before it, `candidate` is the newest one that did not pass the gates. Every 
 from rlhf.registry.history import Move, moves
 from rlhf.registry.promotion import Decision, Verdict, carry_out, check, promote, rollback
 from rlhf.registry.registration import EVALUATED, register, weights_hash
-from rlhf.registry.versions import Version, aliases, find, model_folder, resolve, versions
+from rlhf.registry.versions import Version, aliases, find, model_folder, resolve, tag, versions
 
 __all__ = [
     "EVALUATED",
@@ -25,6 +25,7 @@ __all__ = [
     "register",
     "resolve",
     "rollback",
+    "tag",
     "versions",
     "weights_hash",
 ]

@@ -93,6 +93,11 @@ def resolve(root: Path, params: Params, name: str) -> Version:
     return find(root, params, known[name])
 
 
+def tag(version: Version, root: Path, params: Params, name: str, value: str) -> None:
+    """Set a tag of a version."""
+    connect(root, params).set_model_version_tag(version.model, str(version.number), name, value)
+
+
 def aliases(root: Path, params: Params) -> dict[str, int]:
     """Which version each alias points at; empty where nothing was registered yet."""
     found = connect(root, params).search_registered_models(f"name = '{params.promote.model}'")

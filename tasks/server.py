@@ -1,0 +1,80 @@
+"""A Prefect server for a flow that is run by hand, where none is named: it ends with the process that started it, however that ends.
+
+Prefect would start one by itself. That one is left running by a process that SIGTERM or SIGKILL ends, and is hit by Ctrl-C before the
+flow can tell it how it ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack
+
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
+
+from rlhf import processes
+from rlhf.errors import UserError
+
+HOST = "127.0.0.1"
+SECONDS_TO_STOP = 5
+_temporary: list[str] = []
+
+
+def lasts() -> bool:
+    """Whether flows are told to a server that is there after they have ended, and that somebody may be looking at."""
+    return PREFECT_API_URL.value() not in (None, *_temporary)
+
+
+def ensure() -> None:
+    """See that there is a server: the one that PREFECT_API_URL names, else one that lives as long as this process.
+
+    Raises:
+        UserError: it does not start.
+    """
+    if PREFECT_API_URL.value():
+        return
+    until_exit = ExitStack()
+    # after all that this process still sends as it ends
+    atexit.register(until_exit.close)
+    leader = until_exit.enter_context(processes.group())
+    with socket.socket() as free:
+        free.bind((HOST, 0))
+        port = free.getsockname()[1]
+    words = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--host", HOST, "--port", str(port)],
+        # as Prefect's own: no pages, and only the services that a flow needs
+        env=os.environ | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        stdin=subprocess.DEVNULL,
+        process_group=leader,
+    )
+    until_exit.callback(_stop, process)
+    address = f"http://{HOST}:{port}/api"
+    _await(address, process)
+    _temporary.append(address)
+    until_exit.enter_context(temporary_settings({PREFECT_API_URL: address}))
+
+
+def _await(address: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise UserError("Prefect's server does not start", remedy="see what it said above; `rlhf serve` starts one that stays")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
