@@ -1,6 +1,6 @@
 # `make run` and `make test` set up .venv first, where it is missing or constraints.txt or pyproject.toml changed since.
 SHELL := /bin/bash
-.PHONY: run serve test lint bench
+.PHONY: run serve test lint bench seeds faults
 export DO_NOT_TRACK = true
 
 PYTHON = $(firstword $(foreach name,python3.11 python3,$(if $(filter 3.11,$(shell $(name) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)),$(name))))
@@ -21,7 +21,13 @@ serve: $(READY)
 	.venv/bin/rlhf serve
 
 bench: $(READY)
+	.venv/bin/python bench/run.py
+
+seeds: $(READY)
 	.venv/bin/python bench/seeds.py
+
+faults: $(READY)
+	.venv/bin/python bench/faults.py
 
 $(READY): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 is needed, and neither python3.11 nor python3 is that — install it, with its venv module" >&2; exit 1; }

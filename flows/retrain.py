@@ -17,7 +17,9 @@ import tasks.report
 import tasks.share
 from rlhf import config, fingerprint, tracking
 from rlhf.errors import UserError
+from rlhf.launch import forget_committed
 from rlhf.locks import lock
+from rlhf.paths import inside
 from rlhf.registry.history import person
 from tasks import graph
 from tasks.approval import Word, ask
@@ -76,7 +78,7 @@ def check(root: Path) -> config.Params:
     fingerprint.check_algorithm(fingerprint.read_graph(root), params)
     for number, source in enumerate(params.data.sources):
         path = getattr(source, "path", None)
-        if path and not (root / path).exists():
+        if path and not inside(root, path, f"data.sources.{number}.path").exists():
             raise UserError(f"data.sources.{number}.path: {path}: no such file or folder", remedy="bring it with `rlhf use`, or `dvc pull`")
     return params
 
@@ -85,8 +87,9 @@ def run_stages(root: Path) -> dict[str, str]:
     """Bring all stages up to date, independent ones side by side; stages after a failed one do not run.
 
     Raises:
-        UserError: the graph is wrong, or stages failed: their last lines.
+        UserError: the graph is wrong, stages failed (their last lines), or something that they read was changed meanwhile.
     """
+    graph.mend(root)
     stages = [stage for stage in graph.read(root) if not (stage.is_data and stage.current)]
     environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}
     futures: dict[str, PrefectFuture[Any]] = {}
@@ -103,5 +106,10 @@ def run_stages(root: Path) -> dict[str, str]:
     ]
     if failures:
         raise UserError("; ".join(getattr(failure, "what", str(failure)) for failure in failures), remedy=REMEDY)
+    trained = any(not stage.current for stage in stages)
+    if changed := [stage.name for stage in (graph.read(root) if trained else stages) if not stage.current]:
+        what = f"{root}: params, data or code of stage {changed[0]} changed while the flow ran: nothing was registered"
+        raise UserError(what, remedy="run it again: what is still up to date is not repeated")
+    forget_committed(root)
     get_run_logger().info("%d of %d stages were up to date", sum(stage.current for stage in stages), len(stages))
     return {stage.name: "up to date" if stage.current else "done" for stage in stages}

@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf import cli_versions, config
+from rlhf import cli_versions, config, space
 from rlhf.errors import UserError
+from rlhf.redact import redact
 from rlhf.workspace import workspace
 
 app = typer.Typer(
@@ -37,12 +38,15 @@ def main() -> None:
     except UserError as error:
         message = f"{error.what} — {error.remedy}"
     except OSError as error:
-        if error.filename is None:
+        if full := space.full(error, Path.cwd()):
+            message = f"{full.what} — {full.remedy}"
+        elif error.filename is None:
             raise
-        message = f"{error.filename}: {error.strerror} — make room, or set its permissions"
+        else:
+            message = f"{error.filename}: {error.strerror} — set its permissions"
     else:
         return
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", redact(" ".join(message.split())), file=sys.stderr)
     sys.exit(1)
 
 
@@ -84,7 +88,9 @@ def run() -> None:
     print()
     for line in outcome["lines"]:
         print(line)
-    print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, `mlflow ui --backend-store-uri {_tracking_uri(root, params)}`")
+    uri = redact(_tracking_uri(root, params))
+    pages = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
+    print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, {pages}")
 
 
 @app.command()

@@ -88,6 +88,7 @@ def compare(version: Named = "champion") -> None:
     root = workspace()
     params = config.load(root / "params.yaml")
     own, other = registry.register(root, params), registry.resolve(root, params, version)
+    processes.stop_with_its_starters()
     try:
         with processes.stoppable():
             comparison.compare(own, other, root, params)
@@ -143,4 +144,30 @@ def verify(
     print(f"version {chosen.number} is verified")
 
 
-COMMANDS = (models, promote, rollback, compare, lineage, verify)
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+) -> None:
+    """Remove what no run goes on from and no registered version, branch or tag needs: scratch, old data in the DVC cache, MLflow's files.
+
+    Begin with --dry-run. DVC remotes are not touched.
+    """
+    from rlhf import gc as cleaning
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    with cleaning.alone(root, params):
+        found = cleaning.find(root, params)
+        table = Table("what", "MiB", "why", box=None)
+        for leftover in found.leftovers:
+            table.add_row(leftover.what, f"{cleaning.size(leftover.paths) / 2**20:.1f}", leftover.why)
+        if found.leftovers:
+            Console().print(table)
+        for note in found.notes:
+            print(f"note: {note}")
+        freed = cleaning.freed([path for leftover in found.leftovers for path in leftover.paths])
+        if not dry_run:
+            cleaning.remove(root, params, found.leftovers)
+    print(f"{freed / 2**20:.1f} MiB {'would be' if dry_run else 'are'} free again; what is linked elsewhere, too, takes no room of its own")
+
+
+COMMANDS = (models, promote, rollback, compare, lineage, verify, gc)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import yaml
+
 from rlhf import config
 from rlhf.errors import UserError
 from rlhf.locks import lock
@@ -126,6 +128,7 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "RLHF_JOB_DIR": str(folder),
         "RLHF_ROOT": str(root),
         "RLHF_DEVICE": device,
+        "RLHF_PARAMS": str(folder / "params.yaml"),
         "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -136,6 +139,10 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "PYTHONHASHSEED": "0",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    if not params.launch.hostfile:
+        own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one machine listen on its loopback alone
+    # the workspace's params.yaml may be edited while the stage runs, and before its ranks have read it
+    (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece;
     # Python runs this file as it starts: what stands as None in sys.modules counts as not installed
     hidden = folder / "hidden"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rlhf.redact import redact
 
 LINES_SHOWN = 20
 # what DeepSpeed and Gloo say of themselves
@@ -22,7 +25,7 @@ class Console:
         self._stage, self._path = stage, log
         self._log = log.open("a", encoding="utf-8")
         self._last: deque[str] = deque(maxlen=LINES_SHOWN)
-        self._explained = False
+        self._explained = self._unlogged = False
         self._step = re.compile(rf"{re.escape(self._stage)} (\d+)/(\d+) (\S*).*")
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         columns = (*bar, TextColumn("{task.fields[metric]}"))
@@ -35,12 +38,20 @@ class Console:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        self._log.close()
+        with suppress(OSError):  # what could not be written, as above
+            self._log.close()
 
     def show(self, line: str) -> None:
         """Take one line of the stage."""
-        self._log.write(line + "\n")
-        self._log.flush()
+        line = redact(line)
+        try:
+            self._log.write(line + "\n")
+            self._log.flush()
+        except OSError as error:
+            # the stage must not wait for a reader that has ended
+            if not self._unlogged:
+                print(f"warning: {self._path}: {error.strerror}; its lines are shown here only", file=sys.stderr, flush=True)
+            self._unlogged = True
         if NOISE.match(line):
             return
         self._last.append(line)

@@ -1,5 +1,7 @@
 """The one kind of error that a user can mend."""
 
+from rlhf.redact import redact
+
 
 class UserError(Exception):
     """Something outside the code is wrong: a file, a row, a value, a port.
@@ -12,6 +14,7 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, remedy: str) -> None:
-        self.what = what
-        self.remedy = remedy
-        super().__init__(f"{what} ({remedy})")
+        # it goes to logs, and to Prefect's database
+        self.what = redact(what)
+        self.remedy = redact(remedy)
+        super().__init__(f"{self.what} ({self.remedy})")

@@ -13,6 +13,9 @@ import yaml
 
 from rlhf.config import STAGES, STAGES_OF, Params
 from rlhf.errors import UserError
+from rlhf.paths import inside
+
+LINEAGE = "lineage.json"  # in the folder of each model: what made it, and the SHA-256 of its files
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def read_graph(root: Path) -> dict[str, Node]:
     """The stages of dvc.yaml.
 
     Raises:
-        UserError: dvc.yaml is missing, or holds no stages.
+        UserError: dvc.yaml is missing, holds no stages, or names a path outside its folder.
     """
     path = root / "dvc.yaml"
     try:
@@ -66,7 +69,11 @@ def _node(name: str, entry: Mapping[str, Any]) -> Node:
     def paths(key: str) -> tuple[str, ...]:
         return tuple(_options(entry.get(key, [])))
 
-    return Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+    node = Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+    for path in (*node.inputs, *node.written):
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise UserError(f"dvc.yaml: stage {name}: {path} leads out of the workspace", remedy="give a path below the folder of dvc.yaml")
+    return node
 
 
 def _options(entries: Iterable[Any]) -> dict[str, dict[str, Any]]:
@@ -79,13 +86,57 @@ def check_inputs(root: Path, stage: str, graph: Mapping[str, Node]) -> None:
     """Check that every input of a stage is there.
 
     Raises:
-        UserError: names the input that is missing, and the stage that makes it.
+        UserError: names the input that is missing, and the stage that makes it; or one that is a link out of the workspace.
     """
     for path in graph[stage].inputs:
-        if not (root / path).exists():
+        if not inside(root, path, f"input of stage {stage}").exists():
             makers = [node.name for node in graph.values() if any(path == out or path.startswith(f"{out}/") for out in node.written)]
             remedy = f"run `dvc repro {makers[0]}`, which makes it" if makers else "bring it back: `git checkout` or `dvc pull`"
             raise UserError(f"{path}: input of stage {stage}, no such file or folder", remedy=remedy)
+
+
+def check_models(root: Path, folders: Iterable[str], hashes: Mapping[str, str]) -> None:
+    """Check that the models that a stage reads are as they were written: DVC does not look at the files of its cache again.
+
+    Args:
+        root: the workspace.
+        folders: the stage's inputs.
+        hashes: of all their files.
+
+    Raises:
+        UserError: names the file that has changed since.
+    """
+    for folder in folders:
+        path = root / folder / LINEAGE
+        if not path.is_file():
+            continue
+        try:
+            lineage = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            lineage = {"stage": Path(folder).name, "files": {}}
+        expected = {f"{folder}/{name}": digest for name, digest in lineage.get("files", {}).items()}
+        found = {name: digest for name, digest in hashes.items() if name.startswith(f"{folder}/") and name != f"{folder}/{LINEAGE}"}
+        if "files" in lineage and (wrong := differences(expected, found)):
+            maker = lineage["stage"]
+            raise UserError(
+                f"{', '.join(wrong)}: not as stage {maker} wrote it",
+                remedy=f"`chmod -R u+w .dvc/cache` lets DVC find what is damaged there; then `rm -r {folder}` and run again",
+            )
+
+
+def locked(root: Path, stage: str) -> dict[str, str]:
+    """The MD5 of each output of a stage, by path, as dvc.lock has them; none where it does not know the stage, or is being written."""
+    try:
+        entry = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
+        return {out["path"]: out["md5"] for out in entry["outs"]}
+    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError):
+        return {}
+
+
+def md5(path: Path) -> str:
+    """As DVC names a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def hash_inputs(root: Path, inputs: Iterable[str]) -> dict[str, str]:

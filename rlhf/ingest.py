@@ -16,6 +16,7 @@ from rlhf.data.formats import BY_DESIGN, read
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.paths import inside
 
 AnyFileSource = ColumnSource | NamedSource
 # rows that a new file may well share with the ones there
@@ -53,6 +54,7 @@ def ingest(root: Path, params: Params, files: Sequence[Path], name: str | None) 
             raise UserError(
                 what, remedy=f"bring the file there: `rlhf use params.yaml {key}.path=FILE`, FILE being a copy outside data/raw"
             )
+        inside(root, folder, key)
         checker = Checker(params.prepare.max_characters)
         checker.divide(read(source, key, root, seed=0))
         lines, taken = [], []

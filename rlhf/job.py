@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf import config
+from rlhf import config, space
 from rlhf.errors import UserError
 
 SECONDS_BETWEEN_LINES = 1.0
@@ -39,12 +39,13 @@ class Job:
     @classmethod
     def from_environment(cls, stage: str) -> Job:
         try:
-            root, folder, device = Path(os.environ["RLHF_ROOT"]), Path(os.environ["RLHF_JOB_DIR"]), os.environ["RLHF_DEVICE"]
+            root, folder, params, device = (os.environ[f"RLHF_{name}"] for name in ("ROOT", "JOB_DIR", "PARAMS", "DEVICE"))
         except KeyError as missing:
             raise UserError(f"{missing} is not set", remedy=f"start the stage with `rlhf launch {stage}`") from None
         ranks = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
-        params = config.load(root / "params.yaml")
-        return cls(stage, params, root, folder, device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"])
+        return cls(
+            stage, config.load(Path(params)), Path(root), Path(folder), device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"]
+        )
 
     @property
     def is_main(self) -> bool:
@@ -74,7 +75,8 @@ class Job:
         if not self.is_main:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "total": total, "metrics": dict(metrics)}) + "\n")
+            line = {"step": step, "total": total, "at": int(time.time() * 1000), "metrics": dict(metrics)}
+            file.write(json.dumps(line) + "\n")
         # a quick stage would spend its processor time on its own log
         if step in (1, total) or time.monotonic() - self.clock.get("line", 0.0) >= SECONDS_BETWEEN_LINES:
             self.clock["line"] = time.monotonic()
@@ -99,12 +101,17 @@ class Job:
 
 
 def run(stage: str, main: Callable[[Job], None]) -> None:
-    """Run a stage's main function; a UserError becomes one line on standard error and exit code 1."""
+    """Run a stage's main function; a UserError becomes one line on standard error and exit code 1, and so does a full disk."""
     try:
         job = Job.from_environment(stage)
-        main(job)
-        if job.is_main:
-            (job.folder / "FINISHED").touch()
+        try:
+            main(job)
+            if job.is_main:
+                (job.folder / "FINISHED").touch()
+        except Exception as error:
+            if full := space.full(error, job.folder):
+                raise full from error
+            raise
     except UserError as error:
         print(f"error: {error.what}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
         sys.exit(1)

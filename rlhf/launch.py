@@ -6,6 +6,7 @@ docs/architecture.md, "Between launcher and stage", is the contract with the sta
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import command, config, fingerprint, processes
+from rlhf import command, config, fingerprint, processes, space, tracking
 from rlhf.console import Console
 from rlhf.errors import UserError
 from rlhf.locks import lock
-from rlhf.tracking import Tracker, waiting
+from rlhf.paths import inside
 
 
 class StageError(Exception):
@@ -39,8 +40,8 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
         package: where the stages' modules are.
 
     Raises:
-        UserError: params.yaml, dvc.yaml, an input, the port or an output's place is wrong; the stage is being run already, took too long,
-            did not write an output, or its inputs changed meanwhile.
+        UserError: params.yaml, dvc.yaml, an input, the port or an output's place is wrong; there is no room on the disk; the stage is being
+            run already, took too long, did not write an output, or its inputs changed meanwhile.
     """
     root = root.resolve()
     params = config.load(root / "params.yaml")
@@ -51,16 +52,19 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
     fingerprint.check_inputs(root, stage, graph)
     check_base(root, stage, params)
     check_places(root, graph[stage])
-    processes.stop_with_dvc()
+    processes.stop_with_its_starters()
     try:
         with processes.stoppable(), lock(root, stage, refuse=f"stage {stage} is being run already"):
             run = open_run(root, params, graph[stage])
-            with Tracker(root, params, run.node, run.fingerprint, run.folder):
+            if not run.done.exists():
+                space.check(root, stage, params, run.folder)
+            with tracking.of_stage(root, params, run.node, run.fingerprint, run.folder):
                 if not run.done.exists():
                     train(run, f"{package}.{stage}")
                     seal(run)
                 publish(run)
             clean(run)
+            forget_committed(root)
     except processes.Stopped as stop:
         print(f"{stage}: stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr, flush=True)
         return 128 + stop.number
@@ -116,10 +120,10 @@ def check_places(root: Path, node: fingerprint.Node) -> None:
     """Check that the outputs can be written, before the hours that go into them.
 
     Raises:
-        UserError: names the output that cannot.
+        UserError: names the output that cannot, or whose folder is a link out of the workspace.
     """
     for path in node.written:
-        place = (root / path).parent
+        place = inside(root, Path(path).parent, f"output {path} of stage {node.name}")
         try:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):
@@ -133,12 +137,15 @@ def _unwritable(path: str, error: OSError) -> UserError:
 
 
 def open_run(root: Path, params: config.Params, node: fingerprint.Node) -> Run:
-    """The run of these inputs: a new one, or one to go on with."""
+    """The run of these inputs: a new one, or one to go on with.
+
+    What was published and is wanted again was deleted on purpose, unless DVC had not come to keep it: then it is published once more.
+    """
     inputs = hash_inputs(root, params, node)
+    fingerprint.check_models(root, node.inputs, inputs)
     name = fingerprint.fingerprint(node.name, params.of_stage(node.name), inputs)
     run = Run(root, params, node, inputs, name, root / "runs" / node.name / name)
-    if run.published.exists():
-        # run to its end before, and wanted anew: its outputs were deleted
+    if run.published.exists() and (is_committed(run.folder, root, node) or not run.done.exists()):
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "inputs.json", inputs)
@@ -170,6 +177,7 @@ def train(run: Run, module: str) -> None:
     shutil.rmtree(run.out, ignore_errors=True)
     run.out.mkdir()
     (run.folder / "FINISHED").unlink(missing_ok=True)
+    _end_last_line(run.folder / "metrics.jsonl")
     gpus = [] if stage == "prepare" else command.find_gpus(settings.accelerator)
     with _held(run, gpus) as numbers, Console(stage, run.folder / "log.txt") as console:
         words = command.command(stage, module, run.params, numbers)
@@ -184,7 +192,15 @@ def train(run: Run, module: str) -> None:
     # DeepSpeed's launcher also ends with 0 when a part of it was killed: then no rank came to its end
     if code or not (run.folder / "FINISHED").exists():
         console.explain(code)
+        shutil.rmtree(run.out, ignore_errors=True)  # half an output only takes room
         raise StageError(code if code > 0 else 1)
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off what a kill, or a full disk, has left of a line: the stage writes on behind it."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _held(run: Run, gpus: list[int]) -> AbstractContextManager[list[int]]:
@@ -217,7 +233,9 @@ def seal(run: Run) -> None:
     lineage = {"stage": stage, "fingerprint": run.fingerprint, "params": run.params.of_stage(stage), "inputs": run.inputs}
     for path in run.node.outputs:
         if path.startswith("models/"):
-            _write(run.out / path / "lineage.json", lineage)
+            (run.out / path / fingerprint.LINEAGE).unlink(missing_ok=True)
+            files = fingerprint.hash_inputs(run.out / path, ["."])
+            _write(run.out / path / fingerprint.LINEAGE, lineage | {"files": files})
     for path in (*run.node.metrics, *run.node.plots):
         copy = run.folder / "results" / path
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -226,24 +244,41 @@ def seal(run: Run) -> None:
 
 
 def publish(run: Run) -> None:
-    """Move each output into its place. Killed at any point, it can be done again.
+    """Put each output into its place. Killed at any point, it can be done again.
 
     Raises:
-        UserError: a place cannot be written.
+        UserError: params.yaml was edited meanwhile, or a place cannot be written.
     """
+    stage = run.node.name
+    if config.load(run.root / "params.yaml").of_stage(stage) != run.params.of_stage(stage):
+        # dvc.lock would name the new values
+        what = f"params.yaml: values of stage {stage} changed while it ran: nothing was published"
+        raise UserError(what, remedy="run it again with the new values; or set them back, and what was trained is published at once")
     for path in run.node.written:
         source, target = run.out / path, run.root / path
         beside = target.with_name(f".{target.name}.new")
         try:
-            if source.exists():
-                _remove(beside)
-                shutil.move(source, beside)
-            if beside.exists():
-                _remove(target)
-                beside.rename(target)
+            _remove(beside)
+            _link(source, beside)
+            _remove(target)
+            beside.rename(target)
         except OSError as error:
             raise _unwritable(path, error) from None
     run.published.touch()
+
+
+def _link(source: Path, target: Path) -> None:
+    # nobody writes into an output in place: a link does, and spares a copy
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:  # another file system
+            shutil.copyfile(file, place)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    else:
+        link(str(source), str(target))
 
 
 def _remove(path: Path) -> None:
@@ -254,10 +289,29 @@ def _remove(path: Path) -> None:
 
 
 def clean(run: Run) -> None:
-    """Delete the checkpoints, and the stage's other runs unless they hold something for MLflow."""
-    for name in ("out", "checkpoints", "hidden"):
+    """Delete the checkpoints, and the stage's other runs unless they hold something for MLflow.
+
+    The outputs stay a while where DVC runs the stage: a full disk, or a kill, may keep it from taking them into its cache.
+    """
+    kept = () if "DVC_STAGE" in os.environ else ("out",)
+    for name in ("checkpoints", "hidden", *kept):
         shutil.rmtree(run.folder / name, ignore_errors=True)
-    keep = {run.folder, *waiting(run.root, run.node.name)}
+    keep = {run.folder, *tracking.waiting(run.root, run.node.name)}
     for folder in run.folder.parent.iterdir():
         if folder not in keep:
             shutil.rmtree(folder)
+
+
+def forget_committed(root: Path) -> None:
+    """Delete the launcher's own links to outputs that DVC has in its cache by now."""
+    for node in fingerprint.read_graph(root).values():
+        for published in root.glob(f"runs/{node.name}/*/PUBLISHED"):
+            if is_committed(published.parent, root, node):
+                shutil.rmtree(published.parent / "out", ignore_errors=True)
+
+
+def is_committed(folder: Path, root: Path, node: fingerprint.Node) -> bool:
+    """Whether dvc.lock names the metrics of this run: DVC writes it when everything of the stage is in its cache."""
+    results = {path: folder / "results" / path for path in (*node.metrics, *node.plots)}
+    locked = fingerprint.locked(root, node.name)
+    return all(file.exists() and locked.get(path) == fingerprint.md5(file) for path, file in results.items())

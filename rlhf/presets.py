@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from rlhf import config
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
+from rlhf.paths import check_links, inside
 
 RAW = Path("data/raw")
 
@@ -142,16 +143,17 @@ def _bring(root: Path, key: str, value: str, source: str) -> tuple[str, list[str
     found = next((path.resolve() for path in (given, root / given) if path.exists()), None)
     if found is None:
         raise UserError(f"{key}: no such file: '{value}'", remedy="give the path of a data file, relative to this folder or absolute")
-    raw = (root / RAW).resolve()
+    raw = inside(root, RAW, "the folder of raw data")
     done = []
     if not found.is_relative_to(raw):
-        target = raw / source / found.name
+        target = inside(raw, source, key) / found.name
+        check_links(found, key)
         if not _same(found, target):
             _copy(found, target)
             done.append(f"copied {value} to {RAW / source / found.name}")
         found = target
-    inside = found.relative_to(raw)
-    return str(RAW / inside), [*done, version(root, RAW / inside.parts[0])]
+    below = found.relative_to(raw)
+    return str(RAW / below), [*done, version(root, RAW / below.parts[0])]
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -42,20 +42,23 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop_with_dvc() -> None:
-    """Send this process SIGTERM once the dvc that runs it has ended.
+def stop_with_its_starters() -> None:
+    """Send this process SIGTERM once the flow, or the dvc, that runs it has ended.
 
-    A killed dvc leaves the shell between the two alive, so that no signal of a parent's death would come here.
+    A killed dvc leaves the shell between the two alive, so that no signal of a parent's death would come here. A killed flow leaves dvc.
     """
+    starters = [int(os.environ["RLHF_FLOW_PID"])] if "RLHF_FLOW_PID" in os.environ else []
     if "DVC_STAGE" in os.environ:
-        for ancestor in psutil.Process().parents():
-            if "dvc" in (Path(part).name for part in ancestor.cmdline()[:3]):
-                threading.Thread(target=_await_end, args=(ancestor.pid,), daemon=True).start()
+        ancestors = psutil.Process().parents()
+        starters += [process.pid for process in ancestors if "dvc" in (Path(part).name for part in process.cmdline()[:3])]
+    for pid in starters:
+        threading.Thread(target=_await_end, args=(pid,), daemon=True).start()
 
 
 def _await_end(pid: int) -> None:
-    # a pidfd becomes readable when its process ends
-    select.select([os.pidfd_open(pid)], [], [])
+    with suppress(ProcessLookupError):  # it has ended already
+        # a pidfd becomes readable when its process ends
+        select.select([os.pidfd_open(pid)], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -90,21 +93,19 @@ def _guard(reading: int, writing: int) -> NoReturn:
         # its own SIGTERM is blocked since before the fork
         os.killpg(0, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_SECONDS
-        while _others_live() and time.monotonic() < deadline:
+        while any(pid != os.getpid() for pid in living(os.getpid())) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
-def _others_live() -> bool:
+def living(group: int) -> Iterator[int]:
+    """The processes of a group that have not ended."""
     for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == os.getpid() != process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return False
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                yield process.pid
 
 
 def run(command: Sequence[str], folder: Path, environment: Mapping[str, str], seconds: float, on_line: Callable[[str], None]) -> int:

@@ -15,17 +15,19 @@ from typing import Any
 from rlhf import config, processes, tracking
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.redact import redact
 
 HOST = "127.0.0.1"
 POOL = "rlhf"
 SECONDS_TO_START = 600
+SECONDS_TO_STAY = 30  # a part that ends sooner would end again
 
 
 def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
     """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
 
     Raises:
-        UserError: a part did not start, or ended by itself.
+        UserError: a part did not start, or ended again at once; one that ends later, however that is, is started again.
     """
     api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
     environment = os.environ | {
@@ -35,15 +37,20 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # who is running survives a restart of the server: in its memory, a run that it forgot would keep the one place for ever
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
     tracking.initialise(root, params)  # before two processes find no database
     logs = root / "runs" / "serve"
     logs.mkdir(parents=True, exist_ok=True)
     started: dict[str, subprocess.Popen[bytes]] = {}
+    commands: dict[str, tuple[str, ...]] = {}
+    since: dict[str, float] = {}
     with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as leader:
 
         def start(name: str, *words: str) -> None:
-            with (logs / f"{name}.log").open("wb") as log:
+            commands[name], since[name] = words, time.monotonic()
+            with (logs / f"{name}.log").open("ab") as log:
                 program = str(Path(sys.executable).with_name(words[0]))
                 started[name] = subprocess.Popen(
                     [program, *words[1:]],
@@ -59,21 +66,26 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
             uri = tracking.tracking_uri(root, params)
             if not uri.startswith("http"):
-                start(
-                    "mlflow", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(mlflow_port), "--workers", "1"
-                )
+                # in the environment: a command line is for all to see
+                environment["MLFLOW_BACKEND_STORE_URI"] = uri
+                start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
                 _await(f"{pages}/health", "mlflow", started, logs)
             _await(f"{api}/health", "prefect", started, logs)
             _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
             _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
             start("worker", "prefect", "worker", "start", "--pool", POOL)
             say(f"Prefect   http://{HOST}:{prefect_port}")
-            say(f"MLflow    {uri if uri.startswith('http') else pages}")
+            say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
             say(f"worker    of pool {POOL}; logs in {logs.relative_to(root)}")
             say(f"to see `rlhf run` and `rlhf ingest` there: export PREFECT_API_URL={api}")
             while True:
                 time.sleep(1)
-                _check(started, logs)
+                for name, process in started.items():
+                    if process.poll() is not None:
+                        if time.monotonic() - since[name] < SECONDS_TO_STAY:
+                            _check(started, logs)
+                        say(f"{name} ended with exit code {process.returncode} and is started again; see {logs / name}.log")
+                        start(name, *commands[name])
         except processes.Stopped:
             say("stopped")
     for process in started.values():

@@ -73,7 +73,7 @@ class Assistant(PythonModel):
         if wrong := differences(folder.parent):
             raise ValueError(f"this version is refused: {'; '.join(wrong)}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
         generation = self.model.generation_config

@@ -10,6 +10,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,6 +27,11 @@ AUTHOR = {
 def head(root: Path) -> str | None:
     """The commit that is checked out; None outside a git repository, and before its first commit."""
     return _git(root, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False) or None
+
+
+def changed(root: Path, *paths: str) -> bool:
+    """Whether any of these paths differs from the commit that is checked out."""
+    return bool(_git(root, "status", "--porcelain", "--", *paths, check=False))
 
 
 def commit(root: Path, message: str) -> str | None:
@@ -64,13 +70,46 @@ def tag(root: Path, name: str, revision: str) -> None:
         _git(root, "update-ref", f"refs/tags/{name}", revision)
 
 
+def has(root: Path, revision: str) -> bool:
+    """Whether this repository has a revision."""
+    return bool(_git(root, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", check=False))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Tags and branches, by their short names."""
+
+    tags: list[str]
+    branches: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.tags or self.branches)
+
+
+def kept_for_nobody(root: Path, model: str, revisions: Mapping[int, str]) -> Names:
+    """Tags of versions and branches of runs that are there though their version is not.
+
+    Args:
+        model: name of the registered model.
+        revisions: of its versions, by number.
+    """
+    tags = _git(root, "for-each-ref", "--format=%(refname:lstrip=2)", f"refs/tags/{model}-v*", check=False).split()
+    listed = _git(root, "for-each-ref", "--format=%(objectname) %(refname:lstrip=2)", BRANCHES, check=False).splitlines()
+    branches = [line.split() for line in listed]
+    known = {f"{model}-v{number}" for number in revisions}
+    return Names(
+        [tag for tag in tags if tag not in known and tag.removeprefix(f"{model}-v").isdecimal()],
+        [name for commit, name in branches if commit not in revisions.values()],
+    )
+
+
 def checkout(root: Path, revision: str, folder: Path) -> Path:
     """A fresh checkout of a revision in a new folder; the workspace in it.
 
     Raises:
         UserError: this repository does not have the revision.
     """
-    if not _git(root, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", check=False):
+    if not has(root, revision):
         raise UserError(f"git revision {revision} is not in {root}", remedy="bring it with `git fetch`, then repeat this")
     top, prefix = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--show-prefix")
     # shares the objects and copies none; nothing is entered in the user's repository, as it would be for a worktree

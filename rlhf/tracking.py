@@ -1,45 +1,53 @@
-"""MLflow runs of the stages: sent from a thread of the launcher, which never waits for MLflow and never fails because of it.
+"""MLflow runs: one of each flow run, and below it one of each stage that it trained, sent from a thread that trains nothing.
 
-What is to be sent stands in files: metrics.jsonl and results/ beside tracking.json, which says how far MLflow has them. So what could
-not be sent now is sent later, by `send_waiting`.
+Nobody waits for MLflow or fails because of it. What is to be sent stands in files: metrics.jsonl, system.jsonl and results/ beside
+tracking.json, which says how far MLflow has them. So what could not be sent now is sent later, by `send_waiting`. What a kill leaves sent
+but not noted is sent twice: MLflow keeps one of equals.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
-import subprocess
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+import uuid
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from rlhf import config
+from rlhf import config, datasets, sending, snapshot
 from rlhf.errors import UserError
 from rlhf.fingerprint import Node
 from rlhf.locks import lock
-from rlhf.processes import Stopped
+from rlhf.machine import Sampler
+from rlhf.redact import redact
+from rlhf.sending import FLOWS, Sender, leaves
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SECONDS_BETWEEN_BATCHES = 2
 SECONDS_AT_THE_END = 10
-METRICS_PER_BATCH = 1000
-PARAMS_PER_BATCH = 100
-PANELS_PER_ROW = 4
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# where `rlhf serve` and `mlflow ui` show a database, unless told otherwise
+PAGES = "http://127.0.0.1:5000"
 
 
 def tracking_uri(root: Path, params: config.Params) -> str:
     """Where the runs go: MLFLOW_TRACKING_URI, else tracking.uri, else the workspace's own database."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or f"sqlite:///{_database(root)}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or own_uri(root)
+
+
+def own_uri(root: Path) -> str:
+    """The workspace's own database."""
+    return f"sqlite:///{_database(root)}"
 
 
 def client(root: Path, params: config.Params) -> MlflowClient:
@@ -97,6 +105,64 @@ def run_of(fingerprint: str, root: Path, params: config.Params) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
+def page(run: str, root: Path, params: config.Params) -> str:
+    """The address of a run's page: on the server, or where `rlhf serve` (RLHF_MLFLOW_PAGES) or `mlflow ui` shows the database.
+
+    Raises:
+        mlflow.exceptions.MlflowException: MLflow is away.
+    """
+    uri = tracking_uri(root, params)
+    server = urlsplit(uri if uri.startswith("http") else os.environ.get("RLHF_MLFLOW_PAGES", PAGES))
+    # without a password that may stand in it
+    place = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/") + "/")
+    return f"{place.geturl()}#/experiments/{initialise(root, params)}/runs/{run}"
+
+
+def of_stage(root: Path, params: config.Params, node: Node, fingerprint: str, folder: Path) -> Tracker:
+    """Follows a stage under way, with the load of the machine. Where a flow runs it (RLHF_FLOW_RUN_ID), its run is below the flow's."""
+    flow = os.environ.get("RLHF_FLOW_RUN_ID")
+    tags = {"stage": node.name, "fingerprint": fingerprint} | ({"flow_run_id": flow} if flow else {}) | _revision(root)
+    start = {
+        "name": node.name,
+        "tags": tags,
+        "params": {name: str(value) for name, value in leaves(params.of_stage(node.name), ".")},
+        "plots": dict(node.plots),
+        "datasets": datasets.read(root, node.inputs),
+        "parent": flow,
+    }
+    return Tracker(root, params, folder, start, sampled=True)
+
+
+def of_flow(root: Path, params: config.Params, flow_run_id: str, name: str) -> Tracker:
+    """Follows a flow run. What earlier ones left in runs/flow is deleted, once MLflow has it."""
+    for folder in sorted((root / FLOWS).glob("*")):
+        if folder.name != flow_run_id and folder not in waiting(root, FLOWS.name):
+            shutil.rmtree(folder)
+    shown = params.model_dump(mode="json", exclude={"tracking"})
+    start: dict[str, Any] = {
+        "record": flow_run_id,
+        "name": name,
+        "tags": {"flow": "retrain", "flow_run_id": flow_run_id} | _revision(root),
+        "params": {name: str(value) for name, value in leaves(shown, ".")},
+        "plots": {},
+        "datasets": [],
+        "parent": None,
+    }
+    folder = root / FLOWS / flow_run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return Tracker(root, params, folder, start, sampled=False)
+
+
+def run_of_flow(flow_run_id: str, root: Path, params: config.Params) -> str | None:
+    """The id of a flow run's own run; None where there is none.
+
+    Raises:
+        mlflow.exceptions.MlflowException: MLflow is away.
+    """
+    experiment = initialise(root, params)
+    return sending.run_of_flow(flow_run_id, root, client(root, params), experiment)
+
+
 class Record:
     """tracking.json: what the run is, and how far MLflow has it. One process at a time holds it."""
 
@@ -127,30 +193,48 @@ class Record:
 
 
 class Tracker:
-    """Follows one stage, as a context: the run is finished, failed or killed as the context ends."""
+    """Follows one run, as a context: it is finished, failed or killed as the context ends."""
 
-    def __init__(self, root: Path, params: config.Params, node: Node, fingerprint: str, folder: Path) -> None:
+    def __init__(self, root: Path, params: config.Params, folder: Path, start: dict[str, Any], *, sampled: bool) -> None:
+        """Note what the run is.
+
+        Args:
+            root: the workspace.
+            params: what says where MLflow is.
+            folder: of the run, with what it logs.
+            start: what tracking.json is to say; of a run that goes on, the rest stays as it was.
+            sampled: whether the load of the machine is logged, too.
+        """
         self._root, self._params = root, params
         self._record = Record(root, folder, wait=True)
-        start = {
-            "tags": _tags(root, node.name, fingerprint),
-            "params": {name: str(value) for name, value in _leaves(params.of_stage(node.name), ".")},
-            "plots": dict(node.plots),
-            "started": _now(),
-            "run": None,
-            "steps": {},
-        }
-        self._record.update(**(start | self._record.values | {"status": "RUNNING", "ended": None, "sent": False}))
+        first = {"record": uuid.uuid4().hex, "started": _now(), "run": None, "steps": {}}
+        self._record.update(**(first | self._record.values | start | {"status": "RUNNING", "ended": None, "sent": False}))
+        self._sampler: AbstractContextManager[Any] = Sampler(folder / "system.jsonl") if sampled else nullcontext()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
+    @property
+    def results(self) -> Path:
+        """What lies there as the context ends becomes the run's artifacts, and the numbers of its metrics/*.json its final metrics."""
+        return self._record.folder / "results"
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Add tags to the run."""
+        self._record.update(tags=self._record.values["tags"] | tags)
+
     def __enter__(self) -> Tracker:
         self._thread.start()
+        self._sampler.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, Stopped) else "FAILED"
-        self._record.update(status=status, ended=_now())
+        self._sampler.__exit__(kind, error, trace)
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        try:
+            self._record.update(status=status, ended=_now())
+        except OSError as problem:
+            # a full disk, most likely, of which the stage has told; what is not recorded counts as killed, and is sent later
+            _warn(self._record.folder, str(problem))
         self._ending.set()
         self._thread.join(SECONDS_AT_THE_END)
         if self._thread.is_alive():
@@ -165,7 +249,7 @@ class Tracker:
             ending = self._ending.is_set()
             try:
                 if sender is None:
-                    sender = Sender(self._root, self._params, self._record)
+                    sender = _sender(self._root, self._params, self._record)
                     sender.send()
                     send_waiting(self._root)
                 sender.send()
@@ -179,73 +263,8 @@ class Tracker:
             self._ending.wait(SECONDS_BETWEEN_BATCHES)
 
 
-class Sender:
-    """Sends what a record's folder holds and MLflow lacks."""
-
-    def __init__(self, root: Path, params: config.Params, record: Record) -> None:
-        from mlflow.entities import Param
-
-        # first: a client makes a database that is missing, in place and without a lock
-        experiment = initialise(root, params)
-        self._client, self._record = client(root, params), record
-        values = record.values
-        if values["run"] is None or not self._exists(values["run"]):
-            run = self._client.create_run(experiment, start_time=values["started"], tags=values["tags"], run_name=values["tags"]["stage"])
-            record.update(run=run.info.run_id, steps={})
-        elif values["status"] == "RUNNING":
-            self._client.update_run(values["run"], status="RUNNING")
-        params_left = [Param(name, value) for name, value in values["params"].items()]
-        for start in range(0, len(params_left), PARAMS_PER_BATCH):
-            self._client.log_batch(values["run"], params=params_left[start : start + PARAMS_PER_BATCH])
-
-    def _exists(self, run: str) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_run(run).info.lifecycle_stage == "active"
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-
-    def send(self) -> None:
-        """Send the new steps, and at the end the results."""
-        from mlflow.entities import Metric
-
-        values, folder = self._record.values, self._record.folder
-        ended = values["ended"]
-        steps = dict(values["steps"])
-        new = []
-        # a stage that goes on from a checkpoint logs some steps a second time
-        for step, name, value in _logged(folder / "metrics.jsonl"):
-            if step > steps.get(name, -1):
-                steps[name] = step
-                new.append(Metric(name, value, _now(), step))
-        for start in range(0, len(new), METRICS_PER_BATCH):
-            self._client.log_batch(values["run"], metrics=new[start : start + METRICS_PER_BATCH])
-        if new:
-            self._record.update(steps=steps)
-        if ended:
-            self._finish(max(steps.values(), default=0), ended)
-
-    def _finish(self, step: int, ended: int) -> None:
-        from mlflow.entities import Metric
-
-        values, results = self._record.values, self._record.folder / "results"
-        for path in sorted(results.glob("metrics/*.json")):
-            leaves = _leaves(_read(path), "/")
-            numbers = [Metric(f"final/{name}", float(value), ended, step) for name, value in leaves if isinstance(value, int | float)]
-            self._client.log_batch(values["run"], metrics=numbers)
-        for path, axes in values["plots"].items():
-            draw(results / path, axes)
-        if results.exists():
-            self._client.log_artifacts(values["run"], str(results))
-        self._client.set_terminated(values["run"], values["status"], ended)
-        self._record.update(sent=True)
-
-
 def send_waiting(root: Path) -> None:
-    """Send what earlier launches could not send; MLflow being away is no error.
+    """Send what earlier launches and flows could not send; MLflow being away is no error.
 
     Raises:
         UserError: params.yaml is missing or wrong.
@@ -255,11 +274,11 @@ def send_waiting(root: Path) -> None:
         try:
             record = Record(root, folder, wait=False)
         except UserError:
-            continue  # a launch is at it
+            continue  # somebody is at it
         try:
             if not record.values["ended"]:
                 record.update(status="KILLED", ended=_now())
-            Sender(root, params, record).send()
+            _sender(root, params, record).send()
         except Exception as error:
             _warn(folder, " ".join(str(error).split())[:200])
             return
@@ -268,68 +287,25 @@ def send_waiting(root: Path) -> None:
 
 
 def waiting(root: Path, stage: str = "*") -> list[Path]:
-    """The folders of stages (or of one) that hold something to send."""
+    """The folders of stages and flow runs (or of one stage) that hold something to send."""
     return [path.parent for path in sorted(root.glob(f"runs/{stage}/*/tracking.json")) if not _read(path)["sent"]]
 
 
-def draw(table: Path, axes: Mapping[str, Any]) -> None:
-    """Draw a CSV file as a PNG beside it: every column against dvc.yaml's x, or its one pair of axes where the template is scatter."""
-    if not table.exists():
-        return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    x, scatter = axes["x"], axes.get("template") == "scatter"
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [axes["y"]] if scatter else [name for name in (rows[0] if rows else ()) if name != x]
-    columns = min(PANELS_PER_ROW, len(names)) or 1
-    figure = Figure(figsize=(4 * columns, 2.6 * -(-len(names) // columns) or 1), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, name in enumerate(names, start=1):
-        points = [(float(row[x]), float(row[name])) for row in rows if row[x] and row[name]]
-        panel = figure.add_subplot(-(-len(names) // columns), columns, number, xlabel=x, title=name)
-        panel.plot(*zip(*points, strict=True), "o" if scatter else "-") if points else None
-        panel.grid(alpha=0.3)
-    figure.savefig(table.with_suffix(".png"), dpi=100)
+def _sender(root: Path, params: config.Params, record: Record) -> Sender:
+    # first: a client makes a database that is missing, in place and without a lock
+    experiment = initialise(root, params)
+    return Sender(root, client(root, params), experiment, record)
 
 
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _logged(path: Path) -> Iterator[tuple[int, str, float]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        # the last line may be under way
-        if line.endswith("\n"):
-            entry = json.loads(line)
-            yield from ((entry["step"], name, float(value)) for name, value in entry["metrics"].items())
-
-
-def _leaves(value: Any, separator: str, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping | list):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in items:
-            yield from _leaves(inner, separator, f"{name}{separator}{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def _tags(root: Path, stage: str, fingerprint: str) -> dict[str, str]:
-    tags = {"stage": stage, "fingerprint": fingerprint}
-    for tag, variable in (("flow_run_id", "RLHF_FLOW_RUN_ID"), ("mlflow.parentRunId", "RLHF_PARENT_RUN")):
-        if os.environ.get(variable):
-            tags[tag] = os.environ[variable]
-    revision = _git(root, "rev-parse", "HEAD")
-    if revision:
-        # what a run itself writes (dvc.lock, metrics) does not count
-        tags["git_revision"] = revision + ("+dirty" if _git(root, "status", "--porcelain", "--", "rlhf", "params.yaml", "dvc.yaml") else "")
-    return tags
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+def _revision(root: Path) -> dict[str, str]:
+    revision = snapshot.head(root)
+    # what a run itself writes (dvc.lock, metrics) does not count
+    dirty = revision and snapshot.changed(root, "rlhf", "params.yaml", "dvc.yaml")
+    return {"git_revision": revision + ("+dirty" if dirty else "")} if revision else {}
 
 
 def _now() -> int:
@@ -337,4 +313,5 @@ def _now() -> int:
 
 
 def _warn(folder: Path, reason: str) -> None:
-    print(f"warning: MLflow: {reason}; the metrics wait in {folder} and are sent by the next launch or flow", file=sys.stderr, flush=True)
+    text = f"warning: MLflow: {redact(reason)}; the metrics wait in {folder} and are sent by the next launch or flow"
+    print(text, file=sys.stderr, flush=True)

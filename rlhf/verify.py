@@ -21,6 +21,7 @@ from dvc.repo import Repo
 from rlhf import fingerprint, registry, snapshot
 from rlhf.config import Params
 from rlhf.errors import UserError
+from rlhf.locks import lock
 
 Files = dict[str, str]  # path in the workspace → MD5
 Say = Callable[[str], Any]
@@ -43,9 +44,8 @@ def verify(version: registry.Version, root: Path, params: Params, *, retrain: bo
     if revision == "none":
         what = f"version {version.number} has no git revision: it was registered outside a git repository"
         raise UserError(what, remedy="run `git init` there before the next version is made")
-    (root / "runs").mkdir(exist_ok=True)
-    # on the same disk as the DVC cache, where links to it work
-    with tempfile.TemporaryDirectory(dir=root / "runs", prefix="verify-") as scratch:
+    # on the same disk as the DVC cache, where links to it work; `rlhf gc` takes nothing away meanwhile
+    with lock(root, "verify"), tempfile.TemporaryDirectory(dir=root / "runs", prefix="verify-") as scratch:
         fresh = snapshot.checkout(root, revision, Path(scratch) / "checkout")
         say(f"checked out {revision}")
         cached, plain = _outputs(fresh)

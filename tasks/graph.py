@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import networkx
+from dvc.dvcfile import Lockfile
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
 from rlhf.errors import UserError
+
+SECONDS_TO_WRITE = 5  # which DVC needs for its bookkeeping at most
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,42 @@ def read(root: Path) -> list[Stage]:
             current=node.addressing not in changed and all(stages[name].current for name in after),
         )
     return list(stages.values())
+
+
+def mend(root: Path) -> None:
+    """Remove what a kill in the middle of DVC's own bookkeeping leaves, on which every later `dvc repro` would fail."""
+    locks = root / ".dvc" / "tmp" / "rwlock"
+    if not _is_whole(locks):
+        time.sleep(SECONDS_TO_WRITE)  # unless somebody is writing it just now
+        if not _is_whole(locks):
+            locks.unlink(missing_ok=True)
+    lock = root / "dvc.lock"
+    with suppress(DvcException), Repo(str(root)) as repo:
+        if not _is_lock(repo, lock) and "<<<<<<<" not in lock.read_text(encoding="utf-8"):  # a merge is for people to end
+            (root / "runs").mkdir(exist_ok=True)
+            lock.replace(root / "runs" / "dvc.lock.damaged")  # the run cache knows what it knew
+        for entry in Path(repo.stage_cache.cache_dir).glob("*/*"):
+            if time.time() - entry.stat().st_mtime > SECONDS_TO_WRITE:
+                with suppress(OSError):
+                    entry.rmdir()  # of an entry of the run cache that was never written; others are not empty
+
+
+def _is_lock(repo: Repo, path: Path) -> bool:
+    try:
+        Lockfile(repo, str(path)).load()
+    except (YAMLSyntaxError, YAMLValidationError):
+        return False
+    return True
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    return True
 
 
 def _name(node: Any) -> str:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,12 +19,15 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
+from rlhf import processes
 from rlhf.errors import UserError
+from rlhf.redact import redact
 from tasks.graph import Stage
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
 RETRY_DELAY_SECONDS = 2
+SECONDS_TO_STOP = processes.GRACE_SECONDS + 5
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ _running: set[subprocess.Popen[str]] = set()
 class StageError(UserError):
     """A stage ended with an exit code other than 0.
 
-    `lasting`: it would fail again, as it said itself what the user has to mend, or it was stopped from outside.
+    `lasting`: it would fail again, as it said itself what the user has to mend, the disk is full, or it was stopped from outside.
     """
 
     def __init__(self, stage: str, code: int, lines: list[str]) -> None:
         starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-        self.lasting = bool(starts) or code < 0
+        self.lasting = bool(starts) or code < 0 or any("No space left on device" in line for line in lines)
         cause = lines[starts[-1] :][:2] if starts else lines
         super().__init__(f"stage {stage} failed with exit code {code}: " + " | ".join(cause), remedy="see its log")
 
@@ -62,7 +66,11 @@ def watch(watcher: Watcher) -> None:
 
 def stop_all() -> None:
     """Kill the process groups of all that is running."""
-    for process in list(_running):
+    stopping = list(_running)
+    for process in stopping:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in stopping:  # side by side, so that two stages take no longer than one
         _kill(process)
 
 
@@ -106,7 +114,7 @@ def follow(command: list[str], root: Path, environment: dict[str, str], take: Ca
     try:
         assert process.stdout
         for raw in process.stdout:
-            if line := raw.rstrip():
+            if line := redact(raw.rstrip()):
                 log.info(line)
                 take(line)
         return process.wait()
@@ -121,7 +129,7 @@ def _start(command: list[str], root: Path, environment: dict[str, str]) -> subpr
     return subprocess.Popen(
         [str(programs / command[0]), *command[1:]],
         cwd=root,
-        env=os.environ | quiet | environment,
+        env=os.environ | quiet | {"RLHF_FLOW_PID": str(os.getpid())} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -132,13 +140,15 @@ def _start(command: list[str], root: Path, environment: dict[str, str]) -> subpr
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
+    """End the group: dvc at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while any(processes.living(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _progress(stage: str, line: str) -> Progress:

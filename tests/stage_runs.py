@@ -5,9 +5,13 @@ The words run one after the other in one process, which is a rank of a real proc
 runs on from there to the end of the process:
 
     killed   dies by SIGKILL after its first checkpoint
+    filled   fills its disk after its first checkpoint, up to room for some lines
+    watched  prints where it listens, after its first checkpoint
     padded   lays tokens of padding behind each sequence, and shares no beginning
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
+    partitioned prints of each model that evaluate holds whether it is in parts
+    fp16     takes the processor for one that trains in fp16; it can, slowly, but DeepSpeed asks for instructions that few have
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import psutil
 import yaml
 
 if TYPE_CHECKING:
@@ -69,6 +74,7 @@ class Rank:
 
 def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["GLOO_SOCKET_IFNAME"] = "lo"  # as the launcher has it
     descriptor, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".txt", dir=root)
     os.close(descriptor)
     process = _server().Process(target=rank_main, args=(root, words, {key: str(value) for key, value in place.items()}, Path(name)))
@@ -184,12 +190,38 @@ def die_after_the_first_checkpoint() -> None:
         checkpoints.settle()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoints.save = save_and_die  # type: ignore[assignment]
+    checkpoints.save = save_and_die  # type: ignore[assignment]  # it takes whatever it is given
+
+
+def after_the_first_checkpoint(act: Callable[[Path], None]) -> None:
+    from rlhf.engine import checkpoints
+
+    save = checkpoints.save
+    done: list[bool] = []
+
+    def save_and_act(job: Any, *arguments: Any) -> None:
+        save(job, *arguments)
+        if not done:
+            checkpoints.settle()
+            act(job.root)
+        done.append(job)
+
+    checkpoints.save = save_and_act  # type: ignore[assignment]
+
+
+def fill_the_disk(root: Path) -> None:
+    with (root / "filler").open("wb") as file:
+        file.write(b"0" * (shutil.disk_usage(root).free - 64 * 1024))
+
+
+def print_where_it_listens(_root: Path) -> None:
+    listening = [entry.laddr.ip for entry in psutil.Process().net_connections("inet") if entry.status == psutil.CONN_LISTEN]
+    print(f"listens on {sorted(set(listening))}", flush=True)
 
 
 def pad_instead_of_packing() -> None:
     for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
-        import_module(module).pack = padded  # type: ignore[attr-defined]
+        import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 
 def padded(sequences: Sequence[Sequence[int]], device: Any, *, together: int = 1) -> Packed:
@@ -269,9 +301,33 @@ def log_probs_under(weights: dict[str, Any], module: Any, rollouts: Any, tempera
     return found
 
 
+def say_what_is_partitioned() -> None:
+    from rlhf.engine.partition import is_partitioned
+    from rlhf.stages import evaluate
+
+    frozen = evaluate.frozen
+
+    def frozen_and_said(module: Any, *arguments: Any) -> Any:
+        module = frozen(module, *arguments)
+        print("in parts" if is_partitioned(module) else "whole")
+        return module
+
+    evaluate.frozen = frozen_and_said  # type: ignore[assignment]  # it is generic
+
+
+def take_fp16_for_supported() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 VARIANTS = {
     "killed": die_after_the_first_checkpoint,
+    "filled": lambda: after_the_first_checkpoint(fill_the_disk),
+    "watched": lambda: after_the_first_checkpoint(print_where_it_listens),
     "padded": pad_instead_of_packing,
     "off": misstate_log_probs,
     "compared": compare_rollouts_with_the_weights,
+    "partitioned": say_what_is_partitioned,
+    "fp16": take_fp16_for_supported,
 }

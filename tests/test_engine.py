@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from stage_runs import REPOSITORY, free_port, make_workspace, run, set_params, table, tiny_params
 
 from rlhf.config.operations import Engine, FrozenEngine
+from rlhf.models.policy import DTYPES
 
 
 def layout(stage: int, *, offload: bool = False) -> dict[str, Any]:
@@ -71,19 +73,28 @@ def test_losses_and_weights_do_not_depend_on_how_models_are_shared_out(base: Pat
             assert max(float((saved[key] - weights[key]).abs().max()) for key in weights) < 1e-6, (stage, name)
 
 
-def test_the_stages_train_in_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "how"), [("bf16", ""), ("fp16", ":fp16")])
+def test_the_stages_train_in_half_precision(tmp_path: Path, precision: str, how: str) -> None:
     raw = tiny_params()
-    raw["launch"]["precision"] = "bf16"
+    raw["launch"]["precision"] = precision
     make_workspace(tmp_path, raw, 240)
-    run(tmp_path, "base", "sft", "reward", "ppo")
+    run(tmp_path, f"base{how}", "sft", "reward", "ppo")
     before = load_file(tmp_path / "models/sft/model.safetensors")
     after = load_file(tmp_path / "models/ppo/model.safetensors")
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in after.values()} == {DTYPES[precision]}
     assert any(not torch.equal(before[name], tensor) for name, tensor in after.items())
     losses = [float(row["loss"]) for row in table(tmp_path / "plots/base.csv")]
     assert losses[-1] < losses[0]
     # sampling and training round differently, so the old log-probabilities come from a forward pass: the ratio starts at 1 all the same
     assert all(float(row["ratio_error"]) < 1e-3 for row in table(tmp_path / "plots/ppo.csv"))
+
+    # the scale of the loss is part of a checkpoint
+    undisturbed = (tmp_path / "models/ppo/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "models/ppo")
+    shutil.rmtree(tmp_path / "runs/ppo")
+    run(tmp_path, f"reward{how}", "ppo:killed", code=-signal.SIGKILL)
+    assert "goes on from step 2" in run(tmp_path, f"reward{how}", "ppo")
+    assert (tmp_path / "models/ppo/model.safetensors").read_bytes() == undisturbed
 
 
 # fp16 needs a GPU: here the engines are fp32, and only the step takes them for fp16; the gradient of the first is infinite, then not

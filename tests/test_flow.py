@@ -124,6 +124,11 @@ def test_a_stage_that_breaks_down_is_tried_again(root: Path) -> None:
     assert walk(root) == {"base": "done"}
 
 
+def test_a_full_disk_is_not_tried_again() -> None:
+    assert stage.StageError("sft", 255, ["ERROR: unexpected error - [Errno 28] No space left on device"]).lasting
+    assert not stage.StageError("sft", 255, ["ERROR: unexpected error"]).lasting
+
+
 def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(event: stage.Progress) -> None:
         if event.text == "started":
@@ -135,6 +140,20 @@ def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyP
         walk(root)
     shell = Path("/proc") / (root / "pid").read_text().strip() / "stat"
     assert not shell.exists() or shell.read_text().split()[2] == "Z"
+
+
+def work_of_the_user(root: Path) -> str:
+    """Have a file staged and changed again, and another one that git does not know; what git says of the two."""
+    (root / "staged.py").write_text("staged\n")
+    subprocess.run(["git", "add", "staged.py"], cwd=root, check=True)
+    (root / "staged.py").write_text("and changed again\n")
+    (root / "notes.txt").write_text("private\n")
+    return git_status(root)
+
+
+def git_status(root: Path) -> str:
+    words = ["git", "status", "--porcelain=v2", "--branch", "--", "staged.py", "notes.txt"]
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
@@ -159,9 +178,17 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
             },
         },
     )
+    remote = root.parent / f"{root.name}-remote"
+    subprocess.run([DVC, "remote", "add", "--quiet", "--default", "here", str(remote)], cwd=root, check=True)
+    before = work_of_the_user(root)
     first = retrain(root)
     assert first["stages"] == {"ppo": "done", "evaluate": "done"}
     assert (first["version"], first["champion"], first["promoted"]) == (1, 1, True)
+    assert git_status(root) == before
+    # all that the run made is in the DVC remote, and the run cache with it
+    objects = [{path.relative_to(place) for path in place.glob("files/md5/*/*")} for place in (root / ".dvc/cache", remote)]
+    assert objects[0] == objects[1] != set()
+    assert len(list(remote.glob("runs/*/*/*"))) == 2
     second = retrain(root)
     assert set(second["stages"].values()) == {"up to date"}
     assert (second["version"], second["champion"], second["promoted"]) == (1, 1, True)

@@ -65,7 +65,7 @@ def test_new_rows_become_a_dated_part(root: Path, tmp_path: Path) -> None:
     (part,) = done.parts
     assert part.startswith("data/raw/notes/20")
     assert part.endswith("-monday.jsonl")
-    assert params(root).data.sources[-1].path == "data/raw/notes"  # type: ignore[union-attr]
+    assert params(root).data.sources[-1].path == "data/raw/notes"  # type: ignore[union-attr]  # the sandbox of a fresh checkout has sources without a path
     assert md5(root) != before
     assert {"Passage number 0.", "Something new.", "Something else."} <= set(texts(root))
 

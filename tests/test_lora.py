@@ -235,6 +235,11 @@ def test_two_ranks_that_share_the_weights_compute_what_one_does(trained: Path, t
             for key, value in expected.items():
                 if value and key != "ratio_error":
                     assert float(row[key]) == pytest.approx(float(value), rel=2e-3, abs=2e-4), (name, row["step"], key)
+        for file in ("model", "adapter/adapter_model"):
+            saved, alone = (load_file(folder / f"models/{name}/{file}.safetensors") for folder in (root, trained))
+            assert saved.keys() == alone.keys()
+            for key, tensor in alone.items():
+                torch.testing.assert_close(saved[key], tensor, rtol=0, atol=1e-3)
     # what rank 0 wrote is whole: sft's weights and alpha / rank times the product of the adapter's two matrices
     sft, merged, adapter = (
         load_file(root / f"models/{path}.safetensors") for path in ("sft/model", "dpo/model", "dpo/adapter/adapter_model")

@@ -179,6 +179,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     raw["data"]["sources"] = [of_file("mine", "pairs", "data/raw/gone.jsonl", **ALL)]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
     environment = os.environ | {"RLHF_ROOT": str(tmp_path), "RLHF_JOB_DIR": str(tmp_path / "job"), "RLHF_DEVICE": "cpu"}
+    environment["RLHF_PARAMS"] = str(tmp_path / "params.yaml")
     command = [sys.executable, "-m", "rlhf.stages.prepare"]
     ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 1

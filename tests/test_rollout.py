@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -184,8 +183,7 @@ def test_adapters_are_folded_in_and_out_without_a_trace(llama: LlamaForCausalLM)
 def test_in_half_precision_adapters_stay_beside_the_weights(llama: LlamaForCausalLM, dtype: torch.dtype, *, inside: bool) -> None:
     model = adapted(llama).to(dtype)  # type: ignore[arg-type]  # transformers wraps `to`
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
-    with policy_weights(SimpleNamespace(module=model), "whole") as (found, together):  # type: ignore[arg-type]
-        assert found is model
+    with policy_weights(model, "whole") as together:
         assert (together(True), together(False)) == (True, False)
         assert [layer.merged for layer in layers] == [inside] * 14
     assert not any(layer.merged for layer in layers)

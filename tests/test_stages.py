@@ -132,6 +132,26 @@ def test_a_champion_is_judged_as_evaluate_judged(unbroken: Path, tmp_path: Path)
     assert judge["fingerprint"] == json.loads((unbroken / "metrics/evaluate.json").read_text(encoding="utf-8"))["judge"]
 
 
+@pytest.mark.parametrize("gather", ["whole", "layers"])
+def test_ranks_that_share_models_out_evaluate_the_same(unbroken: Path, tmp_path: Path, gather: str) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(unbroken, root, ignore=shutil.ignore_patterns("runs", "judge"))
+    raw = tiny_params()
+    raw["launch"]["jobs"]["evaluate"]["processes"] = 2
+    raw["launch"]["rollout"]["gather"] = gather
+    for engine in raw["launch"]["engines"].values():
+        engine["zero_stage"] = 3
+    set_params(root, raw)
+    assert run(root, "evaluate:partitioned", ranks=2).count("in parts") == 3  # sft, ppo and the reward model
+    before, after = (read_lines(folder / "data/answers.jsonl") for folder in (unbroken, root))
+    for row, other in zip(before, after, strict=True):
+        assert (row["prompt"], row["answers"]) == (other["prompt"], other["answers"])
+        assert [other[kind] for kind in ("scores", "rewards")] == [pytest.approx(row[kind], abs=1e-4) for kind in ("scores", "rewards")]
+    found, expected = (json.loads((folder / "metrics/evaluate.json").read_text(encoding="utf-8")) for folder in (root, unbroken))
+    assert found["kl"] == pytest.approx(expected["kl"], abs=1e-4)
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------- the given model
 
 

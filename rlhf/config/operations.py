@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Fraction, Positive, Section, Slug
+from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
+from rlhf.redact import holds_password
 
 
 class Approval(Section):
@@ -45,6 +46,9 @@ class Operations(Section):
 
     when_busy: Literal["refuse", "queue"] = Field(
         description="what a flow does while another one runs in the same workspace: end at once, or wait"
+    )
+    spare_gib: NonNegative = Field(
+        description="a stage starts only if what it writes at most (rlhf/space.py says how it is estimated) leaves so much of the disk free"
     )
 
 
@@ -142,3 +146,10 @@ class Launch(Section):
 class Tracking(Section):
     uri: str | None = Field(description="MLflow tracking server; null: the database mlruns/mlflow.db; MLFLOW_TRACKING_URI goes first")
     experiment: str = Field(description="MLflow experiment of the runs")
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # params.yaml is committed, and stored with each version
+        if self.uri is not None and holds_password(self.uri):
+            raise ValueError("uri holds a password: give such an address in the environment, as MLFLOW_TRACKING_URI")
+        return self

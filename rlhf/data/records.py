@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
+from rlhf.paths import inside
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def records_of(source: FileSource, key: str, root: Path) -> Records:
     """
     if source.path is None:
         return _of_hub(source, key)
+    inside(root, source.path, f"{key}.path")
     path = root / source.path
     return _of_folder(path, source.hub_split, key) if path.is_dir() else _of_file(path, key)
 
@@ -150,12 +152,29 @@ def parts_of(folder: Path) -> list[Path]:
 def _of_folder(path: Path, split: str | None, key: str) -> Records:
     import datasets
 
+    _check_names(path, key)
     try:
         content = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
         what = " ".join(str(error).split())
         raise UserError(f"{key}.path: {path} is no folder of `datasets`: {what}", remedy="write it with Dataset.save_to_disk") from None
     yield from enumerate(_one_split(content, split, str(path), key), start=1)
+
+
+def _check_names(folder: Path, key: str) -> None:
+    """Check that a folder of `datasets` names files of its own only: the library opens whatever stands there.
+
+    Raises:
+        UserError: one leads out of the folder.
+    """
+    for listing in (path for name in ("dataset_dict.json", "state.json") for path in sorted(folder.rglob(name))):
+        try:
+            content = json.loads(listing.read_text(encoding="utf-8"))
+            names = [*content.get("splits", []), *(entry["filename"] for entry in content.get("_data_files", []))]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{key}.path: {listing} cannot be read: {error!r}", remedy="write it with Dataset.save_to_disk") from None
+        for name in names:
+            inside(folder, listing.parent / str(name), f"{key}.path: {listing}")
 
 
 def _of_hub(source: FileSource, key: str) -> Records:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
+from rlhf import space
 from rlhf.engine import universal
 from rlhf.engine.ema import Ema
 from rlhf.errors import UserError
@@ -51,6 +52,7 @@ def save(
         quality: the higher, the better; the best checkpoint is kept besides the newest.
 
     Raises:
+        UserError: the disk is full; the checkpoints before this one stay.
         OSError: this one, or the one before it, cannot be written.
     """
     settle()
@@ -59,15 +61,22 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     dist.barrier()
-    for name, engine in engines.items():
-        engine.save_checkpoint(str(folder), tag=name, save_latest=False)
-    torch.save(_random_states(), folder / f"rank-{job.rank}.pt")
-    if ema and job.rank < ema.parts:
-        save_file(ema.average, folder / f"ema-{job.rank}.safetensors")
-    if job.is_main:
-        layout = {"ranks": job.world_size, "zero": {name: engine.zero_optimization_stage() for name, engine in engines.items()}}
-        content = {"step": step, "quality": quality, "layout": layout, "loop": state}
-        (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    try:
+        for name, engine in engines.items():
+            engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+        torch.save(_random_states(), folder / f"rank-{job.rank}.pt")
+        if ema and job.rank < ema.parts:
+            save_file(ema.average, folder / f"ema-{job.rank}.safetensors")
+        if job.is_main:
+            layout = {"ranks": job.world_size, "zero": {name: engine.zero_optimization_stage() for name, engine in engines.items()}}
+            content = {"step": step, "quality": quality, "layout": layout, "loop": state}
+            (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
+    except Exception as error:
+        full = space.full(error, folder)  # asked before the half of it makes room again
+        shutil.rmtree(folder, ignore_errors=True)
+        if full:
+            raise full from error
+        raise
     dist.barrier()
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and MARKER not in path.name)
     _sealing.append(_background.submit(_seal, job, folder, paths[job.rank :: job.world_size]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from rlhf.config.operations import JobLayout
 from rlhf.errors import UserError
@@ -30,8 +33,19 @@ def start(job: Job) -> torch.device:
     else:
         # DeepSpeed would compile its shared-memory collectives at the first start; a fresh machine may lack a compiler, and gloo needs none
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    backend = "nccl" if cuda else "gloo"
+    if not dist.is_initialized():
+        _meet(job, backend)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device(job)
+
+
+def _meet(job: Job, backend: str) -> None:
+    """Open the process group. Left to itself, torch would listen on every address of the machine; here it is MASTER_ADDR alone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listening = socket.create_server((host, port)).detach() if job.is_main else None
+    store = dist.TCPStore(host, port, job.world_size, job.is_main, default_pg_timeout, master_listen_fd=listening)
+    dist.init_process_group(backend, store=store, rank=job.rank, world_size=job.world_size)
 
 
 def device(job: Job) -> torch.device:

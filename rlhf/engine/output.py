@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.engine.partition import whole, whole_weights
+from rlhf.engine.partition import whole_weights
 from rlhf.job import Job
 from rlhf.models.lora import Adapters
 from rlhf.models.policy import save_model
@@ -14,12 +14,12 @@ from rlhf.models.policy import save_model
 
 def save(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapters | None = None) -> None:
     """Have rank 0 write the model, and its adapters beside it; all ranks must call it, and the model is not to be used afterwards."""
-    if adapters is None:
-        weights = whole_weights(model)
-        if job.is_main:
-            save_model(model, tokenizer, folder, weights)
+    weights = whole_weights(model)
+    if not job.is_main:
         return
-    with whole(model):  # merging reads and writes all of them
-        if job.is_main:
-            adapters.save_and_merge(folder / "adapter")
-            save_model(model, tokenizer, folder)
+    if adapters:
+        if weights:
+            adapters = adapters.holding(weights)
+            model, weights = adapters.model, None
+        adapters.save_and_merge(folder / "adapter")
+    save_model(model, tokenizer, folder, weights)

@@ -45,19 +45,26 @@ def whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def own(module: nn.Module, engine: DeepSpeedEngine) -> None:
+    """Have a module keep the engine that looks after it: what gathers its parameters goes with the engine."""
+    # as an attribute of torch's kind it would be a child of its own child
+    object.__setattr__(module, "engine", engine)
+
+
 @contextmanager
-def generating(engine: DeepSpeedEngine) -> Iterator[PreTrainedModel]:
-    """The engine's model, its parameters gathered once for all forward passes in the block, of which each rank may need another number."""
-    if not is_partitioned(engine.module):
-        yield engine.module
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Hold an engine's model whole for all forward passes in the block, of which each rank may need another number."""
+    if not is_partitioned(model):
+        yield
         return
-    hooks = engine.optimizer.parameter_offload
-    with whole(engine.module):
+    optimizer: Any = model.engine.optimizer  # type: ignore[union-attr]  # `own` put it there
+    hooks = getattr(optimizer, "parameter_offload", optimizer)  # an engine that does not train has them in its optimiser's place
+    with whole(model):
         # they would let go of each layer after its pass, and compare the order of passes with the other ranks
         hooks._remove_module_hooks()
         hooks.forward_hooks, hooks.backward_hooks = [], []
         try:
-            yield engine.module
+            yield
         finally:
             hooks.setup_zero_stage3_hooks()
 

@@ -16,7 +16,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from rlhf.config.training import Optimizer
-from rlhf.engine.partition import shape
+from rlhf.engine.partition import own, shape
 from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.models.scalar import ScalarModel
@@ -102,6 +102,7 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, dist_init_required=False, config=config)
     # one rank has nobody to add its gradients up with, yet DeepSpeed would copy all of them there and back
     engine.enable_backward_allreduce = zero["stage"] > 0 or job.world_size > 1
+    own(module, engine)
     return engine
 
 
@@ -111,8 +112,7 @@ def frozen(module: Module, job: Job, name: str, device: torch.device) -> Module:
     if getattr(job.params.launch.engines, name).zero_stage == 0:
         return module.to(device)
     engine, *_ = deepspeed.initialize(model=module, dist_init_required=False, config=settings(job, name))
-    # the engine's hooks go with it; as an attribute of torch's kind it would be a child of its own child
-    object.__setattr__(module, "engine", engine)
+    own(module, engine)
     return module
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.training import Lora
@@ -41,6 +42,17 @@ class Adapters:
                 yield self.model
         finally:
             self.model.train(training)
+
+    def holding(self, weights: Mapping[str, Tensor]) -> Adapters:
+        """The same adapters in a model of its own with these weights, by the names that they have in this one."""
+        config = self.peft.peft_config["default"]
+        base = config.base_model_name_or_path
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)
+            peft = get_peft_model(model, config, autocast_adapter_dtype=False)
+        config.base_model_name_or_path = base
+        model.load_state_dict(weights, assign=True)
+        return Adapters(model, peft, self.trainable_share)
 
     def save_and_merge(self, folder: Path) -> None:
         """Write the adapters in peft's form, then add them to the weights: the model is an ordinary one again."""

@@ -73,7 +73,7 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
     logging.set_verbosity_error()  # it would report new weights as a fault; those that are one are named below
     try:
         model, report = form.from_pretrained(
-            folder, dtype=DTYPES[precision], attn_implementation=ATTENTION, output_loading_info=True, **options
+            folder, dtype=DTYPES[precision], attn_implementation=ATTENTION, output_loading_info=True, use_safetensors=True, **options
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -66,7 +66,7 @@ def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str
     if urlparse(logged.artifact_location).scheme in ("", "file"):
         listed = _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), *made, logged.model_id)
     else:
-        with tempfile.TemporaryDirectory(dir=root / "runs") as temporary:
+        with tempfile.TemporaryDirectory(dir=root / "runs", prefix="register-") as temporary:
             listed = _write_folder(Path(temporary) / "model", *made, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(temporary) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
-from deepspeed import DeepSpeedEngine
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
@@ -16,23 +15,23 @@ from rlhf.rollout.generate import Together
 
 
 @contextmanager
-def policy_weights(engine: DeepSpeedEngine, gather: Literal["whole", "layers"]) -> Iterator[tuple[PreTrainedModel, Together]]:
-    """The engine's model, ready to sample; and what `generate` asks before each step. Nothing is left of either after the block.
+def policy_weights(model: PreTrainedModel, gather: Literal["whole", "layers"]) -> Iterator[Together]:
+    """Have a model ready to sample inside the block, one in training or a frozen one; gives what `generate` asks before each step.
 
     Args:
         gather: what ranks that share the parameters out (ZeRO-3) do: whole, each gathers all of them once; layers, one layer at a time in
             each forward pass, which all ranks must then make together.
     """
-    if gather == "layers" and is_partitioned(engine.module):
-        yield engine.module, any_rank
+    if gather == "layers" and is_partitioned(model):
+        yield any_rank
         return
     with ExitStack() as afterwards:
-        model = afterwards.enter_context(generating(engine))
+        afterwards.enter_context(generating(model))
         # In half precision they stay beside the weights. A weight and its change add up to the nearest number of 8 or 11 bits, so that
         # most of a small change is lost, and it would not be the policy in training that samples.
         if model.dtype == torch.float32:
             afterwards.enter_context(folded(model))
-        yield model, bool
+        yield bool
 
 
 @contextmanager

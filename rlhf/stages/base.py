@@ -7,23 +7,34 @@ later stage reads one local copy with safe weights, a chat template and a known 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.data.batches import blocks
 from rlhf.engine import output
 from rlhf.engine.distributed import layout, start
-from rlhf.engine.partition import shape
+from rlhf.engine.partition import born, shape
+from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import ATTENTION, build_policy
-from rlhf.models.tokenizer import build_tokenizer, end_of_turn, template
+from rlhf.models.policy import ATTENTION, build_policy, load_policy, save_model
+from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 from rlhf.stages.language_model import fit, perplexity
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+BASE = "models/base"
+
+
+CONVERT = (
+    "other formats can run code when they are opened: find a revision with safetensors, or, where you trust the model, convert it: "
+    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), the same for the tokenizer, and base.model=FOLDER"
+)
 
 
 def main(job: Job) -> None:
@@ -32,7 +43,7 @@ def main(job: Job) -> None:
     if isinstance(params, BuiltBase):
         model, tokenizer, history = build(job, params)
     else:
-        model, tokenizer = pin(params)
+        model, tokenizer = pin_once(job, params, device)
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
     rows = blocks(held_out, tokenizer, 128)
@@ -40,9 +51,10 @@ def main(job: Job) -> None:
         "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "loss": history[-1]["loss"] if history else None,
-        "heldout_perplexity": perplexity(model.eval().to(device), rows, layout(job).micro_batch_tokens) if rows else None,
+        "heldout_perplexity": perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None,
     }
-    output.save(job, model, tokenizer, job.output("models/base"))
+    if isinstance(params, BuiltBase):
+        output.save(job, model, tokenizer, job.output(BASE))
     if job.is_main:
         job.write_metrics(metrics)
         job.write_plot("plots/base.csv", history)
@@ -64,17 +76,34 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
     return model, tokenizer, history
 
 
+def pin_once(job: Job, params: PretrainedBase, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Have rank 0 write the given model as stage output; all ranks then hold it as launch.engines.reference says."""
+    folder = job.output(BASE)
+    if job.is_main:
+        save_model(*pin(params), folder)
+    dist.barrier()
+    with born(settings(job, "reference")):
+        model = load_policy(folder, job.params.launch.precision)
+    return frozen(model, job, "reference", device), load_tokenizer(folder)
+
+
 def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The given model and tokenizer, with what later stages rely on: chat template, pad token, end of turn.
 
     Raises:
-        UserError: it cannot be found or read, or lacks a chat template that base.chat_template says to keep.
+        UserError: it cannot be found or read, has no safetensors, comes with code that base.trust_remote_code does not allow, or lacks a
+            chat template that base.chat_template says to keep.
     """
-    options = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
+    options: dict[str, Any] = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(params.model, **options)
+        # other formats than safetensors are pickles: opening one may run whatever its author wrote
+        options |= {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", attn_implementation=ATTENTION, **options)
     except (OSError, ValueError) as error:
+        if "safetensors" in str(error):
+            what = f"base.model '{params.model}' (revision {params.revision}) has no weights as safetensors"
+            raise UserError(what, remedy=CONVERT) from None
         raise UserError(
             f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",
             remedy="give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached",

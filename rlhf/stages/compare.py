@@ -16,8 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.batches import decode_answer
 from rlhf.engine.distributed import start
 from rlhf.job import Job, read_lines, run, write_lines
-from rlhf.models.policy import check_length, load_policy
-from rlhf.models.scalar import load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages import evaluate
 
@@ -58,9 +56,7 @@ def main(job: Job) -> None:
 def answers_of(job: Job, folder: Path, rows: list[dict[str, Any]], device: torch.device) -> list[str]:
     """What the model in `folder` answers, sampled as evaluate samples."""
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, job.params.launch.precision).eval()
-    check_length(policy, job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens, "ppo.max_prompt_tokens + max_answer_tokens")
-    rollouts = evaluate.answer(job, policy.to(device), tokenizer, rows)
+    rollouts = evaluate.answer(job, evaluate.frozen_policy(job, folder, device), tokenizer, rows)
     return [decode_answer(tokenizer, ids) for ids in rollouts.answers]
 
 
@@ -79,7 +75,7 @@ def rewards_of(job: Job, rows: list[dict[str, Any]], answers: list[str], device:
 def scored(
     job: Job, path: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], answers: list[str], device: torch.device
 ) -> list[float]:
-    model = load_scalar(job.input(path), tokenizer, job.params.launch.precision).eval().to(device)
+    model = evaluate.frozen_scalar(job, path, tokenizer, device)
     return evaluate.reward_scores(model, tokenizer, rows, answers, job)
 
 

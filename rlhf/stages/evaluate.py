@@ -22,13 +22,16 @@ from rlhf.data import sandbox
 from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
 from rlhf.engine import output
 from rlhf.engine.distributed import gather, layout, micro_batches, start
+from rlhf.engine.partition import born
+from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora
-from rlhf.models.policy import load_policy, logits_at
+from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.weights import policy_weights
 from rlhf.stages import dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
@@ -40,11 +43,11 @@ JUDGED_ROLLOUTS = 5000  # at most so many answers of PPO's course are judged for
 
 def main(job: Job) -> None:
     device = start(job)
-    params, precision = job.params.evaluate, job.params.launch.precision
+    params = job.params.evaluate
     tokenizer = load_tokenizer(job.input("models/sft"))
     prompts = [row for row in read_lines(job.input("data/prepared/heldout_prompts.jsonl")) if fits(job, tokenizer, row)][: params.prompts]
     new = job.params.algorithm
-    policies = {name: load_policy(job.input(f"models/{name}"), precision).eval().to(device) for name in ("sft", new)}
+    policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
@@ -87,6 +90,28 @@ def fits(job: Job, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> b
     return len(encode_prompt(tokenizer, row["prompt"])) <= job.params.ppo.max_prompt_tokens
 
 
+# ---------------------------------------------------------------------------------------------------------------- models
+
+
+def frozen_policy(job: Job, folder: Path, device: torch.device) -> PreTrainedModel:
+    """A policy to sample and score with, held as launch.engines.reference says.
+
+    Raises:
+        UserError: the folder holds none, or one that does not see as much as prompt and answer may have.
+    """
+    with born(settings(job, "reference")):
+        policy = load_policy(folder, job.params.launch.precision)
+    check_length(policy, job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens, "ppo.max_prompt_tokens + max_answer_tokens")
+    return frozen(policy, job, "reference", device)
+
+
+def frozen_scalar(job: Job, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> ScalarModel:
+    """A reward model to score with, held as launch.engines.reward says."""
+    with born(settings(job, "reward")):
+        model = load_scalar(job.input(path), tokenizer, job.params.launch.precision)
+    return frozen(model, job, "reward", device)
+
+
 # --------------------------------------------------------------------------------------------------------------- answers
 
 
@@ -97,8 +122,10 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     mine = list(enumerate(prompts))[job.rank :: job.world_size]
     ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in mine]
     seeds = [job.seed("answer", number) for number, _ in mine]
-    slots = job.params.launch.rollout.slots
-    rollouts = generate(policy, ids, seeds, sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, slots=slots)
+    rollout = job.params.launch.rollout
+    ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    with policy_weights(policy, rollout.gather) as together:
+        rollouts = generate(policy, ids, seeds, sampling, **ends, slots=rollout.slots, together=together)
     found = list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.finish, strict=True))
     texts, answers, log_probs, finish = (list(column) for column in zip(*gather(found, job), strict=True))
     return Rollouts(texts, answers, log_probs, finish, policy_version=0)
@@ -169,7 +196,7 @@ def measure_reward_model(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     """Accuracy of stage reward's model on held-out pairs, the mean score that it gives each policy's answers and how much it rose from
     sft, with its 95% interval; and all its scores."""
-    model = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision).eval().to(device)
+    model = frozen_scalar(job, "models/reward", tokenizer, device)
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
     pairs = pairs[: job.params.evaluate.pairs]
     scores = reward.score_pairs(model, pairs, layout(job).micro_batch_tokens)

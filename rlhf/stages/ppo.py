@@ -118,7 +118,8 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int, cloc
     seeds = [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(len(prompts))]
     ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
     rollout = job.params.launch.rollout
-    with policy_weights(models.actor, rollout.gather) as (actor, together):
+    actor = models.actor.module
+    with policy_weights(actor, rollout.gather) as together:
         clock.stop("switching")
         rollouts = generate(actor, prompts, seeds, sampling, **ids, slots=rollout.slots, policy_version=step, together=together)
         clock.stop("generation")

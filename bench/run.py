@@ -1,0 +1,47 @@
+"""`make bench`: every speed case, in turn with its peer, and how a PPO step grows. Printed, and written to bench/results.json.
+
+python bench/run.py                         everything: under half an hour on two cores
+python bench/run.py --quick                 for a look: short answers, few rounds
+python bench/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style pairs instead of the sandbox's
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import generation
+import ppo_step
+import scaling
+import training
+import typer
+from report import collect, console, table, write
+
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, few rounds.")] = False,
+    pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
+) -> None:
+    """Print ours, the peer's and the median of the rounds' ratios for every case."""
+    limits = generation.LIMITS[:1] if quick else generation.LIMITS
+    rounds = 1 if quick else 3
+    found = collect(
+        itertools.chain(
+            generation.cases(pairs, limits, rounds, threads),
+            training.cases(pairs, rounds, threads),
+            ppo_step.cases(pairs, rounds, threads, quick=quick),
+        )
+    )
+    growth = scaling.rows(pairs, rounds)
+    console().print(table(found))
+    console().print(scaling.drawn(growth))
+    write(output, found, scaling=growth)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,7 @@
+-- Roles and databases of Prefect's and MLflow's servers, made once by a superuser:
+--   psql -h DATABASE -U postgres -v prefect_password=… -v mlflow_password=… -f deploy/postgresql.sql
+\set ON_ERROR_STOP on
+CREATE ROLE prefect LOGIN PASSWORD :'prefect_password';
+CREATE DATABASE prefect OWNER prefect;
+CREATE ROLE mlflow LOGIN PASSWORD :'mlflow_password';
+CREATE DATABASE mlflow OWNER mlflow;
