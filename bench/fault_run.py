@@ -154,6 +154,7 @@ def disturbed(
         inject(place, stage, run)
         if stops:
             _await_all(ranks, stops)
+            at, _ = place.steps(stage)
         lines, stopped, restarted = place.lines(stage), "", 0.0
         while place.lines(stage) <= lines and not place.has_locked(stage):
             if run.ended():

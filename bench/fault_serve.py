@@ -67,7 +67,7 @@ class Served(Run):
 
     def ended(self) -> bool:
         time.sleep(0.2)
-        return self.state() in OVER
+        return self.process.poll() is not None or self.state() in OVER
 
     def cancel(self) -> None:
         self.ask(f"flow_runs/{self._id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}, "force": False})

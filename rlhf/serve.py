@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rlhf.redact import redact
 HOST = "127.0.0.1"
 POOL = "rlhf"
 SECONDS_TO_START = 600
-SECONDS_TO_STAY = 30  # a part that ends sooner would end again
+SECONDS_TO_STAY = 30  # a part that ends sooner after it was started again would end for ever
 
 
 def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
@@ -46,11 +47,11 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
     logs.mkdir(parents=True, exist_ok=True)
     started: dict[str, subprocess.Popen[bytes]] = {}
     commands: dict[str, tuple[str, ...]] = {}
-    since: dict[str, float] = {}
+    restarted: dict[str, float] = {}
     with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as leader:
 
         def start(name: str, *words: str) -> None:
-            commands[name], since[name] = words, time.monotonic()
+            commands[name] = words
             with (logs / f"{name}.log").open("ab") as log:
                 program = str(Path(sys.executable).with_name(words[0]))
                 started[name] = subprocess.Popen(
@@ -83,8 +84,9 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
                 time.sleep(1)
                 for name, process in started.items():
                     if process.poll() is not None:
-                        if time.monotonic() - since[name] < SECONDS_TO_STAY:
+                        if time.monotonic() - restarted.get(name, -math.inf) < SECONDS_TO_STAY:
                             _check(started, logs)
+                        restarted[name] = time.monotonic()
                         say(f"{name} ended with exit code {process.returncode} and is started again; see {logs / name}.log")
                         start(name, *commands[name])
         except processes.Stopped:

@@ -298,6 +298,7 @@ def test_deepspeed_runs_the_ranks_and_models_get_their_lineage(workspace: Path, 
     assert lineage["fingerprint"] == run_folder(workspace, "sft").name
     assert lineage["params"] == config.load(workspace / "params.yaml").of_stage("sft")
     assert set(lineage["inputs"]) == {"data/prepared/rows.txt", "toys/sft.py"}
+    assert lineage["files"] == fingerprint.hash_inputs(workspace / "models/sft", ["model.txt"])
 
 
 def test_a_killed_deepspeed_launcher_is_no_success(workspace: Path) -> None:

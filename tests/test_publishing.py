@@ -16,9 +16,7 @@ from test_launch import (  # noqa: F401 — two are fixtures
     database,
     eventually,
     gone,
-    layouts,
     run_folder,
-    set_params,
     under_way,
     workspace,
     write_stages,
@@ -86,17 +84,17 @@ def test_a_line_that_was_cut_off_is_not_written_on(workspace: Path) -> None:  # 
 
 
 def test_a_model_that_changed_on_the_disk_is_not_trained_on(workspace: Path) -> None:  # noqa: F811
-    launch("prepare", workspace, "toys")
-    set_params(workspace, launch={"accelerator": "cpu", "jobs": layouts(processes=1, threads=1)})
-    assert launch("sft", workspace, "toys") == 0
-    read = {"deps": ["models/sft"], "outs": ["data/later"]}
-    stages = yaml.safe_load((workspace / "dvc.yaml").read_text())["stages"] | {"ppo": read}
+    model = workspace / "models/base"
+    model.mkdir(parents=True)
+    (model / "model.txt").write_text("weights")
+    (model / "lineage.json").write_text(json.dumps({"stage": "base", "files": fingerprint.hash_inputs(model, ["."])}))
+    stages = yaml.safe_load((workspace / "dvc.yaml").read_text())["stages"]
+    stages["prepare"]["deps"].append("models/base")
     (workspace / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
-    hashes = fingerprint.hash_inputs(workspace, ["models/sft"])
-    fingerprint.check_models(workspace, ["models/sft"], hashes)
-    (workspace / "models/sft/model.txt").write_text("weighty")
-    with pytest.raises(UserError, match=r"^models/sft/model.txt: not as stage sft wrote it"):
-        launch("ppo", workspace, "toys")
+    assert launch("prepare", workspace, "toys") == 0
+    (model / "model.txt").write_text("weight5")
+    with pytest.raises(UserError, match=r"^models/base/model.txt: not as stage base wrote it"):
+        launch("prepare", workspace, "toys")
 
 
 def test_a_killed_flow_takes_the_stage_along(workspace: Path) -> None:  # noqa: F811
