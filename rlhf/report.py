@@ -70,8 +70,9 @@ def numbers(version: Version, champion: Version | None) -> list[dict[str, str]]:
     rows = []
     for name, value in own.items():
         row = {"metric": name, "this version": _number(value), "champion": _number(other[name]) if name in other else "—"}
-        both = isinstance(value, float) and isinstance(other.get(name), float)
-        rows.append(row | {"difference": f"{value - other[name]:+.4g}" if both else "—"})
+        before = other.get(name)
+        difference = f"{value - before:+.4g}" if isinstance(value, float) and isinstance(before, float) else "—"
+        rows.append(row | {"difference": difference})
     return rows
 
 

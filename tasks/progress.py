@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from contextvars import copy_context
 from types import TracebackType
+from typing import cast
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -44,7 +46,8 @@ class Bar:
         try:
             shown = self._shown
             key = f"progress-{self._stage}"
-            artifact = create_progress_artifact(shown[0], key=key.replace("_", "-").lower(), description=shown[1])
+            # Prefect gives a coroutine instead where an event loop runs, which none does in a thread
+            artifact = cast(UUID, create_progress_artifact(shown[0], key=key.replace("_", "-").lower(), description=shown[1]))
             ending = False
             while not ending:
                 ending = self._ending.wait(SECONDS_BETWEEN_MOVES)

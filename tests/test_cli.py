@@ -266,7 +266,8 @@ def test_bars_on_a_terminal_only(terminal: bool, parts: tuple[str, ...], monkeyp
     monkeypatch.setattr(stage, "_watchers", [])
     written = io.StringIO()
     with progress.shown(Console(file=written, force_terminal=terminal, width=120)):
-        stage._tell(stage.Progress("base", "up to date"))
-        stage._tell(stage.Progress("sft", "running", "loss=2.5", 3, 12))
+        for watcher in stage._watchers:
+            watcher(stage.Progress("base", "up to date"))
+            watcher(stage.Progress("sft", "running", "loss=2.5", 3, 12))
     assert bool(written.getvalue()) == terminal
     assert [part for part in parts if part not in written.getvalue()] == []

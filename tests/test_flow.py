@@ -160,17 +160,18 @@ def git_status(root: Path) -> str:
 def artifacts(key: str) -> list[Artifact]:
     """A key's artifacts, oldest first."""
     with get_client(sync_client=True) as client:
-        return client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.CREATED_ASC)
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.CREATED_DESC)
+    return found[::-1]
 
 
 def test_a_stages_progress_moves_while_it_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_MOVES", 0.1)
-    half_way = "echo 'base 2/8 loss=2.5'; while [ ! -e go ]; do sleep 0.1; done; echo done > out"
-    pipeline(root, {"base": {"cmd": half_way, "outs": ["out"]}})
+    half_way = "echo 'moving 2/8 loss=2.5'; while [ ! -e go ]; do sleep 0.1; done; echo done > out"
+    pipeline(root, {"moving": {"cmd": half_way, "outs": ["out"]}})
 
     def look() -> str:
         try:
-            while not (found := artifacts("progress-base")) or found[-1].data != 25:
+            while not (found := artifacts("progress-moving")) or found[-1].data != 25:
                 time.sleep(0.1)
             return found[-1].description or ""
         finally:
@@ -179,13 +180,14 @@ def test_a_stages_progress_moves_while_it_runs(root: Path, monkeypatch: pytest.M
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
         walk(root)
-        assert looking.result(60) == "base: loss=2.5"
-    assert [(found.data, found.description) for found in artifacts("progress-base")] == [(100, "base: done")]
+        assert looking.result(60) == "moving: loss=2.5"
+    assert [(found.data, found.description) for found in artifacts("progress-moving")] == [(100, "moving: done")]
     walk(root)
-    assert [found.description for found in artifacts("progress-base")] == ["base: done", "base: up to date"]
+    assert [found.description for found in artifacts("progress-moving")] == ["moving: done", "moving: up to date"]
 
 
-def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
+def whole_pipeline(root: Path) -> None:
+    """Two stages that copy a model and its evaluation, which stand there from the start."""
     made = root / "made"
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
     model.save_pretrained(made)
@@ -209,6 +211,10 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
             },
         },
     )
+
+
+def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
+    whole_pipeline(root)
     remote = root.parent / f"{root.name}-remote"
     subprocess.run([DVC, "remote", "add", "--quiet", "--default", "here", str(remote)], cwd=root, check=True)
     before = work_of_the_user(root)

@@ -35,7 +35,7 @@ def is_server(process: psutil.Process) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
     root, mark = tmp_path / "workspace", str(tmp_path)
     root.mkdir()

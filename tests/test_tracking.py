@@ -201,13 +201,14 @@ def test_a_run_knows_its_data_and_the_load_of_the_machine(
     assert len(again) > len(first)
     run = tracking.client(root, PARAMS).get_run(state(root / "runs/sft/loaded")["run"])
     assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    assert run.inputs
     found = {entry.dataset.name: entry for entry in run.inputs.dataset_inputs}
     assert {name: entry.dataset.digest for name, entry in found.items()} == {
         "data/raw/mine/part.jsonl": "0123456789abcdef0123456789abcdef",
         "data/prepared/sft.jsonl": hashlib.md5(b"{}\n{}\n").hexdigest(),
         "data/prepared/heldout_text.jsonl": hashlib.md5(b"{}\n").hexdigest(),
     }
-    assert json.loads(found["data/prepared/sft.jsonl"].dataset.profile) == {"lines": 2, "bytes": 6}
+    assert json.loads(str(found["data/prepared/sft.jsonl"].dataset.profile)) == {"lines": 2, "bytes": 6}
     assert [tag.value for tag in found["data/prepared/heldout_text.jsonl"].tags] == ["evaluation"]
 
 
