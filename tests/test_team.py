@@ -139,7 +139,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         # as deploy/servers.env.example has it
         prefect = {"PREFECT_API_DATABASE_CONNECTION_URL": servers.database("prefect", "+asyncpg"), "PREFECT_SERVER_API_HOST": "127.0.0.1"}
         servers.start("prefect", str(PROGRAMS / "prefect"), "server", "start", "--port", str(servers.ports["prefect"]), **prefect)
-        mlflow = {"MLFLOW_BACKEND_STORE_URI": servers.database("mlflow"), "MLFLOW_ARTIFACTS_DESTINATION": "s3://rlhf/mlflow"}
+        mlflow = {"MLFLOW_BACKEND_STORE_URI": servers.database("mlflow", "+psycopg2"), "MLFLOW_ARTIFACTS_DESTINATION": "s3://rlhf/mlflow"}
         mlflow |= {"MLFLOW_S3_ENDPOINT_URL": s3, "MLFLOW_HOST": "127.0.0.1"}
         servers.start("mlflow", str(PROGRAMS / "mlflow"), "server", "--port", str(servers.ports["mlflow"]), "--workers", "1", **mlflow)
         eventually("the S3 store", lambda: answers(f"{s3}/moto-api/"))
