@@ -192,7 +192,7 @@ def test_unwritable_workspace_is_told_in_one_line(workspace: Path, rlhf: Command
     (workspace / ".params.yaml.new").mkdir()  # even root cannot write a file there
     code, _, err = rlhf("use", "sandbox")
     assert code == 1
-    assert err == f"error: {workspace / '.params.yaml.new'}: Is a directory — make room, or set its permissions\n"
+    assert err == f"error: {workspace / '.params.yaml.new'}: Is a directory — set its permissions\n"
 
 
 def test_status_tells_stages_metrics_and_aliases(workspace: Path, rlhf: Command) -> None:
