@@ -35,14 +35,20 @@ def is_server(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's folder: its database takes seconds to make."""
+    return tmp_path_factory.mktemp("prefect")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_leaves_no_server(tmp_path: Path, home: Path, number: signal.Signals) -> None:
     root, mark = tmp_path / "workspace", str(tmp_path)
     root.mkdir()
     shutil.copy(ROOT / "params.yaml", root / "params.yaml")
     (root / "dvc.yaml").write_text("stages:\n  base:\n    cmd: echo $$ > pid; sleep 300\n    outs: [out]\n", encoding="utf-8")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "DVC_", "RLHF_"))}
-    environment = kept | {MARK: mark, "PREFECT_HOME": str(tmp_path / "prefect"), "PYTHONPATH": str(ROOT)}
+    environment = kept | {MARK: mark, "PREFECT_HOME": str(home), "PYTHONPATH": str(ROOT)}
     subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
     subprocess.run([PROGRAMS / "dvc", "init", "--quiet"], cwd=root, env=environment, check=True)
     with (tmp_path / "log").open("wb") as log:
