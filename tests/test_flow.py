@@ -222,9 +222,9 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     assert first["stages"] == {"ppo": "done", "evaluate": "done"}
     assert (first["version"], first["champion"], first["promoted"]) == (1, 1, True)
     assert git_status(root) == before
-    # what the run made is in the DVC remote (git has the metrics), and the run cache with it
+    # what the run made is in the DVC remote (git has metrics and plots), and the run cache with it
     outs = [out for locked in yaml.safe_load((root / "dvc.lock").read_text())["stages"].values() for out in locked["outs"]]
-    named = {out["md5"] for out in outs if not out["path"].startswith("metrics/")}
+    named = {out["md5"] for out in outs if not out["path"].startswith(("metrics/", "plots/"))}
     assert named <= {path.parent.name + path.name for path in remote.glob("files/md5/*/*")}
     assert len(list(remote.glob("runs/*/*/*"))) == 2
     second = retrain(root)

@@ -109,12 +109,13 @@ def test_it_works_alone_and_says_what_it_cannot_know(root: Path, tmp_path: Path)
             pass
     # a version from elsewhere, whose commit is not here
     client = connect(root, params)
+    own = registry.find(root, params, 2).tags["git.revision"]
     client.set_model_version_tag("assistant", "2", "git.revision", "0" * 40)
     with gc.alone(root, params):
         found = gc.find(root, params)
     assert "revision 0000000000000000000000000000000000000000 of version 2 is not here" in found.notes[0]
     assert not any("DVC" in leftover.what for leftover in found.leftovers)
-    client.set_model_version_tag("assistant", "2", "git.revision", registry.find(root, params, 1).tags["git.revision"])
+    client.set_model_version_tag("assistant", "2", "git.revision", own)
     # a cache that other workspaces use, too
     dvc("config", "--local", "cache.dir", str(tmp_path))
     with gc.alone(root, params):

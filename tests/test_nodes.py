@@ -57,7 +57,7 @@ def test_two_nodes_train_as_two_ranks_of_one(programs: Path, tmp_path: Path) -> 
     shutil.copytree(root, one)
     run(one, "sft", ranks=2)
     shutil.copy(REPOSITORY / "dvc.yaml", root)
-    (root / "rlhf").symlink_to(REPOSITORY / "rlhf")
+    shutil.copytree(REPOSITORY / "rlhf", root / "rlhf", ignore=shutil.ignore_patterns("__pycache__"))
     (root / "hosts").write_text("node-1 slots=1\nnode-2 slots=1\n", encoding="utf-8")
     raw["launch"]["hostfile"] = "hosts"
     set_params(root, raw)

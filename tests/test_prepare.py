@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,11 +137,11 @@ def test_sandbox_prompts_are_held_out_once_with_their_gold(tmp_path: Path) -> No
 
 
 def test_same_params_same_bytes_and_another_seed_other_rows(tmp_path: Path) -> None:
-    sources = [of_file("mine", "pairs", "../pairs.jsonl", **ALL)]
-    write_pairs(tmp_path / "pairs.jsonl", 60)
+    sources = [of_file("mine", "pairs", "pairs.jsonl", **ALL)]
     jobs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         (tmp_path / name).mkdir()
+        write_pairs(tmp_path / name / "pairs.jsonl", 60)
         jobs.append(job_in(tmp_path / name, sources, seed))
         main(jobs[-1])
     first, again, other = map(digests, jobs)
@@ -190,7 +191,8 @@ def test_real_preferences(tmp_path: Path) -> None:
     path = SHARED / "hh-rlhf-harmless-1500.jsonl.gz"
     if not path.exists():
         pytest.skip(f"no real data at {path}")
-    job = job_in(tmp_path, [of_file("hh", "hh", str(path), **ALL)], max_characters=4000)
+    shutil.copy(path, tmp_path)
+    job = job_in(tmp_path, [of_file("hh", "hh", path.name, **ALL)], max_characters=4000)
     main(job)
     files, counts = prepared(job), metrics(job)
     assert 0 < counts["quarantined"] < 30

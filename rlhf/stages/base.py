@@ -104,6 +104,9 @@ def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         if "safetensors" in str(error):
             what = f"base.model '{params.model}' (revision {params.revision}) has no weights as safetensors"
             raise UserError(what, remedy=CONVERT) from None
+        if "custom code" in str(error):
+            what = f"base.model '{params.model}' (revision {params.revision}) comes with code of its own, which would be run"
+            raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
         raise UserError(
             f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",
             remedy="give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached",
