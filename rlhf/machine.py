@@ -8,8 +8,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 SECONDS_BETWEEN_SAMPLES = 5.0
 
@@ -24,36 +28,36 @@ class Sampler:
         self._path = path
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._monitors: list[BaseMetricsMonitor] = []
 
     def __enter__(self) -> Sampler:
+        # a second and a half to load, and never by two threads at once: MLflow's modules import each other in circles
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+
+        self._monitors.append(CPUMonitor())
+        with suppress(Exception):  # no NVIDIA GPU, or none that can be asked
+            self._monitors.append(GPUMonitor())
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ending.set()
-        # bounded: the library may still be loading, and nobody waits for a sample
-        self._thread.join(1)
+        self._thread.join()
 
     def _follow(self) -> None:
-        # a second and a half to load: never on the way of a stage's start
-        from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
-        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-
-        monitors: list[BaseMetricsMonitor] = [CPUMonitor()]
-        with suppress(ImportError, RuntimeError):  # no NVIDIA GPU here
-            monitors.append(GPUMonitor())
         psutil.cpu_percent()  # counts from call to call: the first one has nothing to count from
         step = len(self._path.read_bytes().splitlines()) if self._path.exists() else 0
         ending = False
         while not ending:
             ending = self._ending.wait(SECONDS_BETWEEN_SAMPLES)
             metrics: dict[str, float] = {}
-            for monitor in monitors:
+            for monitor in self._monitors:
                 monitor.collect_metrics()
                 metrics |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
             step += 1
+            line = json.dumps({"step": step, "at": int(time.time() * 1000), "metrics": metrics}) + "\n"
             # a full disk is the stage's to tell of
             with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "at": int(time.time() * 1000), "metrics": metrics}) + "\n")
+                file.write(line)

@@ -224,11 +224,9 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         self._thread.start()
-        self._sampler.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._sampler.__exit__(kind, error, trace)
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
             self._record.update(status=status, ended=_now())
@@ -244,9 +242,13 @@ class Tracker:
     def _follow(self) -> None:
         sender: Sender | None = None
         warned = False
+        sampling = ExitStack()
+        sampling.enter_context(self._sampler)
         while True:
             # read first, so that the last round sees all that was written
             ending = self._ending.is_set()
+            if ending:
+                sampling.close()
             try:
                 if sender is None:
                     sender = _sender(self._root, self._params, self._record)
