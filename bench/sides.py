@@ -168,7 +168,7 @@ def paced_job(pause: Pause, root: Path, stage: str) -> PacedJob:
         pause()
         return begin(steps)
 
-    Steps.__iter__ = begin_when_wanted  # type: ignore[method-assign]
+    Steps.__iter__ = begin_when_wanted  # type: ignore[method-assign]  # in this process alone
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = PacedJob(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank, pause=pause)
     job.folder.mkdir(parents=True, exist_ok=True)

@@ -206,7 +206,7 @@ def after_the_first_checkpoint(act: Callable[[Path], None]) -> None:
             act(job.root)
         done.append(job)
 
-    checkpoints.save = save_and_act  # type: ignore[assignment]
+    checkpoints.save = save_and_act  # type: ignore[assignment]  # it takes whatever it is given
 
 
 def fill_the_disk(root: Path) -> None:

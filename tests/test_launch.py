@@ -269,23 +269,6 @@ def test_a_launcher_killed_before_publishing_runs_nothing_again(workspace: Path,
     assert attempts(workspace) == 1
 
 
-def test_a_killed_dvc_takes_the_stage_along(workspace: Path) -> None:
-    write_stages(workspace, UNDER_WAY)
-    call = "import pathlib, sys; from rlhf.launch import launch; sys.exit(launch('prepare', pathlib.Path(), 'toys'))"
-    graph = yaml.safe_load(GRAPH)
-    for name in graph["stages"]:
-        graph["stages"][name]["cmd"] = f'{sys.executable} -c "{call}"'
-    (workspace / "dvc.yaml").write_text(yaml.safe_dump(graph))
-    dvc = [sys.executable, "-m", "dvc"]
-    environment = os.environ | {"DVC_NO_ANALYTICS": "true", "DVC_SITE_CACHE_DIR": str(workspace / "site")}
-    subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=workspace, env=environment, check=True)
-    repro = subprocess.Popen([*dvc, "repro", "prepare"], cwd=workspace, env=environment, stdout=subprocess.DEVNULL)
-    pids = under_way(workspace)
-    repro.kill()
-    repro.wait()
-    assert eventually(lambda: gone(pids))
-
-
 def test_deepspeed_runs_the_ranks_and_models_get_their_lineage(workspace: Path, capfd: pytest.CaptureFixture) -> None:
     launch("prepare", workspace, "toys")
     set_params(workspace, launch={"accelerator": "cpu", "jobs": layouts(processes=2, threads=3)})

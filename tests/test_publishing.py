@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from test_launch import (  # noqa: F401 — two are fixtures
+    GRAPH,
     UNDER_WAY,
     attempts,
     database,
@@ -111,7 +113,7 @@ def test_a_killed_flow_takes_the_stage_along(workspace: Path) -> None:  # noqa: 
 
 
 def test_what_a_killed_dvc_leaves_half_done_is_removed(tmp_path: Path) -> None:
-    subprocess.run(["dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
     locks, runs = tmp_path / ".dvc/tmp/rwlock", tmp_path / ".dvc/cache/runs/ab"
     (runs / "abc").mkdir(parents=True)
     (runs / "abd").mkdir()
@@ -125,3 +127,20 @@ def test_what_a_killed_dvc_leaves_half_done_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "dvc.lock").exists()
     assert not locks.exists()
     assert [path.name for path in runs.iterdir()] == ["abd"]
+
+
+def test_a_killed_dvc_takes_the_stage_along(workspace: Path) -> None:  # noqa: F811
+    write_stages(workspace, UNDER_WAY)
+    call = "import pathlib, sys; from rlhf.launch import launch; sys.exit(launch('prepare', pathlib.Path(), 'toys'))"
+    content = yaml.safe_load(GRAPH)
+    for name in content["stages"]:
+        content["stages"][name]["cmd"] = f'{sys.executable} -c "{call}"'
+    (workspace / "dvc.yaml").write_text(yaml.safe_dump(content))
+    dvc = [sys.executable, "-m", "dvc"]
+    environment = os.environ | {"DVC_NO_ANALYTICS": "true", "DVC_SITE_CACHE_DIR": str(workspace / "site")}
+    subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=workspace, env=environment, check=True)
+    repro = subprocess.Popen([*dvc, "repro", "prepare"], cwd=workspace, env=environment, stdout=subprocess.DEVNULL)
+    pids = under_way(workspace)
+    repro.kill()
+    repro.wait()
+    assert eventually(lambda: gone(pids))
