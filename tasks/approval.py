@@ -13,6 +13,8 @@ from rlhf.config.operations import Approval
 from rlhf.registry import Verdict
 from tasks import server
 
+SECONDS_BETWEEN_LOOKS = 2  # whether somebody has answered
+
 
 class Answer(RunInput):
     """What Prefect's page asks for."""
@@ -44,7 +46,8 @@ def ask(verdict: Verdict, approval: Approval) -> Word:
     )
     get_run_logger().info("version %d waits for an approval, for %g minutes at most", version.number, approval.wait_minutes)
     try:
-        answer = pause_flow_run(wait_for_input=Answer.with_initial_data(description=text), timeout=int(approval.wait_minutes * 60))
+        asked = Answer.with_initial_data(description=text)
+        answer = pause_flow_run(wait_for_input=asked, timeout=int(approval.wait_minutes * 60), poll_interval=SECONDS_BETWEEN_LOOKS)
     except FlowPauseTimeout:
         return Word("", "", f"nobody approved it within {approval.wait_minutes:g} minutes: {by_hand}")
     if not answer.approve:

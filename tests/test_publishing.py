@@ -104,7 +104,7 @@ def test_a_killed_flow_takes_the_stage_along(workspace: Path) -> None:  # noqa: 
     flow = subprocess.Popen(["sleep", "600"])
     call = "import sys; from pathlib import Path; from rlhf.launch import launch; sys.exit(launch('prepare', Path(), 'toys'))"
     environment = os.environ | {"RLHF_FLOW_PID": str(flow.pid)}
-    launcher = subprocess.Popen(["python", "-c", call], cwd=workspace, env=environment)
+    launcher = subprocess.Popen([sys.executable, "-c", call], cwd=workspace, env=environment)
     pids = under_way(workspace)
     flow.kill()
     flow.wait()
