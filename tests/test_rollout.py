@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
-from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.generate import READ, Rollouts, generate
+from rlhf.rollout.products import laid_out
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.stops import at_texts
 from rlhf.rollout.weights import folded, policy_weights
@@ -78,6 +79,37 @@ def test_a_prompt_is_read_once_for_all_its_answers(llama: LlamaForCausalLM, pass
     assert len({tuple(tokens) for tokens in together.answers}) == 6
     alone = generate(llama, [long], [3], DRAWN, eos_id=NO_TOKEN, pad_id=PAD, slots=1)
     assert together.answers[3] == alone.answers[0]
+
+
+def test_every_step_is_one_forward_pass(llama: LlamaForCausalLM, passes: list[tuple[int, ...]]) -> None:
+    steps: list[int] = []
+
+    def together(going: bool) -> bool:
+        steps.append(len(passes))
+        return going
+
+    # ranks that gather weights layer by layer wait for each other's passes; here most prompts have been read when their turn comes
+    answer(llama, [PROMPTS[2]] * 5 + [PROMPTS[1]] * 3, slots=2, stop=lambda number, found: len(found) == number % 3 + 1, together=together)
+    assert steps == list(range(len(passes) + 1))
+
+
+def test_prompts_are_read_some_at_a_time(llama: LlamaForCausalLM, passes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answer(llama)
+    monkeypatch.setitem(READ, "cpu", 8)
+    assert answer(llama).answers == whole.answers
+    assert [shape[1] for shape in passes if shape[1] > 1] == [17, 9, 8]  # at once; then the prompt of 9 alone, and those of 5, 2 and 1
+
+
+def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForCausalLM) -> None:
+    rows = torch.randn(3, llama.config.hidden_size)
+    layer = llama.model.layers[0].self_attn.q_proj
+    with torch.no_grad(), laid_out(llama):
+        torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(rows), rows @ layer.weight.T / 2)  # they are a copy
+    with torch.no_grad(), laid_out(llama):
+        torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
+    assert "forward" not in vars(layer)
 
 
 def test_answers_end_where_the_context_does(llama: LlamaForCausalLM) -> None:

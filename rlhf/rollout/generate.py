@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,11 +20,14 @@ from transformers import PreTrainedModel
 from rlhf.data.batches import pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import Layer, SlotCache, attending, parts_of
+from rlhf.rollout.products import laid_out
 from rlhf.rollout.sampling import Sampling, sample, uniforms
 
 Finish = Literal["eos", "length", "stop"]
 # Asked after each new token with the number of the prompt and its answer so far: whether the answer stops here.
 Stop = Callable[[int, list[int]], bool]
+# Tokens of prompts that are read in one forward pass, but for a longer prompt. On a CPU what a layer makes of them stays in its cache.
+READ = {"cpu": 2**11, "cuda": 2**14}
 # Told whether this rank goes on: whether any rank does. Ranks that must run forward passes together are given one.
 Together = Callable[[bool], bool]
 
@@ -78,7 +81,11 @@ def generate(
     check_length(model, longest + 1, "prompt and answer")
     capacity = min(longest + sampling.max_new_tokens, context_tokens(model))
     batch = _Batch(model, prompts, seeds, sampling, eos_id, pad_id, SlotCache(min(slots, len(prompts)), capacity), stop)
-    with _evaluating(model), attending(model):
+    with ExitStack() as afterwards:
+        afterwards.enter_context(_evaluating(model))
+        afterwards.enter_context(attending(model))
+        if batch.cache.slots > 1:  # one row is multiplied with weights in any order
+            afterwards.enter_context(laid_out(model))
         while together(not batch.done):
             batch.step()
     return Rollouts([list(prompt) for prompt in prompts], batch.answers, batch.log_probs, batch.finish, policy_version)
@@ -136,15 +143,28 @@ class _Batch:
     def step(self) -> None:
         """One forward pass, and the tokens that it gives. With nothing left to do it is made all the same: other ranks wait for it."""
         room = self.cache.slots - len(self.writing)
-        if self.waiting and room:
-            self._begin([self.waiting.pop() for _ in range(min(room, len(self.waiting)))])
-        elif self.writing:
+        if self.waiting and room and self._begin(self._next(room)):
+            return
+        if self.writing:
             self._continue()
         else:
             self.model(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
 
-    def _begin(self, numbers: list[int]) -> None:
-        """Read prompts and draw the first token of each answer."""
+    def _next(self, room: int) -> list[int]:
+        """Take prompts that are waiting, as many as there is room for and one forward pass reads."""
+        numbers: list[int] = []
+        new: dict[tuple[int, ...], int] = {}  # prompts to be read, and their tokens
+        while self.waiting and len(numbers) < room:
+            key = tuple(self.prompts[self.waiting[-1]])
+            if key not in self.read and key not in new:
+                if new and sum(new.values()) + len(key) > READ[self.device.type]:
+                    break
+                new[key] = len(key)
+            numbers.append(self.waiting.pop())
+        return numbers
+
+    def _begin(self, numbers: list[int]) -> bool:
+        """Read prompts and draw the first token of each answer; whether that took a forward pass: all may have been read before."""
         keys = [tuple(self.prompts[i]) for i in numbers]
         if new := [key for key in dict.fromkeys(keys) if key not in self.read]:
             self._read(new)
@@ -156,6 +176,7 @@ class _Batch:
         self.waiting_of.subtract(keys)
         self.read = {key: prompt for key, prompt in self.read.items() if self.waiting_of[key]}
         self._draw(logits, first)
+        return bool(new)
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
         packed = pack(prompts, self.device)
