@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import heapq
 import os
 import socket
@@ -20,6 +21,8 @@ from rlhf.errors import UserError
 from rlhf.job import Job
 
 T = TypeVar("T")
+# mallopt's names for what is asked of the system by itself, and what is given back to it (malloc.h)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def start(job: Job) -> torch.device:
@@ -31,6 +34,7 @@ def start(job: Job) -> torch.device:
     if cuda:
         torch.cuda.set_device(job.local_rank)
     else:
+        _keep_memory()
         # DeepSpeed would compile its shared-memory collectives at the first start; a fresh machine may lack a compiler, and gloo needs none
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
     backend = "nccl" if cuda else "gloo"
@@ -38,6 +42,14 @@ def start(job: Job) -> torch.device:
         _meet(job, backend)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device(job)
+
+
+def _keep_memory() -> None:
+    """Have what a step frees stay with the process for the next one. glibc would give large blocks back, and each page of them be faulted in anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _meet(job: Job, backend: str) -> None:

@@ -6,10 +6,12 @@ new prompt, so that the slots in use are always the first ones and a decoding st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -77,17 +79,18 @@ class SlotCache:
     def place(self, slot: int, prompt: Sequence[Layer]) -> None:
         """Fill a slot with a prompt's keys and values, (H, T, D) of each layer."""
         if not self.layers:
-            # zeros, as what is masked must be finite: 0 · NaN is NaN
-            self.layers = [
-                (
-                    keys.new_zeros(self.slots, len(keys), self.capacity, keys.shape[-1]),
-                    values.new_zeros(self.slots, len(values), self.capacity, values.shape[-1]),
-                )
-                for keys, values in prompt
-            ]
+            self.layers = [(self._room(keys), self._room(values)) for keys, values in prompt]
         for layer, parts in zip(self.layers, prompt, strict=True):
             for kept, part in zip(layer, parts, strict=True):
                 kept[slot, :, : part.shape[1]] = part
+
+    def _room(self, like: Tensor) -> Tensor:
+        """Zeros for all slots, as what is masked must be finite: 0 · NaN is NaN. Keys or values (H, T, D) of one → (slots, H, capacity, D)."""
+        shape = (self.slots, len(like), self.capacity, like.shape[-1])
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # numpy's zeros come from the system, which makes pages of them as they are written: short answers leave most of it untouched
+        return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot into another one."""

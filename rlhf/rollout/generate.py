@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf.data.batches import pack
 from rlhf.models.policy import check_length, context_tokens
-from rlhf.rollout.cache import Layer, SlotCache, attending, parts_of
+from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
 from rlhf.rollout.products import laid_out
 from rlhf.rollout.sampling import Sampling, sample, uniforms
 
@@ -188,9 +188,7 @@ class _Batch:
 
     def _continue(self) -> None:
         """One more token of each answer."""
-        # the last token drawn is not in the cache yet
-        lengths = [len(self.prompts[i]) + len(self.answers[i]) - 1 for i in self.writing]
-        inputs = self.cache.decode(lengths, self.model.dtype, self.device)
+        inputs = self.cache.decode([self._length(slot) for slot in range(len(self.writing))], self.model.dtype, self.device)
         ids = torch.tensor([self.answers[i][-1:] for i in self.writing], device=self.device)
         self._draw(self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **inputs).logits[:, -1], 0)
 
@@ -217,8 +215,18 @@ class _Batch:
         return length == self.sampling.max_new_tokens or len(self.prompts[number]) + length == self.context
 
     def _vacate(self, slot: int) -> None:
-        """Move the last answer in the making into a slot whose own is over."""
-        number = self.writing.pop()
-        if slot < len(self.writing):
-            self.cache.move(len(self.writing), slot, len(self.prompts[number]) + len(self.answers[number]) - 1)
-            self.writing[slot] = number
+        """Fill the slot of an answer that is over. The longest of each following span moves up into the one before, so that what attends in
+        one call stays of similar length; the last slot falls free."""
+        last = len(self.writing) - 1
+        while slot < last:
+            begin = (slot // SPAN + 1) * SPAN
+            source = max(range(begin, min(begin + SPAN, last + 1)), key=self._length, default=last)
+            self.cache.move(source, slot, self._length(source))
+            self.writing[slot] = self.writing[source]
+            slot = source
+        self.writing.pop()
+
+    def _length(self, slot: int) -> int:
+        """Tokens whose keys and values a slot holds; the last token drawn is not among them yet."""
+        number = self.writing[slot]
+        return len(self.prompts[number]) + len(self.answers[number]) - 1
