@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from rlhf.redact import redact
 HOST = "127.0.0.1"
 POOL = "rlhf"
 SECONDS_TO_START = 600
-SECONDS_TO_STAY = 30  # a part that ends sooner after it was started again would end for ever
+MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
 
 def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
     """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
 
     Raises:
-        UserError: a part did not start, or ended again at once; one that ends later, however that is, is started again.
+        UserError: a part did not start, or ended again and again; one that ends now and then, however that is, is started again.
     """
     api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
     environment = os.environ | {
@@ -47,7 +47,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
     logs.mkdir(parents=True, exist_ok=True)
     started: dict[str, subprocess.Popen[bytes]] = {}
     commands: dict[str, tuple[str, ...]] = {}
-    restarted: dict[str, float] = {}
+    ends: dict[str, deque[float]] = {}
     with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as leader:
 
         def start(name: str, *words: str) -> None:
@@ -84,9 +84,10 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
                 time.sleep(1)
                 for name, process in started.items():
                     if process.poll() is not None:
-                        if time.monotonic() - restarted.get(name, -math.inf) < SECONDS_TO_STAY:
+                        last = ends.setdefault(name, deque(maxlen=MOST_ENDS))
+                        last.append(time.monotonic())
+                        if len(last) == MOST_ENDS and last[-1] - last[0] < WITHIN_SECONDS:
                             _check(started, logs)
-                        restarted[name] = time.monotonic()
                         say(f"{name} ended with exit code {process.returncode} and is started again; see {logs / name}.log")
                         start(name, *commands[name])
         except processes.Stopped:

@@ -14,8 +14,18 @@ import pytest
 import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import Artifact, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -310,3 +320,13 @@ def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path)
     with pytest.raises(UserError, match=r"data\.sources\.\d+\.path: data/raw/mine\.jsonl: no such file"):
         retrain(root)
     assert not (root / "ran").exists()
+
+
+def test_the_server_schedules_nightly_runs() -> None:
+    with get_client(sync_client=True) as client:
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"))
+        deployment = client.create_deployment(client.create_flow(retrain), "nightly", schedules=[schedule])
+        # what the server's own scheduler does, too: a release of SQLAlchemy broke it
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"max_runs": 2})
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+    assert [run.state_type for run in runs] == [StateType.SCHEDULED] * 2
