@@ -142,7 +142,7 @@ def _pair(number: int) -> dict[str, str]:
 
 CASES: dict[str, Case] = {
     **{f"SIGKILL {part} of serve": partial(served, inject=send(part, signal.SIGKILL), stops=0) for part in PARTS},
-    "SIGTERM worker": partial(served, inject=send("worker", signal.SIGTERM), stops=0),
+    "SIGTERM worker": partial(served, inject=send("worker", signal.SIGTERM), stops=LONGEST_STOP),
     "cancelled in Prefect": partial(served, inject=cancel, stops=LONGEST_STOP),
     "ingest of 500 rows": ingest,
 }

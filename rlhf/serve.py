@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhf import config, processes, tracking
 from rlhf.errors import UserError
@@ -75,6 +79,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             _await(f"{api}/health", "prefect", started, logs)
             _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
             _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+            end_dead_runs(api)
             start("worker", "prefect", "worker", "start", "--pool", POOL)
             say(f"Prefect   http://{HOST}:{prefect_port}")
             say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
@@ -83,7 +88,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             while True:
                 time.sleep(1)
                 for name, process in started.items():
-                    if process.poll() is not None:
+                    if process.poll() is not None and (name != "worker" or end_dead_runs(api)):
                         last = ends.setdefault(name, deque(maxlen=MOST_ENDS))
                         last.append(time.monotonic())
                         if len(last) == MOST_ENDS and last[-1] - last[0] < WITHIN_SECONDS:
@@ -94,6 +99,30 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             say("stopped")
     for process in started.values():
         process.wait()
+
+
+def end_dead_runs(api: str) -> bool:
+    """Tell Prefect of runs that ended with their worker, while there is none: they would hold the one place. False: it does not answer."""
+    alive = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    try:
+        under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}}
+        for run in _ask(f"{api}/flow_runs/filter", {"flow_runs": under_way}):
+            # without a deployment, no worker runs it
+            if run["deployment_id"] and run["id"] not in alive:
+                state = {"type": "CRASHED", "message": "it ended with its worker; a new run goes on from the last checkpoint"}
+                _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state})
+    except OSError:
+        return False
+    return True
+
+
+def _ask(address: str, content: Any) -> Any:
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def _await(address: str, name: str, started: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> None:
