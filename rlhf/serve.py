@@ -106,7 +106,8 @@ def end_dead_runs(api: str) -> bool:
     alive = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+            if "prefect.engine" in process.cmdline():  # what it has started knows the id as well
+                alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
     try:
         under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}}
         for run in _ask(f"{api}/flow_runs/filter", {"flow_runs": under_way}):

@@ -338,7 +338,8 @@ def test_a_run_that_ended_with_its_worker_does_not_hold_the_one_place() -> None:
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(client.create_flow(retrain), "nightly")
         dead, alive = (client.create_flow_run_from_deployment(deployment, state=Running()).id for _ in range(2))
-        process = subprocess.Popen(["sleep", "60"], env={"PREFECT__FLOW_RUN_ID": str(alive)})
+        words = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "prefect.engine"]
+        process = subprocess.Popen(words, env={"PREFECT__FLOW_RUN_ID": str(alive)})
         try:
             assert serve.end_dead_runs(str(PREFECT_API_URL.value()))
         finally:
