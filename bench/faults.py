@@ -77,11 +77,13 @@ def main(
 
 
 def _play(bench: Bench, name: str) -> list[Row]:
+    rows: list[Row] = []
     try:
         rows = CASES[name](bench, name)
     except LostError as lost:
         rows = [Row(name, "", False, "", None, str(lost))]
-    bench.tidy(keep=not all(row.passed for row in rows))
+    finally:  # also where the bench itself is stopped
+        bench.tidy(keep=not rows or not all(row.passed for row in rows))
     return rows
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlhf import config, processes, tracking
 from rlhf.errors import UserError
@@ -21,14 +25,14 @@ from rlhf.redact import redact
 HOST = "127.0.0.1"
 POOL = "rlhf"
 SECONDS_TO_START = 600
-SECONDS_TO_STAY = 30  # a part that ends sooner after it was started again would end for ever
+MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
 
 def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
     """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
 
     Raises:
-        UserError: a part did not start, or ended again at once; one that ends later, however that is, is started again.
+        UserError: a part did not start, or ended again and again; one that ends now and then, however that is, is started again.
     """
     api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
     environment = os.environ | {
@@ -47,7 +51,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
     logs.mkdir(parents=True, exist_ok=True)
     started: dict[str, subprocess.Popen[bytes]] = {}
     commands: dict[str, tuple[str, ...]] = {}
-    restarted: dict[str, float] = {}
+    ends: dict[str, deque[float]] = {}
     with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as leader:
 
         def start(name: str, *words: str) -> None:
@@ -75,6 +79,7 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             _await(f"{api}/health", "prefect", started, logs)
             _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
             _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+            end_dead_runs(api)
             start("worker", "prefect", "worker", "start", "--pool", POOL)
             say(f"Prefect   http://{HOST}:{prefect_port}")
             say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
@@ -83,16 +88,42 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
             while True:
                 time.sleep(1)
                 for name, process in started.items():
-                    if process.poll() is not None:
-                        if time.monotonic() - restarted.get(name, -math.inf) < SECONDS_TO_STAY:
+                    if process.poll() is not None and (name != "worker" or end_dead_runs(api)):
+                        last = ends.setdefault(name, deque(maxlen=MOST_ENDS))
+                        last.append(time.monotonic())
+                        if len(last) == MOST_ENDS and last[-1] - last[0] < WITHIN_SECONDS:
                             _check(started, logs)
-                        restarted[name] = time.monotonic()
                         say(f"{name} ended with exit code {process.returncode} and is started again; see {logs / name}.log")
                         start(name, *commands[name])
         except processes.Stopped:
             say("stopped")
     for process in started.values():
         process.wait()
+
+
+def end_dead_runs(api: str) -> bool:
+    """Tell Prefect of runs that ended with their worker, while there is none: they would hold the one place. False: it does not answer."""
+    alive = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "prefect.engine" in process.cmdline():  # what it has started knows the id as well
+                alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    try:
+        under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}}
+        for run in _ask(f"{api}/flow_runs/filter", {"flow_runs": under_way}):
+            # without a deployment, no worker runs it
+            if run["deployment_id"] and run["id"] not in alive:
+                state = {"type": "CRASHED", "message": "it ended with its worker; a new run goes on from the last checkpoint"}
+                _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state})
+    except OSError:
+        return False
+    return True
+
+
+def _ask(address: str, content: Any) -> Any:
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
 
 
 def _await(address: str, name: str, started: Mapping[str, subprocess.Popen[bytes]], logs: Path) -> None:

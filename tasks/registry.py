@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from pathlib import Path
 
@@ -13,14 +14,35 @@ from rlhf.config import Params
 from rlhf.errors import UserError
 from tasks.stage import LAST_LINES, follow
 
+SECONDS_TO_COME_BACK = 120
+SECONDS_BETWEEN_LOOKS = 5
+
 
 @task(cache_policy=NO_CACHE)
 def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
-    """Register the policy that was trained, with its evaluation; the same model with the same evaluation keeps its version."""
+    """Register the policy that was trained, with its evaluation; the same model with the same evaluation keeps its version.
+
+    Raises:
+        UserError: MLflow is away, and does not come back within two minutes.
+    """
+    _await_mlflow(root, params)
     version = registry.register(root, params, flow_run_id)
     new = version.tags["flow_run"] == flow_run_id
     get_run_logger().info("%s is version %d%s", version.model, version.number, "" if new else ", registered before")
     return version
+
+
+def _await_mlflow(root: Path, params: Params) -> None:
+    deadline = time.monotonic() + SECONDS_TO_COME_BACK
+    while True:
+        try:
+            registry.aliases(root, params)
+            return
+        except UserError as away:
+            if time.monotonic() > deadline:
+                raise
+            get_run_logger().warning("%s; waiting for it", away.what)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 @task(cache_policy=NO_CACHE)

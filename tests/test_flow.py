@@ -14,14 +14,26 @@ import pytest
 import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
 from prefect.client.schemas.objects import Artifact, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Running
 from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.retrain import retrain, run_stages
-from rlhf import config, registry, tracking
+from rlhf import config, registry, serve, tracking
 from rlhf.config.operations import Approval
 from rlhf.errors import UserError
 from rlhf.gates import Gate
@@ -310,3 +322,28 @@ def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path)
     with pytest.raises(UserError, match=r"data\.sources\.\d+\.path: data/raw/mine\.jsonl: no such file"):
         retrain(root)
     assert not (root / "ran").exists()
+
+
+def test_the_server_schedules_nightly_runs() -> None:
+    with get_client(sync_client=True) as client:
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"))
+        deployment = client.create_deployment(client.create_flow(retrain), "nightly", schedules=[schedule])
+        # what the server's own scheduler does, too: a release of SQLAlchemy broke it
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"max_runs": 2})
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+    assert [run.state_type for run in runs] == [StateType.SCHEDULED] * 2
+
+
+def test_a_run_that_ended_with_its_worker_does_not_hold_the_one_place() -> None:
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(retrain), "nightly")
+        dead, alive = (client.create_flow_run_from_deployment(deployment, state=Running()).id for _ in range(2))
+        words = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "prefect.engine"]
+        process = subprocess.Popen(words, env={"PREFECT__FLOW_RUN_ID": str(alive)})
+        try:
+            assert serve.end_dead_runs(str(PREFECT_API_URL.value()))
+        finally:
+            process.kill()
+            process.wait()
+        assert [client.read_flow_run(run).state_type for run in (dead, alive)] == [StateType.CRASHED, StateType.RUNNING]
+    assert not serve.end_dead_runs("http://127.0.0.1:1/api")
