@@ -45,7 +45,7 @@ def start(job: Job) -> torch.device:
 
 
 def _keep_memory() -> None:
-    """Have what a step frees stay with the process for the next one: glibc would give large blocks back, to be faulted in again page by page."""
+    """Keep what a step frees for the next one: glibc would give large blocks back, to be faulted in again page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
     if mallopt:
         mallopt(M_MMAP_THRESHOLD, 2**31 - 1)

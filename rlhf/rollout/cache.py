@@ -85,7 +85,7 @@ class SlotCache:
                 kept[slot, :, : part.shape[1]] = part
 
     def _room(self, like: Tensor) -> Tensor:
-        """Zeros for all slots, as what is masked must be finite (0 · NaN is NaN): (slots, H, capacity, D) for keys or values like (H, T, D)."""
+        """Zeros (slots, H, capacity, D) for keys or values like (H, T, D): what is masked must be finite, as 0 · NaN is NaN."""
         shape = (self.slots, len(like), self.capacity, like.shape[-1])
         if like.device.type != "cpu":
             return like.new_zeros(shape)
