@@ -1,8 +1,8 @@
 """The fault table: real processes are killed, cut off, starved and interfered with; a rerun must end as if nothing had happened.
 
 python bench/faults.py                       all cases, an hour or two on two cores
-python bench/faults.py --only dvc ctrl-c     some of them
-python bench/faults.py --only power --cuts 20
+python bench/faults.py --only "SIGKILL dvc" --only Ctrl-C     some of them
+python bench/faults.py --only "power cuts" --cuts 20
 
 Each case plays in a copy of a workspace with a shrunken sandbox in which base and reward are done. The flow is started, the fault comes
 in the middle of sft and in the middle of ppo, and what was stopped is started again. At the end stand the hashes of all models and of

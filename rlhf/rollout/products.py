@@ -14,8 +14,9 @@ def laid_out(model: nn.Module) -> Iterator[None]:
     """Have a model's linear layers multiply with weights in oneDNN's blocked order inside the block; on a GPU nothing changes.
 
     A product of few rows takes about as long as it takes to bring its weights into the order that the processor multiplies in, which is
-    done anew at each call: at 4 rows half the time, at 64 an eighth (LOG.md). Here it is done once for a rollout. That takes the memory of
-    the weights once more, in a phase that has neither gradients nor activations. Weights that are gathered layer by layer stay as they are.
+    done anew at each call: at 4 rows that is half of the time, at 64 a seventh (LOG.md). Here it is done once for a rollout. That takes
+    the memory of the weights once more, in a phase that has neither gradients nor activations. Weights that are gathered layer by layer
+    stay as they are.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
     try:
