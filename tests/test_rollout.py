@@ -103,13 +103,27 @@ def test_prompts_are_read_some_at_a_time(llama: LlamaForCausalLM, passes: list[t
 def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForCausalLM) -> None:
     rows = torch.randn(3, llama.config.hidden_size)
     layer = llama.model.layers[0].self_attn.q_proj
-    with torch.no_grad(), laid_out(llama):
+    with torch.no_grad(), laid_out(llama, lambda: None):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
         layer.weight.mul_(2)
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T / 2)  # they are a copy
-    with torch.no_grad(), laid_out(llama):
+    with torch.no_grad(), laid_out(llama, lambda: None):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
     assert "forward" not in vars(layer)
+
+
+def test_the_last_layer_multiplies_what_the_logits_need(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    product = torch.ops.mkldnn._linear_pointwise
+
+    def counted(inputs: Tensor, *rest: Any) -> Tensor:
+        rows.append(inputs.shape[-2])
+        return product(inputs, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    answer(llama, stop=lambda number, found: True)
+    # two layers of seven products each; from the last one's output of attention on, the four last tokens alone, and then the logits
+    assert rows == [17] * 10 + [4] * 5
 
 
 def test_answers_end_where_the_context_does(llama: LlamaForCausalLM) -> None:

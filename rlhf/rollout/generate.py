@@ -80,12 +80,13 @@ def generate(
     longest = max(map(len, prompts), default=0)
     check_length(model, longest + 1, "prompt and answer")
     capacity = min(longest + sampling.max_new_tokens, context_tokens(model))
-    batch = _Batch(model, prompts, seeds, sampling, eos_id, pad_id, SlotCache(min(slots, len(prompts)), capacity), stop)
+    cache = SlotCache(min(slots, len(prompts)), capacity, model.config.get_text_config().num_hidden_layers)
+    batch = _Batch(model, prompts, seeds, sampling, eos_id, pad_id, cache, stop)
     with ExitStack() as afterwards:
         afterwards.enter_context(_evaluating(model))
         afterwards.enter_context(attending(model))
-        if batch.cache.slots > 1:  # one row is multiplied with weights in any order
-            afterwards.enter_context(laid_out(model))
+        if cache.slots > 1:  # one row is multiplied with weights in any order
+            afterwards.enter_context(laid_out(model, cache.wanted))
         while together(not batch.done):
             batch.step()
     return Rollouts([list(prompt) for prompt in prompts], batch.answers, batch.log_probs, batch.finish, policy_version)
@@ -180,7 +181,7 @@ class _Batch:
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
         packed = pack(prompts, self.device)
-        with self.cache.reading() as layers:
+        with self.cache.reading(packed.last) as layers:
             read = self.model(**packed.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=packed.last)
         logits = read.logits[0]
         for number, prompt in enumerate(prompts):

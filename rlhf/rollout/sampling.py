@@ -34,7 +34,7 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     narrow what is drawn.
     """
     logits = logits.float()
-    if sampling.temperature:
+    if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     likeliest, first = logits.max(-1, keepdim=True)
     weights = (logits - likeliest).exp_()
