@@ -1,6 +1,6 @@
 """Speed of the rollout engine against transformers' `generate`: same weights, prompts, sampling and lengths, in turn on this machine.
 
-python bench/generation.py                         all cases: some minutes on one core
+python bench/generation.py                         all cases: some minutes on two cores
 python bench/generation.py --quick                 the short answers, fewer rounds
 python bench/generation.py --profile               no speeds: where the time goes, answers of 64 tokens
 python bench/generation.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
@@ -44,7 +44,7 @@ def main(
     profile: Annotated[bool, typer.Option("--profile", help="Print milliseconds per token, by kind of work.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     slots: Annotated[int, typer.Option(help="Answers that the engine writes at a time.")] = PROMPTS,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:

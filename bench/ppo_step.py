@@ -87,7 +87,7 @@ def main(
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
     only: Annotated[str, typer.Option(help="A part of the names of the cases wanted.")] = "",
     rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = 3,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:
     """Print samples per second of both sides, and the median of the rounds' ratios."""

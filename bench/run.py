@@ -24,7 +24,7 @@ RESULTS = Path(__file__).with_name("results.json")
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, few rounds.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
 ) -> None:
     """Print ours, the peer's and the median of the rounds' ratios for every case."""
