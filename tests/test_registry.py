@@ -1,7 +1,11 @@
 """Versions, gates and promotion, with a real MLflow database and a real (tiny) model."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,11 +15,14 @@ from typing import Any
 import mlflow
 import pytest
 import yaml
+from prefect.logging import disable_run_logger
+from stage_runs import free_port
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf import config, gates, registry
+from rlhf import config, gates, registry, tracking
 from rlhf.errors import UserError
+from tasks import registry as registering
 
 PROJECT = Path(__file__).parents[1]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -159,6 +166,29 @@ def test_registered_by_two_at_once_it_is_one_version(root: Path, params: config.
     with ThreadPoolExecutor(2) as pool:
         numbers = list(pool.map(lambda _: registry.register(root, params).number, range(2)))
     assert numbers == [1, 1]
+
+
+def test_a_server_that_is_away_is_waited_for(
+    root: Path, params: config.Params, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(GOOD)
+    port = str(free_port())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(registering, "SECONDS_BETWEEN_LOOKS", 0.2)
+    with disable_run_logger():
+        with monkeypatch.context() as patch:
+            patch.setattr(registering, "SECONDS_TO_COME_BACK", 0.5)
+            with pytest.raises(UserError, match=f"MLflow at http://127.0.0.1:{port}: "):
+                registering.register.fn(root, params, "flow-1")
+        stores = ("--backend-store-uri", tracking.own_uri(root), "--artifacts-destination", str(tmp_path / "artifacts"))
+        words: list[str | Path] = [Path(sys.executable).with_name("mlflow"), "server", *stores, "--port", port, "--workers", "1"]
+        # it answers after some seconds
+        server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            assert registering.register.fn(root, params, "flow-1").number == 1
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def test_champions_candidates_and_a_rollback_that_the_flow_respects(root: Path, params: config.Params, evaluate: Evaluate) -> None:
