@@ -52,7 +52,6 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
             params = check(root)  # again: a run that waited finds what is there now
             run = to_the_end.enter_context(tracking.of_flow(root, params, flow_run_id, str(runtime.flow_run.name)))
             stages = run_stages(root)
-            tracking.send_waiting(root)
             run.tag({f"stage.{name}": state for name, state in stages.items()})
             version = tasks.registry.register(root, params, flow_run_id)
             verdict = tasks.registry.check(version, root, params)

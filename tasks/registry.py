@@ -9,7 +9,7 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from rlhf import comparison, registry
+from rlhf import comparison, registry, tracking
 from rlhf.config import Params
 from rlhf.errors import UserError
 from tasks.stage import LAST_LINES, follow
@@ -26,6 +26,7 @@ def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
         UserError: MLflow is away, and does not come back within two minutes.
     """
     _await_mlflow(root, params)
+    tracking.send_waiting(root)  # first: a version's lineage names its stages' runs
     version = registry.register(root, params, flow_run_id)
     new = version.tags["flow_run"] == flow_run_id
     get_run_logger().info("%s is version %d%s", version.model, version.number, "" if new else ", registered before")

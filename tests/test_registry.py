@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from rlhf import config, gates, registry, tracking
 from rlhf.errors import UserError
+from rlhf.fingerprint import Node
 from tasks import registry as registering
 
 PROJECT = Path(__file__).parents[1]
@@ -168,13 +169,18 @@ def test_registered_by_two_at_once_it_is_one_version(root: Path, params: config.
     assert numbers == [1, 1]
 
 
-def test_a_server_that_is_away_is_waited_for(
+def test_a_server_that_is_away_is_waited_for_and_told_first_of_the_stages(
     root: Path, params: config.Params, evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(GOOD)
+    (root / "models/ppo/lineage.json").write_text(json.dumps({"fingerprint": "waited"}))
     port = str(free_port())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(registering, "SECONDS_BETWEEN_LOOKS", 0.2)
+    folder = root / "runs/ppo/waited"
+    folder.mkdir(parents=True)
+    with tracking.of_stage(root, params, Node("ppo", (), ("models/ppo",), (), {}), "waited", folder):
+        pass
     with disable_run_logger():
         with monkeypatch.context() as patch:
             patch.setattr(registering, "SECONDS_TO_COME_BACK", 0.5)
@@ -185,7 +191,8 @@ def test_a_server_that_is_away_is_waited_for(
         # it answers after some seconds
         server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            assert registering.register.fn(root, params, "flow-1").number == 1
+            version = registering.register.fn(root, params, "flow-1")
+            assert (version.number, version.tags["run.ppo"]) == (1, tracking.run_of("waited", root, params))
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
