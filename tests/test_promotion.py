@@ -142,7 +142,7 @@ def test_whoever_comes_second_is_told_by_whom_and_since_when(root: Path) -> None
         put(root, 2, 2)
 
 
-@pytest.mark.parametrize("reached", [1, 2, 3, 4])
+@pytest.mark.parametrize("reached", [1, 2, 3, 4, 5])
 def test_a_move_that_is_cut_off_is_undone_or_finished_by_the_next(root: Path, reached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     put(root, 1, None)
     put(root, 2, 1)
@@ -159,20 +159,25 @@ def test_a_move_that_is_cut_off_is_undone_or_finished_by_the_next(root: Path, re
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("set_registered_model_tag", "set_registered_model_alias"):
+        for name in ("set_registered_model_tag", "set_registered_model_alias", "set_model_version_tag"):
             method = getattr(MlflowClient, name)
             patch.setattr(MlflowClient, name, lambda self, *words, method=method: dying(lambda *rest: method(self, *rest))(*words))
-        if reached < 4:
+        if reached < 5:
             with pytest.raises(KeyboardInterrupt):
                 put(root, 3, 2)
         else:
             put(root, 3, 2)
-    # entry, previous, champion, entry again
+    # entry, previous, champion, tag of the version, entry again
     champion = 2 if reached < 3 else 3
+    if reached == 4:  # the flow that was cut off, once more
+        registry.carry_out(registry.Verdict(registry.find(root, load(root), 3), [], 3), root, load(root), by="flow", why="")
+        assert registry.moves(root, load(root))[2].state == "done"
     assert registry.aliases(root, load(root))["champion"] == champion
     move = registry.rollback(champion, root, load(root), by="me", why="to see where it goes")
     assert move.version == (1 if reached < 3 else 2)
     assert registry.moves(root, load(root))[2].state == ("cut off" if reached < 3 else "done")
+    # one that was in service does not come back by itself
+    assert ("promoted" in registry.find(root, load(root), 3).tags) == (reached >= 3)
 
 
 def test_a_changed_byte_is_refused_and_named(root: Path, tmp_path: Path) -> None:

@@ -111,8 +111,11 @@ def test_the_run_is_committed_beside_the_work_of_the_user(made: tuple[Path, list
     assert not {"notes.txt", "data/raw/rows.jsonl", "models/ppo/model.safetensors"} & names
     assert git(root, "show", f"{revision}:train.sh") == "echo by the user\n"
     assert git(root, "log", "-1", "--format=%an", revision) == "rlhf\n"
-    # the same once more is the same commit
+    # the same once more is the same commit, and a tag that a kill kept from being set comes with the same version
     assert snapshot.commit(root, "again") == revision
+    git(root, "tag", "-d", "assistant-v1")
+    assert registry.register(root, load(root)).number == 1
+    assert git(root, "rev-parse", "refs/tags/assistant-v1").strip() == revision
 
 
 def test_a_version_is_had_again(root: Path) -> None:

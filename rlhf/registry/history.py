@@ -74,6 +74,17 @@ def write(client: MlflowClient, model: str, move: Move) -> None:
     client.set_registered_model_tag(model, f"{PREFIX}{move.number:06}", json.dumps(entry, ensure_ascii=False))
 
 
+def finish(client: MlflowClient, model: str, move: Move, candidate: int | None) -> Move:
+    """All that is left to do once `champion` points at the version. The entry comes last: what is cut off here is begun still."""
+    if "promoted" not in client.get_model_version(model, str(move.version)).tags:
+        client.set_model_version_tag(model, str(move.version), "promoted", f"{move.at} by {move.by}: {move.why}")
+    if candidate == move.version:
+        client.delete_registered_model_alias(model, "candidate")
+    done = replace(move, state="done")
+    write(client, model, done)
+    return done
+
+
 def settle(client: MlflowClient, model: str) -> State:
     """The state, once a last move that was cut off is dealt with: one that did not come as far as `champion` leaves nothing behind."""
     state = read(client, model)
@@ -81,7 +92,7 @@ def settle(client: MlflowClient, model: str) -> State:
         return state
     last = state.moves[-1]
     if state.aliases.get("champion") == last.version:
-        write(client, model, replace(last, state="done"))
+        finish(client, model, last, state.aliases.get("candidate"))
         return read(client, model)
     if last.previous is not None:
         client.set_registered_model_alias(model, "previous", str(last.previous))

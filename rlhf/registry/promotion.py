@@ -7,7 +7,7 @@ if another one is in service by then, nothing is moved and he is told.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -92,6 +92,8 @@ def carry_out(verdict: Verdict, root: Path, params: Params, *, by: str, why: str
     version, champion = verdict.version, verdict.champion
     service = f"version {champion}" if champion else "none"
     if champion == version.number:
+        with lock(root, "registry"):
+            history.settle(connect(root, params), version.model)  # the run that promoted it may have been cut off there
         outcome = f"version {version.number} is champion already"
     elif "promoted" in version.tags:
         outcome = f"version {version.number} was champion before: alias champion stays with {service}"
@@ -163,13 +165,7 @@ def _move(
         if seen:
             client.set_registered_model_alias(model, "previous", str(seen))
         client.set_registered_model_alias(model, "champion", str(number))
-        move = replace(move, state="done")
-        history.write(client, model, move)
-        if "promoted" not in version.tags:
-            client.set_model_version_tag(model, str(number), "promoted", f"{move.at} by {by}: {why}")
-        if state.aliases.get("candidate") == number:
-            client.delete_registered_model_alias(model, "candidate")
-        return move
+        return history.finish(client, model, move, state.aliases.get("candidate"))
 
 
 def _check_seen(state: history.State, model: str, seen: int | None) -> None:

@@ -46,14 +46,21 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
         client = connect(root, params)
         same = client.search_model_versions(f"name = '{name}' and tags.sha256 = '{weights}' and tags.evaluation = '{evaluation}'")
         if same:
-            return find(root, params, int(same[0].version))
+            version = find(root, params, int(same[0].version))
+            _tag(root, version)  # a kill may have come between the two
+            return version
         tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none", "algorithm": params.algorithm}
         tags |= _lineage(root, params) | _evaluated(metrics)
-        tags["git.revision"] = revision = snapshot.commit(root, f"Run of {name}: params, dvc.lock and metrics") or "none"
-        number = _store(client, root, params, tags)
-        if revision != "none":
-            snapshot.tag(root, f"{name}-v{number}", revision)
-        return find(root, params, number)
+        tags["git.revision"] = snapshot.commit(root, f"Run of {name}: params, dvc.lock and metrics") or "none"
+        version = find(root, params, _store(client, root, params, tags))
+        _tag(root, version)
+        return version
+
+
+def _tag(root: Path, version: Version) -> None:
+    # the same model may have been registered from another repository
+    if snapshot.has(root, revision := version.tags["git.revision"]):
+        snapshot.tag(root, f"{version.model}-v{version.number}", revision)
 
 
 # ------------------------------------------------------------------------------------------------------- what a version is made of
