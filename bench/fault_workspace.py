@@ -195,11 +195,13 @@ class Workspace(Clone):
         found += [f"{name} is missing" for name in expected if name not in self.hashes()]
         client = MlflowClient(uri or f"sqlite:///{self.root}/mlruns/mlflow.db")
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        trained: dict[str, str] = {}
         for stage in (stage for stage in DISTURBED if any(self.root.glob(f"runs/{stage}/*/metrics.jsonl"))):
             runs = client.search_runs(experiments, f"tags.stage = '{stage}' and attributes.status = 'FINISHED'")
             if len(runs) != 1:
                 found.append(f"MLflow has {len(runs)} finished runs of {stage}")
                 continue
+            trained[f"run.{stage}"] = runs[0].info.run_id
             steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss" if stage == "sft" else "reward")]
             if steps != list(range(1, self.steps(stage)[1] + 1)):
                 found.append(f"MLflow has not each step of {stage} once")
@@ -207,8 +209,22 @@ class Workspace(Clone):
         champions = [model.aliases.get("champion") for model in client.search_registered_models("name = 'assistant'")]
         if len(versions) != 1 or [str(champion) for champion in champions] != ["1"]:
             found.append(f"versions {versions}, champion {champions}")
+        else:
+            found += self._untold(client, trained)
         found += [f"lock {name} is held" for name in self.held_locks()]
         return found
+
+    def _untold(self, client: MlflowClient, trained: Mapping[str, str]) -> list[str]:
+        """What version 1 and its history do not say of where it comes from and that it is in service."""
+        tags = client.get_model_version("assistant", "1").tags
+        found = [f"version 1 has not tag {name}" for name, value in trained.items() if tags.get(name) != value]
+        found += [] if "promoted" in tags else ["version 1 has not tag promoted"]
+        history = client.get_registered_model("assistant").tags
+        last = json.loads(history[max(name for name in history if name.startswith("history."))])
+        found += [] if last["state"] == "done" else [f"the last move is {last['state']}"]
+        words = ["git", "rev-parse", "--verify", "refs/tags/assistant-v1"]
+        revision = subprocess.run(words, cwd=self.root, capture_output=True, text=True, check=False).stdout.strip()
+        return found + ([] if revision == tags["git.revision"] else ["git has not tag assistant-v1"])
 
 
 class Server:
