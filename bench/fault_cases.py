@@ -178,6 +178,7 @@ def as_told(place: Workspace, stage: str, _run: Run) -> None:
     if f"models/{folder}/model.safetensors: not as stage {folder} wrote it" in place.said():
         subprocess.run(["chmod", "-R", "u+w", ".dvc/cache"], cwd=place.root, check=True)
         shutil.rmtree(place.root / "models" / folder)
+        place.repeated.append(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- people

@@ -155,7 +155,7 @@ def disturbed(
         if stops:
             _await_all(ranks, stops)
             at, _ = place.steps(stage)
-        lines, stopped, restarted = place.lines(stage), "", 0.0
+        lines, stopped, restarted, repeated = place.lines(stage), "", 0.0, len(place.repeated)
         while place.lines(stage) <= lines and not place.has_locked(stage):
             if run.ended():
                 run.gone()
@@ -171,7 +171,8 @@ def disturbed(
         lost = max(0, at - place.came_back_at(stage)) if stops or stopped else 0
         if stopped and place.finished(stage) < restarted:  # what had been trained was published
             lost = 0
-        found.append((stage, f"{lost} of {total} steps{stopped}", seconds))
+        more = "".join(f" and all of {again}" for again in place.repeated[repeated:])
+        found.append((stage, f"{lost} of {total} steps{more}{stopped}", seconds))
     wrong = run.finish() + run.close()
     wrong += place.problems(bench.expected, uri)
     return [Row(name, stage, not wrong, lost, seconds, "; ".join(wrong)) for stage, lost, seconds in found]

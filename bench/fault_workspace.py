@@ -65,6 +65,7 @@ class Workspace(Clone):
         super().__init__(folder)
         self.folder = folder
         self.environment[MARK] = str(folder)
+        self.repeated: list[str] = []  # stages that had to be trained once more, because what they had made was destroyed
 
     def copy(self, folder: Path) -> Workspace:
         """The same once more, elsewhere; MLflow starts anew, as its database holds the paths of this one."""
@@ -198,13 +199,14 @@ class Workspace(Clone):
         trained: dict[str, str] = {}
         for stage in (stage for stage in DISTURBED if any(self.root.glob(f"runs/{stage}/*/metrics.jsonl"))):
             runs = client.search_runs(experiments, f"tags.stage = '{stage}' and attributes.status = 'FINISHED'")
-            if len(runs) != 1:
+            if len(runs) != 1 + self.repeated.count(stage):
                 found.append(f"MLflow has {len(runs)} finished runs of {stage}")
                 continue
             trained[f"run.{stage}"] = runs[0].info.run_id
-            steps = [point.step for point in client.get_metric_history(runs[0].info.run_id, "loss" if stage == "sft" else "reward")]
-            if steps != list(range(1, self.steps(stage)[1] + 1)):
-                found.append(f"MLflow has not each step of {stage} once")
+            for run in runs:
+                steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss" if stage == "sft" else "reward")]
+                if steps != list(range(1, self.steps(stage)[1] + 1)):
+                    found.append(f"MLflow has not each step of {stage} once")
         versions = [version.version for version in client.search_model_versions("name = 'assistant'")]
         champions = [model.aliases.get("champion") for model in client.search_registered_models("name = 'assistant'")]
         if len(versions) != 1 or [str(champion) for champion in champions] != ["1"]:
