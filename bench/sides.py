@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from rlhf.command import OPENMP
 from rlhf.job import Job
 
 Pause = Callable[[], None]  # called by a program when it is ready, and after each of its steps: waits until the next one is wanted
@@ -126,7 +127,13 @@ def _serve(connection: Connection, log: Path, place: dict[str, str], threads: in
 @cache
 def _context() -> Any:
     """Processes are forked from one that has loaded the packages once, which takes seconds."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    os.environ |= {
+        **OPENMP,
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
     forkserver.set_forkserver_preload(list(PRELOADED))
     return multiprocessing.get_context("forkserver")
 

@@ -121,10 +121,17 @@ def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> 
     ]
 
 
+# Threads wait a moment for the next operation before they sleep: small models have thousands of short ones. ACTIVE: also where a process
+# has made more threads than there are cores, as the libraries each make their own. The count keeps the wait from being minutes.
+OPENMP = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000"}
+
+
 def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
     """The environment of the stage's processes."""
     threads = "1" if stage == "prepare" else str(getattr(params.launch.jobs, stage).threads)
-    own = PRIVATE | {
+    own = {
+        **PRIVATE,
+        **OPENMP,
         "RLHF_JOB_DIR": str(folder),
         "RLHF_ROOT": str(root),
         "RLHF_DEVICE": device,
@@ -132,8 +139,6 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "DS_ACCELERATOR": device,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        # threads wait a moment for the next operation before they sleep: small models have thousands of short ones
-        "GOMP_SPINCOUNT": "30000",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONHASHSEED": "0",
