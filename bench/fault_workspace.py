@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -292,9 +293,12 @@ def base_workspaces(folder: Path) -> tuple[Workspace, Workspace]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Below those that the system gives to any connection: a server that was away must find it free."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port between 20000 and 32767 is free")
 
 
 def _if_missing(source: str, target: str) -> None:

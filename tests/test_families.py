@@ -131,6 +131,7 @@ def test_the_score_is_read_at_the_last_real_token_of_any_layout(family: str, pad
     assert alone.std() > 1e-3
     packed = pack(given, "cpu")
     near(scalar(**packed.inputs)[packed.last], alone)
+    near(scalar(**packed.read_at(packed.last))[packed.last], alone)
     left = padded_left(given, pad_id)
     near(scalar(**left).view(left["input_ids"].shape)[:, -1], alone)
     ids = pad_rows(given, pad_id, "cpu")

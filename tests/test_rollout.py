@@ -103,11 +103,11 @@ def test_prompts_are_read_some_at_a_time(llama: LlamaForCausalLM, passes: list[t
 def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForCausalLM) -> None:
     rows = torch.randn(3, llama.config.hidden_size)
     layer = llama.model.layers[0].self_attn.q_proj
-    with torch.no_grad(), laid_out(llama, lambda: None):
+    with torch.no_grad(), laid_out(llama):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
         layer.weight.mul_(2)
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T / 2)  # they are a copy
-    with torch.no_grad(), laid_out(llama, lambda: None):
+    with torch.no_grad(), laid_out(llama):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
     assert "forward" not in vars(layer)
 

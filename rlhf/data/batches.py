@@ -126,6 +126,11 @@ class Packed:
         unfit = torch.empty(1, 1, 0, 0, device=self.ids.device)
         return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": unfit, "pieces": self.pieces}
 
+    def read_at(self, places: Tensor) -> dict[str, Any]:
+        """`inputs` of a forward pass of which nothing is read but what it makes at some places of the row."""
+        read = places.unique()
+        return self.inputs | ({"read": read} if 2 * len(read) <= self.ids.shape[1] else {})
+
     @property
     def last(self) -> Tensor:
         """(B,) place of each sequence's last token in the row."""

@@ -61,7 +61,8 @@ class Products:
 
     A product is an addition and a multiplication per weight and token, 2 floating-point operations. Training makes it again for the
     gradient of its input, and once more for that of its weight if that is trained: 6 operations altogether where all weights are. Neither
-    attention between tokens nor activations that are computed a second time count.
+    attention between tokens nor activations that are computed a second time count. The last layer counts for all tokens, made or not
+    (rlhf/models/last_layer.py).
     """
 
     body: int

@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.errors import UserError
+from rlhf.models.last_layer import LastLayer
 
 if TYPE_CHECKING:
     from rlhf.data.batches import Piece
@@ -32,6 +33,7 @@ def attend_to_pieces(model: PreTrainedModel) -> None:
             f"a model of type {model.config.model_type} has an attention of its own, which cannot take packed rows",
             remedy="choose a model of another family (docs/own-model.md)",
         )
+    LastLayer(model)
 
 
 def attend(
@@ -41,6 +43,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     pieces: Sequence[Piece] | None = None,
+    read: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the pieces of a packed row: query (1, Q, N, D), key and value (1, H, N, D) → (1, N, Q, D).
@@ -49,6 +52,7 @@ def attend(
 
     Args:
         pieces: of the row, left to right; None: ordinary rows with a mask, which go the usual way.
+        read: (n,) places of the tokens whose outputs are read; None: all.
     """
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -72,6 +76,8 @@ def attend(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         found.append(attended.transpose(1, 2))
+    if last := getattr(module, "last_layer", None):
+        last.attended(read, query.shape[2])
     return torch.cat(found, dim=1), None
 
 

@@ -31,34 +31,23 @@ class SlotCache:
     Args:
         slots: answers at a time.
         capacity: tokens of the longest prompt with its answer.
-        depth: layers of the model.
     """
 
-    def __init__(self, slots: int, capacity: int, depth: int) -> None:
-        self.slots, self.capacity, self.depth = slots, capacity, depth
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots, self.capacity = slots, capacity
         self.layers: list[Layer] = []  # (slots, H, capacity, D) each
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
-        self.last = torch.empty(0, dtype=torch.long)  # (B,) place of each of these prompts' last token among the N
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
         self.width = 0  # columns that a decoding step reads
 
     @contextmanager
-    def reading(self, last: Tensor) -> Iterator[list[Layer]]:
-        """The forward pass inside the block is over packed prompts; gives what each layer makes of them.
-
-        Args:
-            last: (B,) place of each prompt's last token.
-        """
-        self.fresh, self.last = [], last
+    def reading(self) -> Iterator[list[Layer]]:
+        """The forward pass inside the block is over packed prompts; gives what each layer makes of them."""
+        self.fresh = []
         try:
             yield self.fresh
         finally:
             self.fresh = None
-
-    def wanted(self) -> Tensor | None:
-        """Which tokens of the packed prompts being read are of use from here on; None: all. Once the last layer has its keys and values
-        it is the last ones alone, as the logits come of them."""
-        return self.last if self.fresh is not None and len(self.fresh) == self.depth else None
 
     def decode(self, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         """Get ready for a forward pass over one more token of each slot in use; gives what the model is called with for it.

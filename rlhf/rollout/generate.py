@@ -80,13 +80,13 @@ def generate(
     longest = max(map(len, prompts), default=0)
     check_length(model, longest + 1, "prompt and answer")
     capacity = min(longest + sampling.max_new_tokens, context_tokens(model))
-    cache = SlotCache(min(slots, len(prompts)), capacity, model.config.get_text_config().num_hidden_layers)
+    cache = SlotCache(min(slots, len(prompts)), capacity)
     batch = _Batch(model, prompts, seeds, sampling, eos_id, pad_id, cache, stop)
     with ExitStack() as afterwards:
         afterwards.enter_context(_evaluating(model))
         afterwards.enter_context(attending(model))
         if cache.slots > 1:  # one row is multiplied with weights in any order
-            afterwards.enter_context(laid_out(model, cache.wanted))
+            afterwards.enter_context(laid_out(model))
         while together(not batch.done):
             batch.step()
     return Rollouts([list(prompt) for prompt in prompts], batch.answers, batch.log_probs, batch.finish, policy_version)
@@ -181,8 +181,8 @@ class _Batch:
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
         packed = pack(prompts, self.device)
-        with self.cache.reading(packed.last) as layers:
-            read = self.model(**packed.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=packed.last)
+        with self.cache.reading() as layers:
+            read = self.model(**packed.read_at(packed.last), past_key_values=self.cache, use_cache=True, logits_to_keep=packed.last)
         logits = read.logits[0]
         for number, prompt in enumerate(prompts):
             self.read[prompt] = _Prompt(parts_of(packed, layers, number), logits[number])

@@ -10,28 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Product = Callable[[Tensor], Tensor]
-# Asked before each product: the tokens of the row, (…, T, D), whose products are wanted; None: all.
-Wanted = Callable[[], Tensor | None]
 
 
 @contextmanager
-def laid_out(model: PreTrainedModel, wanted: Wanted) -> Iterator[None]:
+def laid_out(model: PreTrainedModel) -> Iterator[None]:
     """Have a model's linear layers multiply with weights in oneDNN's blocked order inside the block; on a GPU nothing changes.
 
     A product of few rows takes about as long as it takes to bring its weights into the order that the processor multiplies in, which is
     done anew at each call: at 4 rows that is half of the time, at 64 a seventh (LOG.md). Here it is done once for a rollout. That takes
     the memory of the weights once more, in a phase that has neither gradients nor activations. Weights that are gathered layer by layer
     stay as they are.
-
-    Args:
-        wanted: what it leaves out is 0 in what the layers give, except for the logits'.
     """
     layers = [module for module in model.modules() if type(module) is nn.Linear and _fits(module)]
     try:
         for layer in layers:
-            product = _product(layer)
-            # of this one object, until the block ends
-            vars(layer)["forward"] = product if layer is model.get_output_embeddings() else _narrowed(product, layer.out_features, wanted)
+            vars(layer)["forward"] = _product(layer)  # of this one object, until the block ends
         yield
     finally:
         for layer in layers:
@@ -49,14 +42,3 @@ def _product(layer: nn.Linear) -> Product:
     bias = None if layer.bias is None else layer.bias.detach()
     # no operation is fused into the product
     return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-
-
-def _narrowed(product: Product, width: int, wanted: Wanted) -> Product:
-    def forward(rows: Tensor) -> Tensor:
-        if (tokens := wanted()) is None:
-            return product(rows)
-        made = rows.new_zeros(*rows.shape[:-1], width)
-        made[..., tokens, :] = product(rows[..., tokens, :])
-        return made
-
-    return forward

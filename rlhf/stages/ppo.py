@@ -142,7 +142,7 @@ def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
         with models.reference() as model:
             reference = answer_log_probs(model, at, params.temperature).cpu()
         values = answer_values(models.critic, at).cpu()
-        raw = models.reward(**at.packed.inputs)[at.packed.last]
+        raw = models.reward(**at.packed.read_at(at.packed.last))[at.packed.last]
         scores = ((raw - models.reward.mean) / models.reward.std).tolist()
         # decoding and training round differently in half precision, and the ratio must start at 1
         exact = job.params.launch.precision == "fp32"
@@ -161,7 +161,7 @@ def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:
 
 
 def answer_values(critic: Any, at: Layout) -> Tensor:
-    return at.fill(critic(**at.packed.inputs)[at.before])
+    return at.fill(critic(**at.packed.read_at(at.before))[at.before])
 
 
 def answer_kl(experience: Experience) -> Tensor:

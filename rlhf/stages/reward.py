@@ -103,7 +103,7 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) ->
         for number_of_part, micro in enumerate(parts, start=1):
             # both answers of a pair follow the same prompt: it is computed once
             packed = pack([ids for pair in micro for ids in pair], engine.device, together=2)
-            scores = engine(**packed.inputs)[packed.last]
+            scores = engine(**packed.read_at(packed.last))[packed.last]
             loss, stats = pairwise_loss(scores[::2], scores[1::2], len(batch))
             backward(engine, loss, last=number_of_part == len(parts))
             add(sums, {"loss": loss, **{name: value.double() / len(batch) for name, value in stats.items()}})
@@ -136,7 +136,7 @@ def score(scalar: ScalarModel, rows: Sequence[list[int]], tokens: int, *, togeth
     for part in micro_batches(blocks, lambda block: sum(len(rows[i]) for i in block), tokens):
         index = [i for block in part for i in block]
         packed = pack([rows[i] for i in index], device, together=together)
-        for i, value in zip(index, scalar(**packed.inputs)[packed.last].tolist(), strict=True):
+        for i, value in zip(index, scalar(**packed.read_at(packed.last))[packed.last].tolist(), strict=True):
             scores[i] = value
     return scores
 
