@@ -1,4 +1,4 @@
-"""Prefect tasks around the model registry: register, compare with the champion, check the gates, ask, decide."""
+"""Prefect tasks around the model registry: register, compare with the champion, check the gates, decide. Each waits for MLflow first."""
 
 from __future__ import annotations
 
@@ -34,7 +34,13 @@ def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
 
 
 def _await_mlflow(root: Path, params: Params) -> None:
+    """Wait until MLflow answers.
+
+    Raises:
+        UserError: it does not within two minutes.
+    """
     deadline = time.monotonic() + SECONDS_TO_COME_BACK
+    waiting = False
     while True:
         try:
             registry.aliases(root, params)
@@ -42,7 +48,9 @@ def _await_mlflow(root: Path, params: Params) -> None:
         except UserError as away:
             if time.monotonic() > deadline:
                 raise
-            get_run_logger().warning("%s; waiting for it", away.what)
+            if not waiting:
+                get_run_logger().warning("%s; waiting for it, %d s at most", away.what, SECONDS_TO_COME_BACK)
+            waiting = True
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -51,8 +59,9 @@ def check(version: registry.Version, root: Path, params: Params) -> registry.Ver
     """Hold the version against the champion, where there is another one, and check the gates.
 
     Raises:
-        UserError: the comparison failed.
+        UserError: the comparison failed, or MLflow is away.
     """
+    _await_mlflow(root, params)
     champion = registry.aliases(root, params).get("champion")
     pairs = None
     if champion not in (None, version.number) and "promoted" not in version.tags:
@@ -75,7 +84,12 @@ def _compare(root: Path, champion: int) -> None:
 def carry_out(
     verdict: registry.Verdict, root: Path, params: Params, *, by: str, why: str, declined: str | None = None
 ) -> registry.Decision:
-    """Move alias champion, or candidate."""
+    """Move alias champion, or candidate.
+
+    Raises:
+        UserError: another version became champion meanwhile, this one's files were changed, or MLflow is away.
+    """
+    _await_mlflow(root, params)
     decision = registry.carry_out(verdict, root, params, by=by, why=why, declined=declined)
     for line in decision.lines:
         get_run_logger().info(line)
