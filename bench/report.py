@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,49 @@ def collect(cases: Iterable[Case]) -> list[Case]:
     return found
 
 
-def write(path: Path, cases: Sequence[Case], **more: Any) -> None:
-    """Cases, and what they were measured on."""
+def write(path: Path, cases: Sequence[Case], **more: Any) -> dict[str, Any]:
+    """Cases, and what they were measured on; gives what was written."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     found = {"machine": {"processor": _processor(), "cores": os.cpu_count()}, "versions": versions, "cases": list(cases), **more}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """What was written, as a page of Markdown."""
+    machine, versions = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    cases = [
+        [one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", _spread(one)]
+        for one in found["cases"]
+    ]
+    growth = [
+        [row["name"], row["setting"], *(f"{row[key]:.2f}" for key in ("seconds", "seconds_ratio", "memory_gib", "memory_ratio"))]
+        for row in found["scaling"]
+    ]
+    return "\n".join(
+        [
+            "# Speed",
+            "",
+            "Written by `python bench/run.py --page bench/RESULTS.md` (its docstring says more), both sides in turn, on the same work.",
+            "",
+            f"{machine['cores']} cores of {machine['processor']}, no GPU; {versions}.",
+            "",
+            *_rows(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases),
+            "",
+            "How a PPO step grows, one thread for each rank:",
+            "",
+            *_rows(["", "work", "seconds", "× base", "GiB of rank 0", "× base"], growth),
+            "",
+        ]
+    )
+
+
+def _rows(headings: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
+
+
+def _spread(one: Case) -> str:
+    return f"{min(one['ratios']):.2f} … {max(one['ratios']):.2f}"
 
 
 def _processor() -> str:
@@ -71,14 +109,13 @@ def table(cases: Sequence[Case]) -> Table:
     for name in ("case", "ours", "peer", "unit", "ratio", "of the rounds", "of processor time"):
         drawn.add_column(name, justify="left" if name in {"case", "unit"} else "right")
     for one in cases:
-        spread = f"{min(one['ratios']):.2f} … {max(one['ratios']):.2f}"
         drawn.add_row(
             one["name"],
             f"{one['ours']:.4g}",
             f"{one['peer']:.4g}",
             one["unit"],
             f"{one['ratio']:.2f}",
-            spread,
+            _spread(one),
             f"{one['processor_ratio']:.2f}",
         )
     return drawn

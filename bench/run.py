@@ -3,6 +3,7 @@
 python bench/run.py                         everything: a quarter of an hour on quiet cores
 python bench/run.py --quick                 for a look: short answers, few rounds
 python bench/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style pairs instead of the sandbox's
+python bench/run.py --page bench/RESULTS.md the tables as a page, too
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import generation
 import ppo_step
+import report
 import scaling
 import training
 import typer
@@ -26,6 +28,7 @@ def main(
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
+    page: Annotated[Path | None, typer.Option(help="Where to write the tables as a page.")] = None,
 ) -> None:
     """Print ours, the peer's and the median of the rounds' ratios for every case."""
     limits = generation.LIMITS[:1] if quick else generation.LIMITS
@@ -40,7 +43,9 @@ def main(
     growth = scaling.rows(pairs, rounds)
     console().print(table(found))
     console().print(scaling.drawn(growth))
-    write(output, found, scaling=growth)
+    written = write(output, found, scaling=growth)
+    if page:
+        page.write_text(report.page(written), encoding="utf-8")
 
 
 if __name__ == "__main__":

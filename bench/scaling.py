@@ -87,7 +87,7 @@ def _row(name: str, variant: Variant, parameters: int, steps: list[tuple[Step, S
         "seconds_ratio": statistics.median(one.seconds / base.seconds for base, one in steps),
         "processor_ratio": statistics.median(one.processor / base.processor for base, one in steps),
         "memory_ratio": memory[1] / memory[0],
-        "setting": f"{parameters / 1e6:.1f} million weights, {plan.answers} answers of up to {plan.limit}, {variant.ranks} ranks",
+        "setting": f"{parameters / 1e6:.1f} million weights, {plan.answers} answers of up to {plan.limit}, ranks: {variant.ranks}",
     }
 
 
