@@ -30,7 +30,7 @@ def find_gpus(accelerator: str) -> list[int]:
     """The GPUs to choose from, by their number on this machine; none means that stages run on the CPU.
 
     Raises:
-        UserError: params.yaml asks for a GPU, and there is none.
+        UserError: params.yaml asks for a GPU, and there is none; or CUDA_VISIBLE_DEVICES names some by other things than numbers.
     """
     # torch costs seconds to load, and cannot see a GPU where the driver's device is missing
     if accelerator == "cpu" or (accelerator == "auto" and not DRIVER.exists()):
@@ -43,7 +43,13 @@ def find_gpus(accelerator: str) -> list[int]:
             "params.yaml: launch.accelerator is cuda, but torch sees no GPU", remedy="set it to cpu or auto, or install torch for CUDA"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [int(number) for number in visible.split(",")][:count] if visible and count else list(range(count))
+    if not visible or not count:
+        return list(range(count))
+    try:
+        return [int(number) for number in visible.split(",")][:count]
+    except ValueError:
+        what = f"CUDA_VISIBLE_DEVICES is {visible}, but DeepSpeed's launcher knows GPUs by their numbers alone"
+        raise UserError(what, remedy="set it to the numbers that `nvidia-smi -L` shows") from None
 
 
 @contextmanager

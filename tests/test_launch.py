@@ -332,6 +332,21 @@ def test_a_given_base_model_that_is_missing_is_named(workspace: Path) -> None:
     check_base(workspace, "base", config.validate(params | {"base": given | {"model": "owner/name"}}, "params.yaml"))
 
 
+def test_gpus_are_those_that_the_environment_leaves_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.find_gpus("cpu") == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert command.find_gpus("cuda") == [0, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert command.find_gpus("cuda") == [3, 1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f1c,GPU-77ab")
+    with pytest.raises(UserError, match="by their numbers alone"):
+        command.find_gpus("cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match="torch sees no GPU"):
+        command.find_gpus("cuda")
+
+
 def test_stages_share_the_gpus(workspace: Path) -> None:
     with command.hold_gpus(workspace, "sft", [0, 1, 2], 2) as first, command.hold_gpus(workspace, "reward", [0, 1, 2], 1) as second:
         assert (first, second) == ([0, 1], [2])
