@@ -1,7 +1,7 @@
 """The last layer, of which little is read: only some tokens' outputs become logits or scores.
 
 Nothing passes from one token to another after its attention. From there on its products are made for those tokens alone; the others' are 0,
-and nothing reads them. In training that spares three quarters of a layer where a quarter of the tokens are of answers.
+and nothing reads them. Where answers are a quarter of the tokens, that spares about half of a layer.
 """
 
 from __future__ import annotations
