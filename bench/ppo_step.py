@@ -52,6 +52,7 @@ class Plan:
     limit: int  # tokens of the longest answer
     kind: str = "varied"  # of `planned_lengths`
     each: int = 1  # answers to a prompt
+    system: int = 0  # tokens of the system prompt before each
     updates: int = 2
 
     def params(self, steps: int, **layout: int) -> dict[str, dict[str, Any]]:
@@ -60,7 +61,7 @@ class Plan:
             "steps": steps,
             "rollout_batch_size": self.answers,
             "mini_batch_size": self.answers // self.updates,
-            "max_prompt_tokens": LONGEST,
+            "max_prompt_tokens": LONGEST + 2 * self.system,
             "max_answer_tokens": self.limit,
             "mixture_coefficient": 0.0,
             "critic_warmup_steps": 0,
@@ -104,14 +105,15 @@ def main(
 def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quick: bool = False) -> Iterator[Case]:
     """Against the reference loop, and against RLOO."""
     for family, plan, peer in WORK:
-        name = f"ppo step, {family}, up to {plan.limit}, {plan.kind}, against {peer.__name__.replace('_', ' ')}"
+        work = f"up to {plan.limit}, {plan.kind}{', system prompt' if plan.system else ''}"
+        name = f"ppo step, {family}, {work}, against {peer.__name__.replace('_', ' ')}"
         if only in name and not (quick and plan.limit > QUICK_LIMIT):
             yield measured(name, family, plan, peer, pairs, rounds, threads)
 
 
 def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:
     with (
-        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(rounds), times=plan.each) as place,
+        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(rounds), times=plan.each, system=plan.system) as place,
         Side(planned_stage, place.root, plan, threads=threads, ranks=1) as ours,
         Side(peer, place.root, plan, threads=threads) as theirs,
     ):
@@ -231,6 +233,7 @@ WORK = (
     ("opt", Plan(32, 64), reference_loop),
     ("llama", Plan(32, 64), reference_loop),
     ("llama", Plan(16, 256), reference_loop),
+    ("llama", Plan(32, 64, system=128), reference_loop),
     ("llama", Plan(32, 64, each=2), rloo),
 )
 

@@ -116,13 +116,22 @@ def job_in(root: Path, stage: str) -> Job:
 
 @contextmanager
 def workspace(
-    family: str, file: Path | None, rows: int, answer_tokens: int, params: dict[str, dict[str, Any]], *, times: int = 1, **sizes: Any
+    family: str,
+    file: Path | None,
+    rows: int,
+    answer_tokens: int,
+    params: dict[str, dict[str, Any]],
+    *,
+    times: int = 1,
+    system: int = 0,
+    **sizes: Any,
 ) -> Iterator[Workspace]:
     """A workspace of so many pairs, whose prompts are of SHORTEST to LONGEST tokens, their answers of `answer_tokens` at most.
 
     Args:
         params: by section, what differs from the sandbox's params.
         times: how often stage ppo finds each prompt in its data.
+        system: about so many tokens of a system prompt stand before each of stage ppo's.
         sizes: of the model, where they are not those of MODELS.
     """
     pairs = read_pairs(file)
@@ -145,12 +154,13 @@ def workspace(
             raw[section] |= values
         (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
         asked = [{"prompt": [{"role": "user", "content": pair.prompt}]} for pair in chosen]
+        told = [{"role": "system", "content": tokenizer.decode(tokenizer(" ".join(passages()))["input_ids"][:system])}] if system else []
         answered = [{**row, "chosen": pair.chosen, "rejected": pair.rejected} for row, pair in zip(asked, chosen, strict=True)]
         lines: dict[str, list[Any]] = {
             "sft": [{"messages": pair.dialogue(pair.chosen)} for pair in chosen],
             "reward": answered,
             "heldout_pairs": answered[:2],
-            "ppo": [{**row, "gold": None} for row in asked for _ in range(times)],
+            "ppo": [{"prompt": told + row["prompt"], "gold": None} for row in asked for _ in range(times)],
         }
         for name, made in lines.items():
             write_lines(root / f"data/prepared/{name}.jsonl", made)

@@ -224,8 +224,8 @@ def pad_instead_of_packing() -> None:
         import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 
-def padded(sequences: Sequence[Sequence[int]], device: Any, *, together: int = 1) -> Packed:
-    """What `rlhf.data.batches.pack` gives, with padding up to the longest sequence; none shares its beginning, whatever `together` says."""
+def padded(sequences: Sequence[Sequence[int]], device: Any) -> Packed:
+    """What `rlhf.data.batches.pack` gives, with padding up to the longest sequence; none shares its beginning."""
     import torch
 
     from rlhf.data.batches import Packed, Piece, pad_rows
@@ -236,6 +236,7 @@ def padded(sequences: Sequence[Sequence[int]], device: Any, *, together: int = 1
         ids=pad_rows(sequences, 0, device).view(1, -1),
         positions=torch.arange(width, device=device).repeat(1, len(sequences)),
         pieces=[Piece(part, None) for length in lengths for part in (length, width - length) if part],
+        runs=[[slice(i * width, i * width + length)] for i, length in enumerate(lengths)],
         places=torch.arange(len(sequences) * width, device=device).view(-1, width),
         lengths=torch.tensor(lengths, device=device),
     )

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.algorithms.language_model import next_token_loss
-from rlhf.data.batches import Order, Packed, blocks, decode_answer, encode_dialogue, encode_dialogues, encode_prompt, pack, pad_rows
+from rlhf.data.batches import SHARED, Order, Packed, blocks, decode_answer, encode_dialogue, encode_dialogues, encode_prompt, pack, pad_rows
 from rlhf.data.sandbox import make_rows
 from rlhf.models.policy import logits_at
 from rlhf.models.tokenizer import template
@@ -135,11 +135,22 @@ def test_no_sequence_sees_another(llama: LlamaForCausalLM) -> None:
 
 @torch.no_grad()
 def test_a_common_beginning_stands_once_and_each_sequence_reads_as_if_alone(llama: LlamaForCausalLM) -> None:
-    prompt, other, *answers = sequences((40, 6, 12, 1, 9, 20))
-    # the second pair's answers begin alike too, the third one is a sequence and its own beginning
-    given = [prompt + answers[0], prompt + answers[1], other + answers[2], other + answers[2][:4] + answers[3], other, other + answers[3]]
-    packed = pack(given, "cpu", together=2)
-    assert packed.ids.shape == (1, (40 + 12 + 1) + (10 + 5 + 20) + (6 + 20))
+    system, other, prompt, few, *answers = sequences((40, 7, 20, SHARED - 1, 12, 1, 9))
+    given = [
+        system + answers[0],
+        few + answers[1],
+        system + prompt + answers[1],  # what it shares with the next one is more
+        system + prompt + answers[2],
+        system,  # a sequence and its own beginning
+        few + answers[2],  # begins alike with another one, but with few tokens
+        system + prompt + answers[2],  # the same again
+        other,
+    ]
+    packed = pack(given, "cpu")
+    assert [(piece.length, piece.after) for piece in packed.pieces] == [
+        *((40, None), (12, 0), (20, 0), (1, 2), (9, 2), (9, 2)),
+        *((SHARED, None), (SHARED - 1 + 9, None), (7, None)),
+    ]
     assert [packed.ids.flatten()[places[:length]].tolist() for places, length in zip(packed.places, packed.lengths, strict=True)] == given
     logits = rows_of(packed, llama(**packed.inputs, use_cache=False).logits)
     for ids, found in zip(given, logits, strict=True):
@@ -160,11 +171,12 @@ def test_layout_of_a_packed_row() -> None:
 
 
 def test_predictions_stand_before_the_tokens_of_the_mask() -> None:
-    packed = pack([[1, 2, 3, 4], [1, 2, 5], [6, 7]], "cpu", together=2)
-    assert packed.ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
-    wanted = packed.predictions([[0, 0, 1, 1], [0, 0, 1], [1, 1]])
+    begin = [2] * SHARED
+    packed = pack([[*begin, 3, 4], [*begin, 5], [6, 7]], "cpu")
+    assert packed.ids.tolist() == [[*begin, 3, 4, 5, 6, 7]]
+    wanted = packed.predictions([[0] * SHARED + [1, 1], [0] * SHARED + [1], [1, 1]])
     # 3 and 5 both follow the common 2; nothing predicts the first token of a sequence
-    assert wanted.places.tolist() == [1, 2, 1, 5]
+    assert wanted.places.tolist() == [SHARED - 1, SHARED, SHARED - 1, SHARED + 3]
     assert wanted.targets.tolist() == [3, 4, 5, 7]
     assert wanted.rows.tolist() == [0, 0, 1, 2]
 

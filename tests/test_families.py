@@ -107,7 +107,7 @@ def test_padded_and_packed_logits_are_those_of_each_sequence_alone(family: str, 
 def test_logits_at_some_places_and_their_gradients_are_those_of_all(family: str) -> None:
     model = tiny(family)
     prompt, *answers = sequences((20, 9, 4, 13, 6))
-    packed = pack([prompt + answer for answer in answers], "cpu", together=2)  # pairs, which share their beginning
+    packed = pack([prompt + answer for answer in answers], "cpu")  # pairs, which share their beginning
     wanted = packed.predictions([[0] * len(prompt) + [1] * len(answer) for answer in answers])
     expected = torch.cat([model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1] for answer in answers])
     found = logits_at(model, packed, wanted.places)

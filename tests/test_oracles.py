@@ -108,7 +108,7 @@ def test_reward_loss_gradient_and_statistics_are_trls(tokenizer: PreTrainedToken
     logged = {name: trainer._metrics["train"][name][-1] for name in ("accuracy", "margin", "mean_reward")}
 
     sides = [ids for pair in dpo_stage.encode_pairs(tokenizer, ROWS) for ids, _ in pair]
-    packed = pack(sides, "cpu", together=2)
+    packed = pack(sides, "cpu")
     scores = ScalarModel(model)(**packed.inputs)[packed.last]
     ours, sums = pairwise_loss(scores[::2], scores[1::2], 4)
     near(ours, theirs)

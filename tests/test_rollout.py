@@ -81,6 +81,20 @@ def test_a_prompt_is_read_once_for_all_its_answers(llama: LlamaForCausalLM, pass
     assert together.answers[3] == alone.answers[0]
 
 
+def test_what_prompts_begin_with_is_read_once(
+    llama: LlamaForCausalLM, passes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(READ, "cpu", 60)
+    system = list(range(100, 150))
+    prompts = [system + prompt for prompt in PROMPTS]  # of 67 tokens that are not the same, 17 of them their own
+    together = answer(llama, prompts)
+    assert [shape for shape in passes if shape[1] > 1] == [(1, 50 + 9), (1, 50 + 5 + 2 + 1)]
+    alone = [
+        generate(llama, [prompt], [seed], DRAWN, eos_id=NO_TOKEN, pad_id=PAD, slots=1).answers[0] for seed, prompt in enumerate(prompts)
+    ]
+    assert together.answers == alone
+
+
 def test_every_step_is_one_forward_pass(llama: LlamaForCausalLM, passes: list[tuple[int, ...]]) -> None:
     steps: list[int] = []
 

@@ -6,7 +6,6 @@ itself. So the tokens that sft trains on, that the reward model reads and that P
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,20 +95,23 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
+SHARED = 16  # tokens: where sequences begin alike with fewer, to compute them once would cost more than it saves
+
+
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that stand side by side in a packed row. Each sees those before it in its piece, and all of the piece that precedes it."""
+    """Tokens that stand side by side in a packed row. Each sees those before it in its piece, and all of what its piece follows."""
 
     length: int
-    after: int | None  # number of the piece with which the sequence begins; None: it begins with this one
+    after: int | None  # number of the piece that it follows, which may follow another one; None: it is a sequence's beginning
 
 
 @dataclass(frozen=True)
 class Packed:
     """Sequences laid side by side in one row, so that no work is done on padding. None sees another (rlhf/models/attention.py).
 
-    Sequences that begin alike, such as the two answers of a preference pair, may share that beginning: it stands there once, and each
-    one's own part sees it and itself.
+    What sequences begin alike with stands there once: a system prompt, or the prompt of a preference pair or of several answers. Each one's
+    own part sees it and itself.
 
     Attention knows nothing of sliding windows here, so sequences must not be longer than a model's window.
     """
@@ -117,7 +119,8 @@ class Packed:
     ids: Tensor  # (1, N)
     positions: Tensor  # (1, N) counted from each sequence's own start
     pieces: Sequence[Piece]  # in the order of the row
-    places: Tensor  # (B, T) where each token of each sequence stands in the row; 0 beyond its end
+    runs: Sequence[Sequence[slice]]  # B: where each sequence stands in the row, beginning first
+    places: Tensor  # (B, T) the same for each token; 0 beyond its end
     lengths: Tensor  # (B,)
 
     @property
@@ -151,43 +154,51 @@ class Predictions:
     rows: Tensor  # (n,) number of the sequence of each
 
 
-def pack(sequences: Sequence[Sequence[int]], device: str | torch.device, *, together: int = 1) -> Packed:
-    """Lay sequences side by side.
-
-    Args:
-        together: so many sequences, one after the other, are a block: what they all begin with is laid out, and computed, once.
-    """
-    ids, positions = list[int](), list[int]()
+def pack(sequences: Sequence[Sequence[int]], device: str | torch.device) -> Packed:
+    """Lay sequences side by side; those that begin alike share the beginning."""
+    row, positions = list[int](), list[int]()
     pieces: list[Piece] = []
-    places: list[list[int]] = []
+    runs: list[list[slice]] = [[] for _ in sequences]
 
-    def lay(tokens: Sequence[int], first: int, after: int | None) -> range:
-        """Add a piece whose first token has this position; the places of its tokens."""
-        if tokens:
-            pieces.append(Piece(len(tokens), after))
-        ids.extend(tokens)
-        positions.extend(range(first, first + len(tokens)))
-        return range(len(ids) - len(tokens), len(ids))
+    def lay(group: Sequence[int], first: int, end: int, after: int | None) -> int:
+        """Add tokens [first, end) that each of some sequences has; the number of their piece."""
+        start = len(row)
+        row.extend(sequences[group[0]][first:end])
+        positions.extend(range(first, end))
+        pieces.append(Piece(end - first, after))
+        for i in group:
+            runs[i].append(slice(start, len(row)))
+        return len(pieces) - 1
 
-    for i in range(0, len(sequences), together):
-        block = sequences[i : i + together]
-        shared = _common(block) if together > 1 else 0
-        beginning = lay(block[0][:shared], 0, None)
-        after = len(pieces) - 1 if shared else None
-        places += [[*beginning, *lay(sequence[shared:], shared, after)] for sequence in block]
+    def lay_all(group: Sequence[int], first: int, after: int | None) -> None:
+        """Add all tokens from the first one on of sequences whose tokens before it stand in the row already."""
+        alike: dict[Any, list[int]] = {}
+        for i in group:
+            begin = tuple(sequences[i][first : first + SHARED])
+            alike.setdefault(begin if len(begin) == SHARED else i, []).append(i)
+        for some in alike.values():
+            if len(some) == 1:
+                lay(some, first, len(sequences[some[0]]), after)
+                continue
+            end = first + begin_alike([tuple(sequences[i][first:]) for i in some])
+            shared = lay(some, first, end, after)
+            lay_all([i for i in some if len(sequences[i]) > end], end, shared)
+
+    lay_all(range(len(sequences)), 0, None)
     return Packed(
-        ids=torch.tensor([ids], device=device),
+        ids=torch.tensor([row], device=device),
         positions=torch.tensor([positions], device=device),
         pieces=pieces,
-        places=pad_rows(places, 0, device),
+        runs=runs,
+        places=pad_rows([[place for run in each for place in range(run.start, run.stop)] for each in runs], 0, device),
         lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
     )
 
 
-def _common(sequences: Sequence[Sequence[int]]) -> int:
+def begin_alike(sequences: Sequence[tuple[int, ...]]) -> int:
     """With how many tokens all of them begin."""
-    alike = (len(set(tokens)) == 1 for tokens in zip(*sequences, strict=False))
-    return sum(1 for _ in itertools.takewhile(bool, alike))
+    first, last = min(sequences), max(sequences)  # in order, and what these two begin with stands in all between them
+    return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
 
 
 def pad_rows(rows: Sequence[Sequence[float]], value: float, device: str | torch.device) -> Tensor:

@@ -63,9 +63,11 @@ def attend(
         k, v = keys[number], values[number]
         mask = None
         if piece.after is not None:
-            k, v = torch.cat((keys[piece.after], k), dim=2), torch.cat((values[piece.after], v), dim=2)
-            before = pieces[piece.after].length
-            mask = torch.ones(piece.length, before + piece.length, dtype=torch.bool, device=query.device).tril(before)
+            seen = [number]
+            while (after := pieces[seen[0]].after) is not None:
+                seen.insert(0, after)
+            k, v = (torch.cat([states[i] for i in seen], dim=2) for states in (keys, values))
+            mask = torch.ones(piece.length, k.shape[2], dtype=torch.bool, device=query.device).tril(k.shape[2] - piece.length)
         attended = scaled_dot_product_attention(
             queries[number],
             k,

@@ -101,9 +101,12 @@ class SlotCache:
 
 def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
     """The keys and values (H, T, D) of one sequence, in all layers' (1, H, N, D) of a packed row."""
-    start = int(packed.places[number, 0])
-    end = start + int(packed.lengths[number])
-    return [(keys[0, :, start:end], values[0, :, start:end]) for keys, values in layers]
+
+    def part_of(states: Tensor) -> Tensor:
+        parts = [states[0, :, run] for run in packed.runs[number]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    return [(part_of(keys), part_of(values)) for keys, values in layers]
 
 
 @contextmanager

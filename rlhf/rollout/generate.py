@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batches import pack
+from rlhf.data.batches import begin_alike, pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
 from rlhf.rollout.products import laid_out
@@ -154,13 +154,14 @@ class _Batch:
     def _next(self, room: int) -> list[int]:
         """Take prompts that are waiting, as many as there is room for and one forward pass reads."""
         numbers: list[int] = []
-        new: dict[tuple[int, ...], int] = {}  # prompts to be read, and their tokens
+        new: dict[tuple[int, ...], int] = {}  # prompts to be read, and their tokens, but for those that the first one begins with as well
         while self.waiting and len(numbers) < room:
             key = tuple(self.prompts[self.waiting[-1]])
             if key not in self.read and key not in new:
-                if new and sum(new.values()) + len(key) > READ[self.device.type]:
+                own = len(key) - (begin_alike([next(iter(new)), key]) if new else 0)
+                if new and sum(new.values()) + own > READ[self.device.type]:
                     break
-                new[key] = len(key)
+                new[key] = own
             numbers.append(self.waiting.pop())
         return numbers
 

@@ -139,7 +139,7 @@ def log_probs_of(model: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]
 def pair_log_probs(model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Σ log p(token) over the answer's tokens, chosen and rejected, each (B,); one forward pass for both."""
     sides = [side for pair in pairs for side in pair]
-    packed = pack([ids for ids, _ in sides], model.device, together=2)
+    packed = pack([ids for ids, _ in sides], model.device)
     wanted = packed.predictions([mask for _, mask in sides])
     log_probs = token_log_probs(logits_at(model, packed, wanted.places), wanted.targets)
     sums = torch.zeros(len(sides), device=model.device).index_add(0, wanted.rows, log_probs)

@@ -101,8 +101,7 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) ->
         sums: dict[str, Tensor] = {}
         parts = equal_micro_batches(mine, tokens_of_pair, job)
         for number_of_part, micro in enumerate(parts, start=1):
-            # both answers of a pair follow the same prompt: it is computed once
-            packed = pack([ids for pair in micro for ids in pair], engine.device, together=2)
+            packed = pack([ids for pair in micro for ids in pair], engine.device)
             scores = engine(**packed.read_at(packed.last))[packed.last]
             loss, stats = pairwise_loss(scores[::2], scores[1::2], len(batch))
             backward(engine, loss, last=number_of_part == len(parts))
@@ -127,7 +126,7 @@ def score(scalar: ScalarModel, rows: Sequence[list[int]], tokens: int, *, togeth
 
     Args:
         tokens: most of a forward pass.
-        together: so many rows, one after the other, begin alike.
+        together: so many rows, one after the other, begin alike, which one forward pass makes use of.
     """
     scalar.eval()
     device = next(scalar.parameters()).device
@@ -135,7 +134,7 @@ def score(scalar: ScalarModel, rows: Sequence[list[int]], tokens: int, *, togeth
     blocks = [range(first, first + together) for first in range(0, len(rows), together)]
     for part in micro_batches(blocks, lambda block: sum(len(rows[i]) for i in block), tokens):
         index = [i for block in part for i in block]
-        packed = pack([rows[i] for i in index], device, together=together)
+        packed = pack([rows[i] for i in index], device)
         for i, value in zip(index, scalar(**packed.read_at(packed.last))[packed.last].tolist(), strict=True):
             scores[i] = value
     return scores
