@@ -1,6 +1,6 @@
 """`make bench`: every speed case, in turn with its peer, and how a PPO step grows. Printed, and written to bench/results.json.
 
-python bench/run.py                         everything: a quarter of an hour on quiet cores
+python bench/run.py                         everything: twenty minutes on quiet cores
 python bench/run.py --quick                 for a look: short answers, few rounds
 python bench/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style pairs instead of the sandbox's
 python bench/run.py --page bench/RESULTS.md the tables as a page, too
