@@ -60,7 +60,7 @@ def write(path: Path, cases: Sequence[Case], **more: Any) -> dict[str, Any]:
     return found
 
 
-def page(found: Mapping[str, Any]) -> str:
+def markdown(found: Mapping[str, Any]) -> str:
     """What was written, as a page of Markdown."""
     machine, versions = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     cases = [
@@ -75,9 +75,9 @@ def page(found: Mapping[str, Any]) -> str:
         [
             "# Speed",
             "",
-            "Written by `python bench/run.py --page bench/RESULTS.md` (its docstring says more), both sides in turn, on the same work.",
+            "Written by `python bench/run.py --page bench/RESULTS.md`, both sides in turn, on the same work.",
             "",
-            f"{machine['cores']} cores of {machine['processor']}, no GPU; {versions}.",
+            f"{machine['cores']} cores of {machine['processor']}, and no other device; {versions}. Texts: {found['texts']}.",
             "",
             *_rows(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases),
             "",

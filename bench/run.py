@@ -14,11 +14,10 @@ from typing import Annotated
 
 import generation
 import ppo_step
-import report
 import scaling
 import training
 import typer
-from report import collect, console, table, write
+from report import collect, console, markdown, table, write
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -43,9 +42,9 @@ def main(
     growth = scaling.rows(pairs, rounds)
     console().print(table(found))
     console().print(scaling.drawn(growth))
-    written = write(output, found, scaling=growth)
+    written = write(output, found, scaling=growth, texts=pairs.name if pairs else "the sandbox's")
     if page:
-        page.write_text(report.page(written), encoding="utf-8")
+        page.write_text(markdown(written), encoding="utf-8")
 
 
 if __name__ == "__main__":

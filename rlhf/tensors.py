@@ -55,8 +55,9 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         return log_probs, entropies
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor, entropy_slopes: Tensor | None) -> tuple[Tensor, None, None]:  # type: ignore[override]  # the base class is untyped in its arguments
+    def backward(ctx: Any, *of_outputs: Any) -> tuple[Tensor, None, None]:
         """d log p(target) / d logits = (1[target] − p) / temperature; d entropy / d logits = −p·(log p + entropy) / temperature."""
+        slopes, entropy_slopes = of_outputs
         logits, targets, totals, entropies = ctx.saved_tensors
         result = torch.empty_like(logits)
         for at in _chunks(logits):

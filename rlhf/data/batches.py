@@ -95,7 +95,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
     return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-SHARED = 16  # tokens: where sequences begin alike with fewer, to compute them once would cost more than it saves
+SHARED = 16  # tokens: a piece of its own costs some operations in each layer, which fewer would hardly save
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class LastLayer:
             UserError: it attends again, to what was left out.
         """
         if self.read is not None:
-            raise UserError("a layer of this model attends twice, which was never tried", remedy="choose a model of another family")
+            what = "a layer of this model attends twice, the second time to what was left out after the first"
+            raise UserError(what, remedy="choose a model of another family (docs/own-model.md)")
         self.read, self.tokens = read, tokens
 
     def _begin(self, *_: Any) -> None:
@@ -62,9 +63,9 @@ class _Pick(torch.autograd.Function):
         return rows.index_select(-2, at)
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # the base class is untyped in its arguments
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
         (at,) = ctx.saved_tensors
-        return _among(slopes, at, ctx.tokens), None
+        return _among(slopes[0], at, ctx.tokens), None
 
 
 class _Spread(torch.autograd.Function):
@@ -76,9 +77,9 @@ class _Spread(torch.autograd.Function):
         return _among(rows, at, tokens)
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # the base class is untyped in its arguments
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
         (at,) = ctx.saved_tensors
-        return slopes.index_select(-2, at), None, None
+        return slopes[0].index_select(-2, at), None, None
 
 
 def _among(rows: Tensor, at: Tensor, tokens: int) -> Tensor:
