@@ -25,6 +25,7 @@ from rlhf.redact import redact
 HOST = "127.0.0.1"
 POOL = "rlhf"
 SECONDS_TO_START = 600
+SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line that it is known by
 MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
 
@@ -103,11 +104,9 @@ def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int
 
 def end_dead_runs(api: str) -> bool:
     """Tell Prefect of runs that ended with their worker, while there is none: they would hold the one place. False: it does not answer."""
-    alive = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if "prefect.engine" in process.cmdline():  # what it has started knows the id as well
-                alive.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    alive = _runs_with_a_process()
+    time.sleep(SECONDS_TO_EXEC)
+    alive |= _runs_with_a_process()
     try:
         under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}}
         for run in _ask(f"{api}/flow_runs/filter", {"flow_runs": under_way}):
@@ -118,6 +117,16 @@ def end_dead_runs(api: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _runs_with_a_process() -> set[str | None]:
+    """Flow runs of which a process is found; one that is just being started has no command line yet."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "prefect.engine" in process.cmdline():  # what it has started knows the id as well
+                found.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    return found
 
 
 def _ask(address: str, content: Any) -> Any:
