@@ -194,7 +194,7 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
     @torch.no_grad()
     def scores(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         rows = [ids[str(prompt)] + answer for prompt, answer in zip(prompts, completion_ids, strict=True)]
-        padded, count = pad_rows(rows, tokenizer.pad_token_id, "cpu"), torch.tensor([len(row) for row in rows])
+        padded, count = pad_rows(rows, tokenizer.pad_token_id), torch.tensor([len(row) for row in rows])
         attention = (torch.arange(padded.shape[1]) < count[:, None]).long()
         return reward(input_ids=padded, attention_mask=attention).view(padded.shape).gather(1, count[:, None] - 1).flatten().tolist()
 
@@ -260,7 +260,7 @@ def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
     rollouts = ppo.roll_out(job, ours, prompts, 0, Clock(device))
     e = Experience.of(ppo.score(job, ours, rollouts), device)
     targets, _ = ppo.advantages(e, params, beta)
-    batch = reference.Batch.of(prompts, pad_rows(rollouts.answers, theirs.pad_id, "cpu"), rollouts.lengths, theirs.pad_id)
+    batch = reference.Batch.of(prompts, pad_rows(rollouts.answers, theirs.pad_id), rollouts.lengths, theirs.pad_id)
     known = reference.experience(theirs, batch, params, beta)
     stats = ppo.update(job, ours, e, targets, [], 0)
     losses = reference.update(theirs, batch, known, ppo.mini_batches(job, len(prompts), 0), params)

@@ -84,7 +84,7 @@ class Batch:
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both (B, P)."""
-    ids = pad_rows([prompt[::-1] for prompt in prompts], pad_id, "cpu").flip(1)
+    ids = pad_rows([prompt[::-1] for prompt in prompts], pad_id).flip(1)
     width = torch.full((len(prompts),), ids.shape[1])
     return ids, mask_from_lengths(width, ids.shape[1], start=width - torch.tensor([len(prompt) for prompt in prompts])).long()
 
@@ -101,7 +101,7 @@ class Planned(StoppingCriteria):
 
 def generate(model: Any, prompts: Sequence[list[int]], lengths: Sequence[int], pad_id: int) -> Tensor:
     """Sampled answers (B, A) of planned lengths, by transformers: at temperature 1 among all tokens."""
-    ids, attention = left_padded(prompts, pad_id)
+    ids, attention = (part.to(model.device) for part in left_padded(prompts, pad_id))
     width = ids.shape[1]
     made = model.generate(
         ids,
@@ -114,7 +114,7 @@ def generate(model: Any, prompts: Sequence[list[int]], lengths: Sequence[int], p
         eos_token_id=None,
         pad_token_id=pad_id,
         use_cache=True,
-        stopping_criteria=StoppingCriteriaList([Planned(width + torch.tensor(lengths))]),
+        stopping_criteria=StoppingCriteriaList([Planned(width + torch.tensor(lengths, device=model.device))]),
     )
     return made[:, width:]
 

@@ -8,7 +8,8 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,31 @@ def collect(cases: Iterable[Case]) -> list[Case]:
 
 def write(path: Path, cases: Sequence[Case], **more: Any) -> dict[str, Any]:
     """Cases, and what they were measured on; gives what was written."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    found = {"machine": {"processor": _processor(), "cores": os.cpu_count()}, "versions": versions, "cases": list(cases), **more}
+    found = {"machine": {"processor": _processor(), "cores": os.cpu_count()}, "versions": versions(), "cases": list(cases), **more}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
 
+def versions() -> dict[str, str]:
+    """Of what the speed depends on, where it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def write_section(page: Path, heading: str, text: str) -> None:
+    """Put a section in the place of the one of the same heading, or at the end of the page."""
+    parts = ("\n" + page.read_text(encoding="utf-8") if page.exists() else "").split("\n# ")[1:]
+    texts = dict(part.split("\n", 1) for part in parts)
+    texts[heading] = f"\n{text}"
+    page.write_text("\n".join(f"# {name}\n{written.rstrip()}\n" for name, written in texts.items()), encoding="utf-8")
+
+
 def markdown(found: Mapping[str, Any]) -> str:
-    """What was written, as a page of Markdown."""
-    machine, versions = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    """What was written, as a section of a page."""
+    machine, packages = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     cases = [
         [one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", _spread(one)]
         for one in found["cases"]
@@ -73,23 +90,22 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "# Speed",
-            "",
             "Written by `python bench/run.py --page bench/RESULTS.md`, both sides in turn, on the same work.",
             "",
-            f"{machine['cores']} cores of {machine['processor']}, and no other device; {versions}. Texts: {found['texts']}.",
+            f"{machine['cores']} cores of {machine['processor']}, and no other device; {packages}. Texts: {found['texts']}.",
             "",
-            *_rows(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases),
+            *rows_of(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases),
             "",
             "How a PPO step grows, one thread for each rank:",
             "",
-            *_rows(["", "work", "seconds", "× base", "GiB of rank 0", "× base"], growth),
+            *rows_of(["", "work", "seconds", "× base", "GiB of rank 0", "× base"], growth),
             "",
         ]
     )
 
 
-def _rows(headings: list[str], rows: list[list[str]]) -> list[str]:
+def rows_of(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
 
 

@@ -17,7 +17,7 @@ import ppo_step
 import scaling
 import training
 import typer
-from report import collect, console, markdown, table, write
+from report import collect, console, markdown, table, write, write_section
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -44,7 +44,7 @@ def main(
     console().print(scaling.drawn(growth))
     written = write(output, found, scaling=growth, texts=pairs.name if pairs else "the sandbox's")
     if page:
-        page.write_text(markdown(written), encoding="utf-8")
+        write_section(page, "Speed", markdown(written))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ MICRO_BATCH = 1024  # tokens
 class Variant:
     plan: Plan
     ranks: int = 1
-    sizes: dict[str, int] = field(default_factory=dict)  # of the model
+    sizes: dict[str, Any] = field(default_factory=dict)  # of the model
 
 
 BASE = Variant(Plan(16, 32))

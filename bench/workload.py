@@ -25,7 +25,7 @@ from rlhf import config
 from rlhf.data.batches import encode_dialogues
 from rlhf.data.sandbox import make_rows
 from rlhf.job import Job, write_lines
-from rlhf.models.policy import save_model
+from rlhf.models.policy import DTYPES, save_model
 from rlhf.models.scalar import initialise_head, load_scalar
 from rlhf.models.tokenizer import build_tokenizer
 
@@ -91,9 +91,11 @@ def make_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerFast:
     return build_tokenizer((text for pair in pairs for text in (pair.prompt, pair.chosen)), VOCABULARY, CONTEXT)
 
 
-def make_model(family: str, **changes: Any) -> PreTrainedModel:
+def make_model(family: str, device: str = "cpu", precision: str = "fp32", **changes: Any) -> PreTrainedModel:
     torch.manual_seed(1)
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MODELS[family] | changes)).eval())
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MODELS[family] | changes), dtype=DTYPES[precision])
+    return cast(PreTrainedModel, model.eval())
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Workspace:
         return job_in(self.root, stage)
 
 
-def job_in(root: Path, stage: str) -> Job:
+def job_in(root: Path, stage: str, device: str = "cpu") -> Job:
     """The job of a stage that runs alone in a workspace."""
-    return Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", 0, 1, 0)
+    return Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, device, 0, 1, 0)
 
 
 @contextmanager
@@ -124,6 +126,8 @@ def workspace(
     *,
     times: int = 1,
     system: int = 0,
+    device: str = "cpu",
+    precision: str = "fp32",
     **sizes: Any,
 ) -> Iterator[Workspace]:
     """A workspace of so many pairs, whose prompts are of SHORTEST to LONGEST tokens, their answers of `answer_tokens` at most.
@@ -132,6 +136,7 @@ def workspace(
         params: by section, what differs from the sandbox's params.
         times: how often stage ppo finds each prompt in its data.
         system: about so many tokens of a system prompt stand before each of stage ppo's.
+        device, precision: where the models are made, and what they are kept in.
         sizes: of the model, where they are not those of MODELS.
     """
     pairs = read_pairs(file)
@@ -141,10 +146,10 @@ def workspace(
     assert len(chosen) == rows, f"{len(chosen)} pairs are of the lengths wanted, {rows} are needed"
     root = Path(tempfile.mkdtemp(prefix="rlhf-bench-"))
     try:
-        model = make_model(family, **sizes)
+        model = make_model(family, device, precision, **sizes)
         for stage in ("base", "sft"):
             save_model(model, tokenizer, root / "models" / stage)
-        scalar = load_scalar(root / "models/base", tokenizer, "fp32")
+        scalar = load_scalar(root / "models/base", tokenizer, precision)
         initialise_head(scalar, 1)
         scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.0, 1.0
         save_model(scalar.model, tokenizer, root / "models/reward")

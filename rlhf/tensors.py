@@ -12,6 +12,11 @@ from torch import Tensor
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Numbers made on the CPU, to the device of a model. A GPU is not waited for: it finds them when it comes to what needs them."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 def mask_from_lengths(lengths: Tensor, width: int, start: Tensor | int = 0) -> Tensor:
     """1 where ``start ≤ position < lengths``. Lengths (B,) → mask (B, width), float.
 

@@ -233,12 +233,13 @@ def padded(sequences: Sequence[Sequence[int]], device: Any) -> Packed:
     width = max(map(len, sequences))
     lengths = [len(sequence) for sequence in sequences]
     return Packed(
-        ids=pad_rows(sequences, 0, device).view(1, -1),
-        positions=torch.arange(width, device=device).repeat(1, len(sequences)),
+        device=torch.device(device),
+        ids=pad_rows(sequences, 0).view(1, -1),
+        positions=torch.arange(width).repeat(1, len(sequences)),
         pieces=[Piece(part, None) for length in lengths for part in (length, width - length) if part],
         runs=[[slice(i * width, i * width + length)] for i, length in enumerate(lengths)],
-        places=torch.arange(len(sequences) * width, device=device).view(-1, width),
-        lengths=torch.tensor(lengths, device=device),
+        places=torch.arange(len(sequences) * width).view(-1, width),
+        lengths=torch.tensor(lengths),
     )
 
 

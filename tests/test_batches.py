@@ -213,7 +213,7 @@ def test_loss_and_gradient_of_a_packed_row_are_those_of_single_ones(llama: Llama
 
 
 def test_rows_are_padded_on_the_right() -> None:
-    assert pad_rows([[1, 2], [3], [4, 5, 6]], 9, "cpu").tolist() == [[1, 2, 9], [3, 9, 9], [4, 5, 6]]
+    assert pad_rows([[1, 2], [3], [4, 5, 6]], 9).tolist() == [[1, 2, 9], [3, 9, 9], [4, 5, 6]]
 
 
 # ------------------------------------------------------------------------------------------------------------ order, passages

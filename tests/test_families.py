@@ -68,7 +68,7 @@ def padded_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]
     """A batch as DeepSpeed-Chat and TRL make it: prompts end in the same column, positions count from the first real token."""
     width = max(map(len, rows))
     mask = mask_from_lengths(torch.full((len(rows),), width), width, start=torch.tensor([width - len(row) for row in rows])).long()
-    ids = pad_rows([row[::-1] for row in rows], pad_id, "cpu").flip(1)
+    ids = pad_rows([row[::-1] for row in rows], pad_id).flip(1)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
@@ -134,7 +134,7 @@ def test_the_score_is_read_at_the_last_real_token_of_any_layout(family: str, pad
     near(scalar(**packed.read_at(packed.last))[packed.last], alone)
     left = padded_left(given, pad_id)
     near(scalar(**left).view(left["input_ids"].shape)[:, -1], alone)
-    ids = pad_rows(given, pad_id, "cpu")
+    ids = pad_rows(given, pad_id)
     lengths = torch.tensor([len(row) for row in given])
     right = scalar(input_ids=ids, attention_mask=mask_from_lengths(lengths, ids.shape[1]).long()).view(ids.shape)
     near(right[torch.arange(len(given)), lengths - 1], alone)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.rollout.decoding import size_for
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling, sample
 
@@ -109,6 +110,11 @@ def test_generation_leaves_the_model_in_its_mode(llama: LlamaForCausalLM) -> Non
         llama.train(training)
         answer(llama, GREEDY, [0])
         assert llama.training is training
+
+
+def test_a_captured_step_is_of_as_many_slots_as_are_in_use_or_some_more() -> None:
+    assert [size_for(count, 64) for count in (64, 17, 16, 5, 4, 2, 1)] == [64, 64, 16, 16, 4, 4, 1]
+    assert [size_for(count, 10) for count in (10, 4, 3, 2, 1)] == [10, 10, 3, 3, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------------- sampling

@@ -175,7 +175,7 @@ class TrlStep:
 
     models: dict[str, PreTrainedModel]  # as they were before it
     sequences: list[list[int]]
-    prompt_lengths: Tensor
+    prompt_lengths: list[int]
     answers: Tensor  # (B, A)
     mask: Tensor  # (B, A)
     longer: Tensor  # (B, A) as TRL counts: an answer that has ended goes on for one token, which bears its score
@@ -236,7 +236,7 @@ def step(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp
     return TrlStep(
         models=models,
         sequences=[prompt + row[:length] for prompt, row, length in zip(asked, answers.tolist(), lengths.tolist(), strict=True)],
-        prompt_lengths=torch.tensor([len(prompt) for prompt in asked]),
+        prompt_lengths=[len(prompt) for prompt in asked],
         answers=answers,
         mask=mask_from_lengths(lengths, width),
         longer=mask_from_lengths(lengths + 1, width),
@@ -254,7 +254,7 @@ def step(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp
 
 @torch.no_grad()
 def test_ppo_log_probs_values_and_scores_are_trls(step: TrlStep) -> None:
-    at = Layout.of(step.sequences, step.prompt_lengths, step.mask)
+    at = Layout.of(step.sequences, step.prompt_lengths, step.mask.shape[1], torch.device("cpu"))
     near(ppo_stage.answer_log_probs(step.models["actor"], at, TEMPERATURE), step.log_probs * step.mask)
     near(ppo_stage.answer_log_probs(step.models["reference"], at, TEMPERATURE), step.reference_log_probs * step.mask)
     near(ppo_stage.answer_values(ScalarModel(step.models["critic"]), at), step.values * step.mask)
@@ -310,7 +310,7 @@ def experience() -> Experience:
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     return Experience(
         sequences=[[1, 2, 3], [1, 2, 3, 4]],
-        prompt_lengths=torch.tensor([1, 1]),
+        prompt_lengths=[1, 1],
         mask=mask,
         ended=torch.tensor([True, False]),
         scores=torch.tensor([9.0, 1.0]),

@@ -9,12 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from rlhf.models.pieces import Piece, Ragged
+from rlhf.tensors import send
 
 Messages = Sequence[dict[str, str]]
 Frozen = tuple[tuple[tuple[str, str], ...], ...]  # messages that can be looked up
@@ -99,14 +102,6 @@ SHARED = 16  # tokens: a piece of its own costs some operations in each layer, w
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tokens that stand side by side in a packed row. Each sees those before it in its piece, and all of what its piece follows."""
-
-    length: int
-    after: int | None  # number of the piece that it follows, which may follow another one; None: it is a sequence's beginning
-
-
-@dataclass(frozen=True)
 class Packed:
     """Sequences laid side by side in one row, so that no work is done on padding. None sees another (rlhf/models/attention.py).
 
@@ -114,8 +109,11 @@ class Packed:
     own part sees it and itself.
 
     Attention knows nothing of sliding windows here, so sequences must not be longer than a model's window.
+
+    It stands in the processor's memory; what a model needs of it is sent to the model's device, where nothing waits for it.
     """
 
+    device: torch.device  # of the model
     ids: Tensor  # (1, N)
     positions: Tensor  # (1, N) counted from each sequence's own start
     pieces: Sequence[Piece]  # in the order of the row
@@ -123,16 +121,20 @@ class Packed:
     places: Tensor  # (B, T) the same for each token; 0 beyond its end
     lengths: Tensor  # (B,)
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, Any]:
         """What a model is called with; one that does not attend piece by piece fails on the mask, which fits nothing."""
-        unfit = torch.empty(1, 1, 0, 0, device=self.ids.device)
-        return {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": unfit, "pieces": self.pieces}
+        return {
+            "input_ids": send(self.ids, self.device),
+            "position_ids": send(self.positions, self.device),
+            "attention_mask": torch.empty(1, 1, 0, 0, device=self.device),
+            "pieces": self.pieces if self.device.type == "cpu" else Ragged.of(self.pieces, self.device),
+        }
 
     def read_at(self, places: Tensor) -> dict[str, Any]:
         """`inputs` of a forward pass of which nothing is read but what it makes at some places of the row."""
         read = places.unique()
-        return self.inputs | ({"read": read} if 2 * len(read) <= self.ids.shape[1] else {})
+        return self.inputs | ({"read": send(read, self.device)} if 2 * len(read) <= self.ids.shape[1] else {})
 
     @property
     def last(self) -> Tensor:
@@ -141,8 +143,9 @@ class Packed:
 
     def predictions(self, masks: Sequence[Sequence[int]]) -> Predictions:
         """Where the tokens with mask 1 are predicted, sequence by sequence; a sequence's first token is never."""
-        row, token = pad_rows([[0, *mask[1:]] for mask in masks], 0, self.ids.device).nonzero(as_tuple=True)
-        return Predictions(self.places[row, token - 1], self.ids[0, self.places[row, token]], row)
+        row, token = pad_rows([[0, *mask[1:]] for mask in masks], 0).nonzero(as_tuple=True)
+        targets = self.ids[0, self.places[row, token]]
+        return Predictions(self.places[row, token - 1], send(targets, self.device), send(row, self.device))
 
 
 @dataclass(frozen=True)
@@ -150,12 +153,12 @@ class Predictions:
     """The tokens whose log-probabilities are wanted, n of them: logits are computed for these alone."""
 
     places: Tensor  # (n,) of the token before each one, whose output predicts it
-    targets: Tensor  # (n,) the tokens
-    rows: Tensor  # (n,) number of the sequence of each
+    targets: Tensor  # (n,) the tokens, on the model's device
+    rows: Tensor  # (n,) number of the sequence of each, on the model's device
 
 
 def pack(sequences: Sequence[Sequence[int]], device: str | torch.device) -> Packed:
-    """Lay sequences side by side; those that begin alike share the beginning."""
+    """Lay sequences side by side for a model on a device; those that begin alike share the beginning."""
     row, positions = list[int](), list[int]()
     pieces: list[Piece] = []
     runs: list[list[slice]] = [[] for _ in sequences]
@@ -186,12 +189,13 @@ def pack(sequences: Sequence[Sequence[int]], device: str | torch.device) -> Pack
 
     lay_all(range(len(sequences)), 0, None)
     return Packed(
-        ids=torch.tensor([row], device=device),
-        positions=torch.tensor([positions], device=device),
+        device=torch.device(device),
+        ids=torch.tensor([row]),
+        positions=torch.tensor([positions]),
         pieces=pieces,
         runs=runs,
-        places=pad_rows([[place for run in each for place in range(run.start, run.stop)] for each in runs], 0, device),
-        lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
+        places=pad_rows([[place for run in each for place in range(run.start, run.stop)] for each in runs], 0),
+        lengths=torch.tensor([len(sequence) for sequence in sequences]),
     )
 
 
@@ -201,10 +205,10 @@ def begin_alike(sequences: Sequence[tuple[int, ...]]) -> int:
     return next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), min(len(first), len(last)))
 
 
-def pad_rows(rows: Sequence[Sequence[float]], value: float, device: str | torch.device) -> Tensor:
+def pad_rows(rows: Sequence[Sequence[float]], value: float) -> Tensor:
     """Rows of different lengths → (B, T), padded on the right."""
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 @dataclass(frozen=True, eq=False)

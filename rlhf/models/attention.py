@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.errors import UserError
+from rlhf.models import ragged
 from rlhf.models.last_layer import LastLayer
-
-if TYPE_CHECKING:
-    from rlhf.data.batches import Piece
+from rlhf.models.pieces import Piece, Ragged, seen_by
 
 NAME = "packed"  # under which transformers' models find `attend`
 
@@ -42,7 +41,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    pieces: Sequence[Piece] | None = None,
+    pieces: Sequence[Piece] | Ragged | None = None,
     read: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -51,11 +50,21 @@ def attend(
     Each group of Q / H heads of queries shares keys and values, which are not repeated for it.
 
     Args:
-        pieces: of the row, left to right; None: ordinary rows with a mask, which go the usual way.
+        pieces: of the row, left to right, or as a GPU's kernels take them; None: ordinary rows with a mask, which go the usual way.
         read: (n,) places of the tokens whose outputs are read; None: all.
     """
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if isinstance(pieces, Ragged):
+        found = _attend_at_once(query, key, value, pieces, options.get("scaling"))
+    else:
+        found = _attend_in_turn(query, key, value, pieces, options.get("scaling"))
+    if last := getattr(module, "last_layer", None):
+        last.attended(read, query.shape[2])
+    return found, None
+
+
+def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
     # split, not slices: the gradient of each slice would be as large as the row
     queries, keys, values = (states.split([piece.length for piece in pieces], dim=2) for states in (query, key, value))
     found = []
@@ -63,10 +72,7 @@ def attend(
         k, v = keys[number], values[number]
         mask = None
         if piece.after is not None:
-            seen = [number]
-            while (after := pieces[seen[0]].after) is not None:
-                seen.insert(0, after)
-            k, v = (torch.cat([states[i] for i in seen], dim=2) for states in (keys, values))
+            k, v = (torch.cat([states[i] for i in seen_by(pieces, number)], dim=2) for states in (keys, values))
             mask = torch.ones(piece.length, k.shape[2], dtype=torch.bool, device=query.device).tril(k.shape[2] - piece.length)
         attended = scaled_dot_product_attention(
             queries[number],
@@ -74,13 +80,19 @@ def attend(
             v,
             attn_mask=mask,
             is_causal=mask is None,
-            scale=options.get("scaling"),
+            scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         found.append(attended.transpose(1, 2))
-    if last := getattr(module, "last_layer", None):
-        last.attended(read, query.shape[2])
-    return torch.cat(found, dim=1), None
+    return torch.cat(found, dim=1)
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, row: Ragged, scale: float | None) -> Tensor:
+    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    if row.keys is not None:
+        keys, values = (states.index_select(0, row.keys) for states in (keys, values))
+    layout = (row.starts, row.key_starts, row.longest, row.longest_keys)
+    return ragged.attend(queries, keys, values, *layout, scale=scale, causal=True)[None]
 
 
 AttentionInterface.register(NAME, attend)

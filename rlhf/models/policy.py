@@ -15,6 +15,7 @@ from rlhf.config.training import BuiltBase
 from rlhf.data.batches import Packed
 from rlhf.errors import UserError
 from rlhf.models.attention import attend_to_pieces
+from rlhf.tensors import send
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the one that rlhf.models.attention goes back to; a family without it (GPT-J, BLOOM, MPT) cannot take packed rows
@@ -97,7 +98,7 @@ def logits_at(model: Any, packed: Packed, places: Tensor) -> Tensor:
     Args:
         model: a causal language model, or the engine that trains it.
     """
-    return model(**packed.read_at(places), logits_to_keep=places, use_cache=False).logits[0]
+    return model(**packed.read_at(places), logits_to_keep=send(places, packed.device), use_cache=False).logits[0]
 
 
 def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:

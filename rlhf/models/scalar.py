@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.batches import Packed
 from rlhf.models.policy import load
+from rlhf.tensors import send
 
 HEAD = frozenset({"score.weight"})
 
@@ -43,6 +45,15 @@ class ScalarModel(nn.Module):
     @property
     def std(self) -> float:
         return self.model.config.reward_std
+
+
+def values_at(model: Any, packed: Packed, places: Tensor) -> Tensor:
+    """Values (n,) at n places of a packed row alone.
+
+    Args:
+        model: a scalar model, or the engine that trains it.
+    """
+    return model(**packed.read_at(places))[send(places, packed.device)]
 
 
 def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str) -> ScalarModel:

@@ -1,7 +1,8 @@
 """Keys and values of the answers in the making, in tensors that are made once.
 
 Each answer has a slot: its tokens' keys and values from column 0 on. A slot that falls free is filled again, from the last one or with a
-new prompt, so that the slots in use are always the first ones and a decoding step reads them without copying.
+new prompt, so that the slots in use are always the first ones and a decoding step reads them without copying. What they hold is attended to
+span by span on a CPU, and on a GPU in one kernel that is told how much of each slot is in use.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.data.batches import Packed
-from rlhf.models import attention
+from rlhf.models import attention, ragged
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
@@ -61,14 +62,25 @@ class SlotCache:
         spans = [(first, max(lengths[first : first + SPAN]) + 1) for first in range(0, len(lengths), SPAN)]
         return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "spans": spans}
 
+    def decode_at_once(self, lengths: Tensor) -> dict[str, Any]:
+        """The same on a GPU. Nothing but the number of slots decides what will be computed, so that it can be captured.
+
+        Args:
+            lengths: (B,) tokens that each slot in use holds already, on the GPU.
+        """
+        self.lengths, self.width = lengths, self.capacity
+        unfit = torch.empty(1, 1, 0, 0, device=lengths.device)  # as in a packed row's inputs
+        return {"position_ids": lengths[:, None], "attention_mask": unfit, "used": (lengths + 1).int()}
+
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Layer:
         """Called by each layer of attention with what is new, (B, H, T, D); gives it what to attend to."""
         if self.fresh is not None:
             self.fresh.append((keys, values))
             return keys, values
         slots = torch.arange(len(keys), device=keys.device)
-        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-            kept[slots, :, self.lengths] = new[:, :, 0]
+        with _in_any_order():
+            for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+                kept[slots, :, self.lengths] = new[:, :, 0]
         held_keys, held_values = self.layers[layer]
         return held_keys[: len(keys), :, : self.width], held_values[: len(keys), :, : self.width]
 
@@ -86,9 +98,9 @@ class SlotCache:
 
     def _room(self, like: Tensor) -> Tensor:
         """Zeros (slots, H, capacity, D) for keys or values like (H, T, D): what is masked must be finite, as 0 · NaN is NaN."""
+        if like.device.type != "cpu":  # token by token, as kernels take them that know no slots
+            return like.new_zeros(self.slots, self.capacity, len(like), like.shape[-1]).transpose(1, 2)
         shape = (self.slots, len(like), self.capacity, like.shape[-1])
-        if like.device.type != "cpu":
-            return like.new_zeros(shape)
         # numpy's zeros come from the system, which makes pages of them as they are written: short answers leave most of it untouched
         return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
 
@@ -110,6 +122,17 @@ def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer
 
 
 @contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Let torch write in any order where indices say, which is quicker on a GPU: here none comes twice, and the result is the same."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def attending(model: PreTrainedModel) -> Iterator[None]:
     """Have a model attend by `attend` inside the block, and as before after it."""
     before = model.config._attn_implementation
@@ -127,27 +150,42 @@ def attend(
     value: Tensor,
     attention_mask: Tensor,
     spans: Sequence[tuple[int, int]] | None = None,
+    used: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one query (B, Q, 1, D) per slot to keys and values (B, H, T, D), each shared by Q / H heads of queries.
 
     Decoding takes as long as keys and values take to be read, so none is read in vain. transformers' own attention repeats them for each
     head of queries, which copies the whole cache at each token: here the heads that share keys stand where the tokens of a sequence would.
-    And each span of slots has its own width.
+    And each span of slots, on a GPU each slot, has its own width.
 
     Args:
-        spans: first slot of each and its width; None: prompts are read, piece by piece.
+        spans: first slot of each and its width.
+        used: (B,) int32 columns in use of each slot, on a GPU.
+            Neither is given while prompts are read.
     """
-    if spans is None:
+    if spans is None and used is None:
         return attention.attend(module, query, key, value, attention_mask, **options)
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, width)
+    if spans is None:
+        return _attend_at_once(grouped, key, value, used, options.get("scaling")).reshape(rows, 1, heads, width), None
     found = torch.empty_like(grouped)
     for first, columns in spans:
         part = slice(first, first + SPAN)
         inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns])
         found[part] = scaled_dot_product_attention(*inputs, attn_mask=attention_mask[part, ..., :columns], scale=options.get("scaling"))
     return found.reshape(rows, 1, heads, width), None
+
+
+def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, used: Tensor | None, scale: float | None) -> Tensor:
+    """Query (B, H, G, D) and the slots' key and value (B, H, T, D) → (B, H, G, D), in one kernel."""
+    rows, heads, group, width = query.shape
+    starts, slots = (torch.arange(0, (rows + 1) * step, step, dtype=torch.int32, device=query.device) for step in (group, key.shape[2]))
+    queries, keys, values = (states.transpose(1, 2).reshape(-1, heads, width) for states in (query, key, value))
+    layout = (starts, slots, group, key.shape[2])
+    found = ragged.attend(queries, keys, values, *layout, scale=scale, causal=False, used=used)
+    return found.view(rows, group, heads, width).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, attend)

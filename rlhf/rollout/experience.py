@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.data.batches import Packed, pack
-from rlhf.tensors import mask_from_lengths
+from rlhf.tensors import mask_from_lengths, send
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Experience:
     """
 
     sequences: list[list[int]]  # B: prompt and answer
-    prompt_lengths: Tensor  # (B,)
+    prompt_lengths: list[int]  # B
     mask: Tensor  # (B, A) 1 on answer tokens, end token included
     ended: Tensor  # (B,) whether the answer ended by itself
     scores: Tensor  # (B,)
@@ -51,7 +51,7 @@ class Experience:
         log_probs = padded([row.log_probs for row in rows])
         return cls(
             sequences=[row.prompt + row.answer for row in rows],
-            prompt_lengths=torch.tensor([len(row.prompt) for row in rows], device=device),
+            prompt_lengths=[len(row.prompt) for row in rows],
             mask=mask_from_lengths(torch.tensor([len(row.answer) for row in rows], device=device), log_probs.shape[1]),
             ended=torch.tensor([row.ended for row in rows], device=device),
             scores=torch.tensor([row.score for row in rows], device=device),
@@ -67,20 +67,21 @@ class Layout:
 
     packed: Packed
     before: Tensor  # (n,) place of the token before each answer token; its output predicts it
-    targets: Tensor  # (n,) the answer tokens
-    valid: Tensor  # (B, A) bool: which cells the n tokens fill, row by row
+    targets: Tensor  # (n,) the answer tokens, on the models' device
+    cells: Tensor  # (n,) number of each one's cell of (B, A), on the models' device
+    shape: tuple[int, int]  # B, A
 
     @classmethod
-    def of(cls, sequences: list[list[int]], prompt_lengths: Tensor, mask: Tensor) -> Layout:
-        """Of prompts with their answers; mask (B, A) is 1 on answer tokens."""
-        packed = pack(sequences, mask.device)
-        valid = mask.bool()
-        row, step = valid.nonzero(as_tuple=True)
-        token = prompt_lengths[row] + step  # number of each answer token in its sequence
-        return cls(packed, packed.places[row, token - 1], packed.ids[0, packed.places[row, token]], valid)
+    def of(cls, sequences: Sequence[list[int]], prompt_lengths: Sequence[int], width: int, device: torch.device) -> Layout:
+        """Of prompts with their answers, none of more tokens than `width`, for models on a device."""
+        masks = [[0] * prompt + [1] * (len(sequence) - prompt) for sequence, prompt in zip(sequences, prompt_lengths, strict=True)]
+        packed = pack(sequences, device)
+        answered = packed.predictions(masks)
+        answers = torch.tensor([sum(mask) for mask in masks])
+        cells = mask_from_lengths(answers, width).flatten().nonzero().squeeze(1)
+        return cls(packed, answered.places, answered.targets, send(cells, device), (len(masks), width))
 
     def fill(self, values: Tensor) -> Tensor:
         """One number per answer token (n,) → (B, A), 0 beyond each answer's end."""
-        cells = torch.zeros(self.valid.shape, device=values.device)
-        cells[self.valid] = values
-        return cells
+        rows, width = self.shape
+        return values.new_zeros(rows * width).index_copy(0, self.cells, values).view(rows, width)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batches import begin_alike, pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
+from rlhf.rollout.decoding import Drawn, decoder
 from rlhf.rollout.products import laid_out
 from rlhf.rollout.sampling import Sampling, sample, uniforms
 
@@ -130,9 +131,12 @@ class _Batch:
         self.answers: list[list[int]] = [[] for _ in range(count)]
         self.log_probs: list[list[float]] = [[] for _ in range(count)]
         self.finish: list[Finish] = ["length"] * count
-        self.device = next(self.model.parameters()).device
+        self.device = self.model.device
+        self.decoder = decoder(self.model, self.cache, self.sampling)
+        # slots side by side that are kept of similar length
+        self.span = SPAN if self.device.type == "cpu" else self.cache.slots
         self.context = context_tokens(self.model)
-        self.uniforms = uniforms(self.seeds, self.sampling.max_new_tokens, self.device)
+        self.uniforms = uniforms(self.seeds, self.sampling.max_new_tokens)
         # the shortest last, to be taken from the end; equal ones side by side
         self.waiting = sorted(range(count), key=lambda i: (len(self.prompts[i]), self.prompts[i], -i))
         self.waiting_of = Counter(map(tuple, self.prompts))
@@ -177,7 +181,8 @@ class _Batch:
         logits = torch.stack([self.read[key].logits for key in keys])
         self.waiting_of.subtract(keys)
         self.read = {key: prompt for key, prompt in self.read.items() if self.waiting_of[key]}
-        self._draw(logits, first)
+        tokens, log_probs = sample(logits, self.uniforms[numbers, 0].to(self.device), self.sampling)
+        self._write((tokens.tolist(), log_probs.tolist()), first)
         return bool(new)
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
@@ -190,17 +195,15 @@ class _Batch:
 
     def _continue(self) -> None:
         """One more token of each answer."""
-        inputs = self.cache.decode([self._length(slot) for slot in range(len(self.writing))], self.model.dtype, self.device)
-        ids = torch.tensor([self.answers[i][-1:] for i in self.writing], device=self.device)
-        self._draw(self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, **inputs).logits[:, -1], 0)
+        last = [self.answers[i][-1] for i in self.writing]
+        lengths = [self._length(slot) for slot in range(len(self.writing))]
+        steps = [len(self.answers[i]) for i in self.writing]
+        self._write(self.decoder.step(last, lengths, self.uniforms[self.writing, steps]), 0)
 
-    def _draw(self, logits: Tensor, first: int) -> None:
-        """Draw a token for each slot from `first` on. Logits (B, V)."""
-        numbers = self.writing[first:]
-        steps = [len(self.answers[i]) for i in numbers]
-        tokens, log_probs = sample(logits, self.uniforms[numbers, steps], self.sampling)
+    def _write(self, drawn: Drawn, first: int) -> None:
+        """Add a token to the answer in each slot from `first` on."""
         over = []
-        for slot, (i, token, log_prob) in enumerate(zip(numbers, tokens.tolist(), log_probs.tolist(), strict=True), first):
+        for slot, (i, token, log_prob) in enumerate(zip(self.writing[first:], *drawn, strict=True), first):
             self.answers[i].append(token)
             self.log_probs[i].append(log_prob)
             if self._is_over(i, token):
@@ -221,8 +224,8 @@ class _Batch:
         one call stays of similar length; the last slot falls free."""
         last = len(self.writing) - 1
         while slot < last:
-            begin = (slot // SPAN + 1) * SPAN
-            source = max(range(begin, min(begin + SPAN, last + 1)), key=self._length, default=last)
+            begin = (slot // self.span + 1) * self.span
+            source = max(range(begin, min(begin + self.span, last + 1)), key=self._length, default=last)
             self.cache.move(source, slot, self._length(source))
             self.writing[slot] = self.writing[source]
             slot = source

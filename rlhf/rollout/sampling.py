@@ -19,12 +19,12 @@ class Sampling:
     max_new_tokens: int
 
 
-def uniforms(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """(B, count) numbers in [0, 1), each row from its own seed."""
     numbers = torch.empty(len(seeds), count)
     for row, seed in zip(numbers, seeds, strict=True):
         torch.rand(count, generator=torch.Generator().manual_seed(seed), out=row)
-    return numbers.to(device)
+    return numbers
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

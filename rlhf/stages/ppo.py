@@ -30,13 +30,14 @@ from rlhf.errors import UserError
 from rlhf.job import Job, run
 from rlhf.models import lora
 from rlhf.models.policy import logits_at
+from rlhf.models.scalar import values_at
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
 from rlhf.stages.ppo_setup import Models, Records, Report, load_models, read_prompts, read_texts, updates_per_step
-from rlhf.tensors import log_probs_and_entropy, mask_from_lengths, token_log_probs
+from rlhf.tensors import log_probs_and_entropy, send, token_log_probs
 
 MAX_RATIO_ERROR = 1e-3  # of the first mini-batch after a rollout, in fp32: rounding alone stays a hundred times below
 
@@ -90,7 +91,7 @@ def main(job: Job) -> None:
             for i, ids, length, kl, value in zip(
                 order.batch(step),
                 experience.sequences,
-                experience.prompt_lengths.tolist(),
+                experience.prompt_lengths,
                 answer_kl(experience).tolist(),
                 experience.scores.tolist(),
                 strict=True,
@@ -129,29 +130,35 @@ def roll_out(job: Job, models: Models, prompts: list[list[int]], step: int, cloc
 
 @torch.no_grad()
 def score(job: Job, models: Models, rollouts: Rollouts) -> list[Scored]:
-    """What the frozen models and the critic say of each answer of this rank."""
+    """What the frozen models and the critic say of each answer of this rank.
+
+    Nothing is read until all forward passes have been asked for: a GPU computes one micro-batch while the next is laid out.
+    """
     params, device = job.params.ppo, models.actor.device
-    scored: dict[int, Scored] = {}
+    # decoding and training round differently in half precision, and the ratio must start at 1
+    exact = job.params.launch.precision == "fp32"
+    found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
     models.critic.eval()
     numbers = range(len(rollouts.answers))
     for index in equal_micro_batches(numbers, lambda i: len(rollouts.prompts[i]) + len(rollouts.answers[i]), job):
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
-        prompt_lengths = torch.tensor([len(rollouts.prompts[i]) for i in index], device=device)
-        lengths = [len(rollouts.answers[i]) for i in index]
-        at = Layout.of(sequences, prompt_lengths, mask_from_lengths(torch.tensor(lengths, device=device), max(lengths)))
+        at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], max(len(rollouts.answers[i]) for i in index), device)
+        raw = values_at(models.reward, at.packed, at.packed.last)
         with models.reference() as model:
-            reference = answer_log_probs(model, at, params.temperature).cpu()
-        values = answer_values(models.critic, at).cpu()
-        raw = models.reward(**at.packed.read_at(at.packed.last))[at.packed.last]
-        scores = ((raw - models.reward.mean) / models.reward.std).tolist()
-        # decoding and training round differently in half precision, and the ratio must start at 1
-        exact = job.params.launch.precision == "fp32"
-        again = None if exact else answer_log_probs(models.actor.module, at, params.temperature).cpu()
-        for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
-            log_probs = torch.tensor(rollouts.log_probs[i]) if again is None else again[row, :length]
-            said = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
-            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row], *said)
+            reference = answer_log_probs(model, at, params.temperature)
+        said = [(raw - models.reward.mean) / models.reward.std, reference, answer_values(models.critic, at)]
+        if not exact:
+            said.append(answer_log_probs(models.actor.module, at, params.temperature))
+        found.append((index, said))
     models.critic.train()
+    scored: dict[int, Scored] = {}
+    for index, said in found:
+        scores, reference, values, *again = (numbers.cpu() for numbers in said)
+        for row, i in enumerate(index):
+            length = len(rollouts.answers[i])
+            log_probs = again[0][row, :length].clone() if again else torch.tensor(rollouts.log_probs[i])
+            of_tokens = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
+            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row].item(), *of_tokens)
     return [scored[i] for i in numbers]
 
 
@@ -161,7 +168,7 @@ def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:
 
 
 def answer_values(critic: Any, at: Layout) -> Tensor:
-    return at.fill(critic(**at.packed.read_at(at.before))[at.before])
+    return at.fill(values_at(critic, at.packed, at.before))
 
 
 def answer_kl(experience: Experience) -> Tensor:
@@ -214,10 +221,10 @@ class Part:
 
     @classmethod
     def of(cls, e: Experience, targets: Targets, index: Sequence[int]) -> Part:
-        rows = list(index)
-        mask = e.mask[rows]
-        at = Layout.of([e.sequences[i] for i in rows], e.prompt_lengths[rows], mask)
-        return cls(at, mask, e.log_probs[rows], e.values[rows], targets.advantages[rows], targets.returns[rows])
+        device = e.mask.device
+        at = Layout.of([e.sequences[i] for i in index], [e.prompt_lengths[i] for i in index], e.mask.shape[1], device)
+        rows = send(torch.tensor(index), device)
+        return cls(at, e.mask[rows], e.log_probs[rows], e.values[rows], targets.advantages[rows], targets.returns[rows])
 
 
 def mixture_batches(params: Ppo, texts: list[list[int]], order: Order, step: int) -> list[list[list[int]]]:
@@ -237,7 +244,7 @@ def update(
     ratio_error, ratio_max = 0.0, 1.0
     norms = {"actor_grad_norm": 0.0, "critic_grad_norm": 0.0}
     for number, index in enumerate(mini_batches(job, len(experience.sequences), step)):
-        tokens = experience.mask[index].sum().item()
+        tokens = float(sum(len(experience.sequences[i]) - experience.prompt_lengths[i] for i in index))
         mine = share(index, job, "ppo.mini_batch_size")
         parts = equal_micro_batches(mine, lambda row: len(experience.sequences[row]), job)
         texts = passages[number] if passages else []

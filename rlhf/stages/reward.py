@@ -22,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models import lora
 from rlhf.models.policy import check_length
-from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, values_at
 from rlhf.models.tokenizer import load_tokenizer
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt + chosen, of prompt + rejected
@@ -102,7 +102,7 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) ->
         parts = equal_micro_batches(mine, tokens_of_pair, job)
         for number_of_part, micro in enumerate(parts, start=1):
             packed = pack([ids for pair in micro for ids in pair], engine.device)
-            scores = engine(**packed.read_at(packed.last))[packed.last]
+            scores = values_at(engine, packed, packed.last)
             loss, stats = pairwise_loss(scores[::2], scores[1::2], len(batch))
             backward(engine, loss, last=number_of_part == len(parts))
             add(sums, {"loss": loss, **{name: value.double() / len(batch) for name, value in stats.items()}})
@@ -135,7 +135,7 @@ def score(scalar: ScalarModel, rows: Sequence[list[int]], tokens: int, *, togeth
     for part in micro_batches(blocks, lambda block: sum(len(rows[i]) for i in block), tokens):
         index = [i for block in part for i in block]
         packed = pack([rows[i] for i in index], device)
-        for i, value in zip(index, scalar(**packed.read_at(packed.last))[packed.last].tolist(), strict=True):
+        for i, value in zip(index, values_at(scalar, packed, packed.last).tolist(), strict=True):
             scores[i] = value
     return scores
 
