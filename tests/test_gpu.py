@@ -121,13 +121,13 @@ def test_log_probs_of_sampled_tokens_are_those_of_a_full_forward_pass(family: st
 def test_a_captured_step_gives_what_the_same_operations_give_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_gpu("llama", dtype)
     captured: list[int] = []
-    capture = decoding.GraphDecoder._capture
+    run = decoding.GraphDecoder._run_and_capture
 
     def note(self: decoding.GraphDecoder, rows: int) -> None:
-        capture(self, rows)
+        run(self, rows)
         captured.extend([rows] if self.captures else [])
 
-    monkeypatch.setattr(decoding.GraphDecoder, "_capture", note)
+    monkeypatch.setattr(decoding.GraphDecoder, "_run_and_capture", note)
     first = answers_of(model, DRAWN)
     assert 24 in captured
     assert set(captured) <= {24, 6, 2, 1}
@@ -154,7 +154,8 @@ def test_a_model_that_cannot_be_captured_is_run_as_it_stands(caplog: pytest.LogC
     hook.remove()
     assert found.answers == expected.answers
     assert "llama decodes without a captured graph" in caplog.text
-    assert answers_of(model, DRAWN) == expected  # and the GPU works on
+    assert answers_of(model, DRAWN) == expected
+    assert torch.cuda.get_sync_debug_mode() == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stages

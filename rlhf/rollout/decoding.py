@@ -7,7 +7,8 @@ for together. A graph computes with the same tensors at each replay: what differ
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -75,10 +76,27 @@ class GraphDecoder(Decoder):
     def _run(self, rows: int) -> None:
         if rows in self.graphs:
             self.graphs[rows].replay()
+        elif self.captures:
+            self._run_and_capture(rows)
+        else:
+            self._compute(rows)
+
+    def _run_and_capture(self, rows: int) -> None:
+        try:
+            with _not_waited_for():
+                self._compute(rows)
+        except RuntimeError as error:
+            what = "a model of type %s decodes without a captured graph, which is slower: %s"
+            logger.warning(what, self.model.config.model_type, str(error).splitlines()[0])
+            self.captures = False
+            self._compute(rows)
             return
-        self._compute(rows)
-        if self.captures:
-            self._capture(rows)
+        others = next(iter(self.graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        # one pool for all: none needs what another has left there
+        with torch.cuda.graph(graph, pool=others and others.pool(), capture_error_mode="thread_local"):
+            self._compute(rows)
+        self.graphs[rows] = graph
 
     def _compute(self, rows: int) -> None:
         ids, lengths = self.given_there[:, :rows]
@@ -88,21 +106,6 @@ class GraphDecoder(Decoder):
         self.drawn[0, :rows] = tokens
         self.drawn[1, :rows] = log_probs
 
-    def _capture(self, rows: int) -> None:
-        """Keep the step of so many slots, which has just been made, for those that follow."""
-        graph = torch.cuda.CUDAGraph()
-        others = next(iter(self.graphs.values()), None)
-        try:
-            # one pool for all: none needs what another has left there
-            with torch.cuda.graph(graph, pool=None if others is None else others.pool(), capture_error_mode="thread_local"):
-                self._compute(rows)
-        except RuntimeError as error:
-            self.captures = False
-            what = "a model of type %s decodes without a captured graph, which is slower: %s"
-            logger.warning(what, self.model.config.model_type, str(error).splitlines()[0])
-        else:
-            self.graphs[rows] = graph
-
 
 def size_for(count: int, slots: int) -> int:
     """Slots of the smallest graph that takes so many."""
@@ -110,6 +113,17 @@ def size_for(count: int, slots: int) -> int:
     while (smaller := -(-size // APART)) >= count and smaller < size:
         size = smaller
     return size
+
+
+@contextmanager
+def _not_waited_for() -> Iterator[None]:
+    """An operation that waits for the GPU raises RuntimeError inside the block: it cannot be captured, and half a capture is not undone."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def decoder(model: PreTrainedModel, cache: SlotCache, sampling: Sampling) -> Decoder:
