@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from stage_runs import TRAINED, make_workspace, set_params, table, tiny_params
 from test_families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import command, config
@@ -20,7 +21,7 @@ from rlhf.models.attention import attend
 from rlhf.models.pieces import Ragged
 from rlhf.models.policy import logits_at
 from rlhf.rollout import decoding
-from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.generate import Rollouts, Stop, generate
 from rlhf.rollout.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -44,9 +45,14 @@ def on_gpu(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return cast(PreTrainedModel, cast(Any, tiny(family)).to(GPU, dtype))
 
 
-def answers_of(model: PreTrainedModel, sampling: Sampling, slots: int = 24, **options: Any) -> Rollouts:
+def answers_of(model: PreTrainedModel, sampling: Sampling, eos_id: int = EOS, stop: Stop | None = None) -> Rollouts:
     prompts = sequences(range(1, PROMPTS + 1))
-    return generate(model, prompts, range(PROMPTS), sampling, **{"eos_id": EOS, "pad_id": PAD, "slots": slots} | options)
+    return generate(model, prompts, range(PROMPTS), sampling, eos_id=eos_id, pad_id=PAD, slots=24, stop=stop)
+
+
+def early(number: int, answer: list[int]) -> bool:
+    """Answers of one to 16 tokens: at the end few slots are in use."""
+    return len(answer) == number % 16 + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- attention
@@ -95,7 +101,7 @@ def test_greedy_answers_are_those_of_transformers(family: str) -> None:
     options = {"attention_mask": left["attention_mask"], "do_sample": False, "max_new_tokens": 16, "pad_token_id": PAD}
     made = cast(Any, model).generate(left["input_ids"], eos_token_id=None, **options)[:, left["input_ids"].shape[1] :].tolist()
     eos_id = made[0][4]
-    found = answers_of(model, Sampling(0.0, 0, 1.0, 16), eos_id=eos_id)
+    found = answers_of(model, Sampling(0.0, 0, 1.0, 16), eos_id)
     assert found.answers == [row[: row.index(eos_id) + 1] if eos_id in row else row for row in made]
 
 
@@ -128,13 +134,11 @@ def test_a_captured_step_gives_what_the_same_operations_give_one_by_one(dtype: t
         captured.extend([rows] if self.captures else [])
 
     monkeypatch.setattr(decoding.GraphDecoder, "_run_and_capture", note)
-    first = answers_of(model, DRAWN)
-    assert 24 in captured
-    assert set(captured) <= {24, 6, 2, 1}
-    assert len(captured) == len(set(captured)) > 1
-    assert answers_of(model, DRAWN) == first
+    first = answers_of(model, DRAWN, stop=early)
+    assert sorted(captured) == [2, 6, 24] or sorted(captured) == [1, 2, 6, 24]
+    assert answers_of(model, DRAWN, stop=early) == first
     monkeypatch.setattr(decoding.GraphDecoder, "_run", decoding.GraphDecoder._compute)
-    assert answers_of(model, DRAWN) == first
+    assert answers_of(model, DRAWN, stop=early) == first
 
 
 def test_the_next_rollout_uses_the_new_weights() -> None:
@@ -146,16 +150,23 @@ def test_the_next_rollout_uses_the_new_weights() -> None:
     assert answers_of(model, DRAWN).answers != before.answers
 
 
-def test_a_model_that_cannot_be_captured_is_run_as_it_stands(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("wait", [lambda ids: ids.max().item(), lambda _: torch.cuda.synchronize()])
+def test_a_model_that_cannot_be_captured_is_run_as_it_stands(wait: Callable[[Tensor], object], caplog: pytest.LogCaptureFixture) -> None:
     model = on_gpu("llama")
     expected = answers_of(model, DRAWN)
-    hook = model.model.register_forward_pre_hook(lambda _, __, given: given["position_ids"].max().item(), with_kwargs=True)  # type: ignore[union-attr,arg-type]
+
+    def hold_up(_: Any, __: Any, given: dict[str, Any]) -> None:
+        wait(given["input_ids"])
+
+    hook = model.register_forward_pre_hook(hold_up, with_kwargs=True)
     found = answers_of(model, DRAWN)
     hook.remove()
     assert found.answers == expected.answers
     assert "llama decodes without a captured graph" in caplog.text
     assert answers_of(model, DRAWN) == expected
     assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.rand(1, device=GPU).item() < 1
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 # ---------------------------------------------------------------------------------------------------------------- the stages

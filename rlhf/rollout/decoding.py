@@ -82,21 +82,23 @@ class GraphDecoder(Decoder):
             self._compute(rows)
 
     def _run_and_capture(self, rows: int) -> None:
+        """Make the step operation by operation, and keep what it consists of for those that follow."""
+        others = next(iter(self.graphs.values()), None)
+        graph = torch.cuda.CUDAGraph()
         try:
             with _not_waited_for():
+                self._compute(rows)
+            # one pool for all: none needs what another has left there; the stream, as a capture that fails does not put it back
+            pool = None if others is None else others.pool()
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._compute(rows)
         except RuntimeError as error:
             what = "a model of type %s decodes without a captured graph, which is slower: %s"
             logger.warning(what, self.model.config.model_type, str(error).splitlines()[0])
             self.captures = False
             self._compute(rows)
-            return
-        others = next(iter(self.graphs.values()), None)
-        graph = torch.cuda.CUDAGraph()
-        # one pool for all: none needs what another has left there
-        with torch.cuda.graph(graph, pool=others and others.pool(), capture_error_mode="thread_local"):
-            self._compute(rows)
-        self.graphs[rows] = graph
+        else:
+            self.graphs[rows] = graph
 
     def _compute(self, rows: int) -> None:
         ids, lengths = self.given_there[:, :rows]
@@ -117,7 +119,7 @@ def size_for(count: int, slots: int) -> int:
 
 @contextmanager
 def _not_waited_for() -> Iterator[None]:
-    """An operation that waits for the GPU raises RuntimeError inside the block: it cannot be captured, and half a capture is not undone."""
+    """Most operations that wait for the GPU, which no graph can hold, raise RuntimeError inside the block."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
