@@ -169,7 +169,8 @@ def main(words: Sequence[str]) -> None:
             VARIANTS[variant]()
         root, stage = Path.cwd() / Path(place).parent, Path(place).name
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        job = Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, "cpu", rank, ranks, rank)
+        device = os.environ["DS_ACCELERATOR"]
+        job = Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, device, rank, ranks, rank)
         job.folder.mkdir(parents=True, exist_ok=True)
         import_module(f"rlhf.stages.{stage}").main(job)
         if dist.is_initialized():

@@ -150,6 +150,19 @@ def test_frequencies_follow_the_probabilities(sampling: Sampling, expected: list
     torch.testing.assert_close(frequencies(sampling), torch.tensor(expected), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("size", [100, 128, 1000, 4096])
+def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_uniform_number(size: int) -> None:
+    torch.manual_seed(1)
+    logits = 3 * torch.randn(500, size)
+    uniforms = torch.rand(500)
+    tokens, _ = sample(logits, uniforms, Sampling(1.0, 0, 1.0, 1))
+    upto = logits.double().softmax(-1).cumsum(-1)
+    assert ((upto.gather(1, tokens[:, None]).squeeze(1) - uniforms) > -1e-6).all()
+    before = upto.gather(1, (tokens - 1).clamp(min=0)[:, None]).squeeze(1).masked_fill(tokens == 0, 0)
+    assert ((before - uniforms) < 1e-6).all()
+    assert len(tokens.unique()) > 60
+
+
 def test_extreme_uniform_numbers_draw_a_token_that_can_come() -> None:
     logits = torch.tensor([[0.0, -float("inf"), 0.0]]).expand(2, -1)
     tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2**-24]), Sampling(1.0, 0, 1.0, 1))

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.data.batches import Packed
-from rlhf.models import attention, ragged
+from rlhf.models import attention
+from rlhf.rollout.gpu import attend_at_once
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
@@ -68,19 +69,19 @@ class SlotCache:
         Args:
             lengths: (B,) tokens that each slot in use holds already, on the GPU.
         """
-        self.lengths, self.width = lengths, self.capacity
+        self.lengths = lengths
         unfit = torch.empty(1, 1, 0, 0, device=lengths.device)  # as in a packed row's inputs
-        return {"position_ids": lengths[:, None], "attention_mask": unfit, "used": (lengths + 1).int()}
+        return {"position_ids": lengths[:, None], "attention_mask": unfit, "held": self}
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Layer:
         """Called by each layer of attention with what is new, (B, H, T, D); gives it what to attend to."""
         if self.fresh is not None:
             self.fresh.append((keys, values))
+        if self.fresh is not None or keys.device.type != "cpu":  # where `attend` puts them into their slots
             return keys, values
-        slots = torch.arange(len(keys), device=keys.device)
-        with _in_any_order():
-            for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-                kept[slots, :, self.lengths] = new[:, :, 0]
+        slots = torch.arange(len(keys))
+        for kept, new in zip(self.layers[layer], (keys, values), strict=True):
+            kept[slots, :, self.lengths] = new[:, :, 0]
         held_keys, held_values = self.layers[layer]
         return held_keys[: len(keys), :, : self.width], held_values[: len(keys), :, : self.width]
 
@@ -98,7 +99,7 @@ class SlotCache:
 
     def _room(self, like: Tensor) -> Tensor:
         """Zeros (slots, H, capacity, D) for keys or values like (H, T, D): what is masked must be finite, as 0 · NaN is NaN."""
-        if like.device.type != "cpu":  # token by token, as kernels take them that know no slots
+        if like.device.type != "cpu":  # token by token, as torch's kernels take them, which know no slots
             return like.new_zeros(self.slots, self.capacity, len(like), like.shape[-1]).transpose(1, 2)
         shape = (self.slots, len(like), self.capacity, like.shape[-1])
         # numpy's zeros come from the system, which makes pages of them as they are written: short answers leave most of it untouched
@@ -122,17 +123,6 @@ def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer
 
 
 @contextmanager
-def _in_any_order() -> Iterator[None]:
-    """Let torch write in any order where indices say, which is quicker on a GPU: here none comes twice, and the result is the same."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
 def attending(model: PreTrainedModel) -> Iterator[None]:
     """Have a model attend by `attend` inside the block, and as before after it."""
     before = model.config._attn_implementation
@@ -144,13 +134,13 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
     spans: Sequence[tuple[int, int]] | None = None,
-    used: Tensor | None = None,
+    held: SlotCache | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one query (B, Q, 1, D) per slot to keys and values (B, H, T, D), each shared by Q / H heads of queries.
@@ -161,31 +151,22 @@ def attend(
 
     Args:
         spans: first slot of each and its width.
-        used: (B,) int32 columns in use of each slot, on a GPU.
-            Neither is given while prompts are read.
+        held: the slots, on a GPU, where key and value are only what is new. Neither is given while prompts are read.
     """
-    if spans is None and used is None:
+    if held is not None:
+        keys, values = held.layers[module.layer_idx]
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        return attend_at_once()(query, key, value, keys, values, held.lengths, scale).transpose(1, 2), None
+    if spans is None:
         return attention.attend(module, query, key, value, attention_mask, **options)
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, width)
-    if spans is None:
-        return _attend_at_once(grouped, key, value, used, options.get("scaling")).reshape(rows, 1, heads, width), None
     found = torch.empty_like(grouped)
     for first, columns in spans:
         part = slice(first, first + SPAN)
         inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns])
         found[part] = scaled_dot_product_attention(*inputs, attn_mask=attention_mask[part, ..., :columns], scale=options.get("scaling"))
     return found.reshape(rows, 1, heads, width), None
-
-
-def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, used: Tensor | None, scale: float | None) -> Tensor:
-    """Query (B, H, G, D) and the slots' key and value (B, H, T, D) → (B, H, G, D), in one kernel."""
-    rows, heads, group, width = query.shape
-    starts, slots = (torch.arange(0, (rows + 1) * step, step, dtype=torch.int32, device=query.device) for step in (group, key.shape[2]))
-    queries, keys, values = (states.transpose(1, 2).reshape(-1, heads, width) for states in (query, key, value))
-    layout = (starts, slots, group, key.shape[2])
-    found = ragged.attend(queries, keys, values, *layout, scale=scale, causal=False, used=used)
-    return found.view(rows, group, heads, width).transpose(1, 2)
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -1,0 +1,50 @@
+"""Attention of a decoding step on a GPU: of one new token of each answer, to what its slot holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from rlhf.models import ragged
+
+logger = logging.getLogger(__name__)
+
+# query (B, Q, 1, D), new key and value (B, H, 1, D), the slots' keys and values (slots, H, T, D), lengths (B,), scale → (B, Q, 1, D)
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@cache
+def attend_at_once() -> Attention:
+    """Attention of a decoding step on a GPU: the kernel made for it, or torch's where Triton is missing or finds no compiler."""
+    try:
+        from rlhf.rollout import fused
+
+        tiny = torch.zeros(1, 1, 1, 16, device="cuda")
+        fused.attend(tiny, tiny, tiny, tiny.clone(), tiny.clone(), torch.zeros(1, dtype=torch.long, device="cuda"), 1.0)
+    except Exception as error:
+        logger.warning("decoding attends by torch's kernels, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
+        return attend_by_torch
+    return fused.attend
+
+
+def attend_by_torch(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """What `attend` of rlhf/rollout/fused.py does, by the kernels that prompts are read with."""
+    rows, heads, _, width = query.shape
+    sharing, capacity = key.shape[1:3]
+    slots, group = torch.arange(rows, device=query.device), heads // sharing
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # no place is written to twice, and the way that allows for it is slow
+    for held, new in ((key, new_key), (value, new_value)):
+        held[slots, :, lengths] = new[:, :, 0]
+    torch.use_deterministic_algorithms(before)
+    # heads that share keys stand where the tokens of a sequence would
+    queries = query.view(rows, sharing, group, width).transpose(1, 2).reshape(-1, sharing, width)
+    keys, values = (held[:rows].transpose(1, 2).reshape(-1, sharing, width) for held in (key, value))
+    starts, key_starts = (torch.arange(0, (rows + 1) * step, step, dtype=torch.int32, device=query.device) for step in (group, capacity))
+    used = (lengths + 1).int()
+    found = ragged.attend(queries, keys, values, starts, key_starts, group, capacity, scale=scale, causal=False, used=used)
+    return found.view(rows, group, sharing, width).transpose(1, 2).reshape(rows, heads, 1, width)
