@@ -266,8 +266,7 @@ def test_the_stages_train_in_half_precision_and_give_the_same_bytes_again(traine
 
 @pytest.mark.parametrize("gather", ["whole", "layers"])
 def test_models_shared_out_and_offloaded_train_alike(trained: Path, gather: str) -> None:
-    # DeepSpeed's own product with shared-out weights rounds otherwise than torch's, and bf16 shows it
-    assert course(trained / gather, "score") == pytest.approx(course(trained / "first", "score"), abs=0.6)
+    assert course(trained / gather, "score") == pytest.approx(course(trained / "first", "score"), abs=0.2)
     assert course(trained / gather, "value_loss") == pytest.approx(course(trained / "first", "value_loss"), rel=0.2)
 
 
