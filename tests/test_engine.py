@@ -97,6 +97,18 @@ def test_the_stages_train_in_half_precision(tmp_path: Path, precision: str, how:
     assert (tmp_path / "models/ppo/model.safetensors").read_bytes() == undisturbed
 
 
+def test_models_in_parts_train_in_half_precision_like_whole_ones(base: Path, tmp_path: Path) -> None:
+    for name, zero_stage in (("whole", 1), ("parts", 3)):
+        variant(base, tmp_path / name, layout(zero_stage) | {"precision": "bf16"})
+    run(tmp_path, *(f"{name}/{stage}" for name in ("whole", "parts") for stage in ("sft", "reward", "ppo")))
+    for stage in ("sft", "reward", "ppo"):
+        whole, parts = (table(tmp_path / name / f"plots/{stage}.csv") for name in ("whole", "parts"))
+        assert len(whole) >= 3
+        for row, other in zip(whole, parts, strict=True):
+            for key, value in row.items():
+                assert float(other[key] or 0) == pytest.approx(float(value or 0), rel=1e-4, abs=1e-4), (stage, key)
+
+
 # fp16 needs a GPU: here the engines are fp32, and only the step takes them for fp16; the gradient of the first is infinite, then not
 OVERFLOW = """
 import math, os

@@ -5,7 +5,10 @@ Random models of a few thousand weights, with a tokenizer of the project; a fami
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_runs import make_workspace, run, table, tiny_params
+from stage_runs import REPOSITORY, free_port, make_workspace, run, table, tiny_params
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -241,6 +244,36 @@ def test_a_step_of_each_stage_changes_the_weights(family: str, stage: str, train
         assert float(step["ratio_error"]) < 1e-4
     if stage == "reward":
         assert AutoModelForSequenceClassification.from_pretrained(root / family / "models/reward").config.num_labels == 1
+
+
+BORN = """
+import sys
+from pathlib import Path
+import deepspeed, torch
+from rlhf.engine.partition import born, is_partitioned
+from rlhf.models.policy import load_policy
+
+deepspeed.init_distributed("gloo")
+for folder in map(Path, sys.argv[1:]):
+    whole = load_policy(folder, "bf16")
+    with born({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}):
+        parts = load_policy(folder, "bf16")
+    assert is_partitioned(parts), folder
+    assert {parameter.dtype for parameter in parts.parameters()} == {torch.bfloat16}, folder
+    expected = dict(whole.named_buffers())
+    assert expected.keys() == dict(parts.named_buffers()).keys()
+    for name, buffer in parts.named_buffers():
+        assert buffer.dtype == expected[name].dtype and torch.equal(buffer, expected[name]), (folder, name)
+"""
+
+
+def test_a_model_born_in_parts_keeps_the_precision_of_its_positions(trained: tuple[Path, str]) -> None:
+    """DeepSpeed would round the frequencies of rotary embeddings: in bf16, tokens would stand at other places than in a whole model."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    own = place | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    folders = [str(trained[0] / family / "models/base") for family in FAMILIES]
+    done = subprocess.run([sys.executable, "-c", BORN, *folders], env=os.environ | own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_stage_refuses_what_the_window_does_not_hold(trained: tuple[Path, str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import DeepSpeedTensorOverride, GatheredParameters
+from deepspeed.runtime.zero.partition_parameters import DEFAULT_TENSOR_OVERRIDES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -31,9 +32,12 @@ def born(settings: dict[str, Any]) -> Iterator[None]:
         yield
         return
     announced = HfDeepSpeedConfig(settings)  # transformers holds a weak reference to it
+    # transformers gives the weights their type; DeepSpeed would round what must stay in fp32, too: the frequencies of rotary embeddings
+    DEFAULT_TENSOR_OVERRIDES.remove(DeepSpeedTensorOverride.dtype)
     try:
         yield
     finally:
+        DEFAULT_TENSOR_OVERRIDES.append(DeepSpeedTensorOverride.dtype)
         unset_hf_deepspeed_config()
         del announced
 
