@@ -5,6 +5,7 @@ The launcher (rlhf/launch.py) sets the environment; `docs/architecture.md`, "Bet
 
 from __future__ import annotations
 
+import atexit
 import csv
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf import config, space
 from rlhf.errors import UserError
@@ -115,6 +116,17 @@ def run(stage: str, main: Callable[[Job], None]) -> None:
     except UserError as error:
         print(f"error: {error.what}\n  remedy: {error.remedy}", file=sys.stderr, flush=True)
         sys.exit(1)
+    atexit.register(_leave)
+
+
+def _leave() -> NoReturn:
+    """End the process of a stage that has succeeded before the interpreter takes itself apart.
+
+    Python's threads have ended by now; those of gloo and NCCL have not, and may abort it: a rank would have failed with its work done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

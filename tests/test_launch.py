@@ -161,6 +161,12 @@ def test_outputs_are_published_and_scratch_is_cleaned(workspace: Path, capfd: py
     assert not (run_folder(workspace) / "out").exists()
 
 
+def test_what_the_end_of_the_process_does_fails_no_stage_that_has_done_its_work(workspace: Path) -> None:
+    write_stages(workspace, "import atexit; atexit.register(os.abort)")
+    assert launch("prepare", workspace, "toys") == 0
+    assert (workspace / "data/prepared/rows.txt").exists()
+
+
 def test_an_output_is_replaced_and_a_finished_run_starts_anew(workspace: Path) -> None:
     (workspace / "data/prepared").mkdir()
     (workspace / "data/prepared/stale.txt").touch()
