@@ -9,7 +9,8 @@ python bench/generation.py --pairs pairs.jsonl.gz  prompts of a file of Anthropi
 each answer gets is laid down beforehand, and both sides obey the plan by their own means of stopping: `full`, every answer to the limit;
 `varied`, limit · u^1.5 for 64 evenly spread u, so 40% of the limit on average, few long ones. Useful tokens are those up to each answer's
 planned end. `generate` pads to the longest prompt and goes on until the last row has ended; it computes no log-probabilities, the engine
-does. The first round of each case does not count: memory is handed out by the system for the first time then.
+does. The first round of each case does not count: memory is handed out by the system for the first time then. Both sides keep what they have
+freed for the next round, as a stage does for the next step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sides import Step, Stopwatch
 from transformers import PreTrainedModel
 from workload import LONGEST, MODELS, SHORTEST, make_model, make_tokenizer, planned_lengths, read_pairs
 
+from rlhf.engine.distributed import keep_memory
 from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
 
@@ -62,6 +64,7 @@ def main(
 def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int, slots: int = PROMPTS) -> Iterator[Case]:
     """Each model, limit and plan."""
     torch.set_num_threads(threads)
+    keep_memory()
     prompts = make_prompts(pairs)
     mean = statistics.fmean(map(len, prompts))
     for family in MODELS:
@@ -115,17 +118,27 @@ def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -
 
 # kind of work → torch's operations
 PARTS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"),
     "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
     "concatenation": ("aten::cat",),
     "copies": ("aten::copy_", "aten::index_put_", "aten::_index_put_impl_", "aten::index", "aten::index_select"),
-    "sampling": ("aten::cumsum", "aten::searchsorted", "aten::multinomial", "aten::_softmax", "aten::exp_", "aten::max", "aten::gather"),
+    "sampling": (
+        "aten::cumsum",
+        "aten::searchsorted",
+        "aten::multinomial",
+        "aten::_softmax",
+        "aten::exp_",
+        "aten::amax",
+        "aten::sum",
+        "aten::gather",
+    ),
 }
 REST = ("other operations", "between operations", "together")
 
 
 def phases(pairs: Path | None, slots: int) -> Table:
     """Milliseconds by kind of work, of 64 answers of 64 tokens."""
+    keep_memory()
     prompts, lengths = make_prompts(pairs), [LIMITS[0]] * PROMPTS
     drawn = Table(title="Milliseconds for each of 64 tokens of 64 answers, prompts included", title_justify="left")
     for heading in ("side", *PARTS, *REST):

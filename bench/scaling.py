@@ -3,8 +3,8 @@
 python bench/scaling.py                         all of them: some minutes on two cores
 python bench/scaling.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
 
-Each variant and the base case make their steps in turn, as the two sides of a benchmark do. Micro-batches, slots and mini-batches stay as
-they are, so that twice the rollouts are twice the updates. Ranks are processes of one thread each.
+Each variant and the base case make their steps in turn, as the two sides of a benchmark do, on the same prompts. Micro-batches, slots and
+mini-batches stay as they are, so that twice the rollouts are twice the updates. Ranks are processes of one thread each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from sides import Side, Step
 from workload import CONTEXT, workspace
 
 FAMILY = "llama"
-MICRO_BATCH = 1024  # tokens
+PROMPTS = 32  # of which a step answers some or all
+MICRO_BATCH = 512  # tokens: fewer than a mini-batch has, so that it is the limit in each case
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def rows(pairs: Path | None, rounds: int) -> list[Row]:
 def _workspace(pairs: Path | None, variant: Variant, rounds: int) -> Any:
     params = variant.plan.params(rounds, ranks=variant.ranks, tokens=MICRO_BATCH)
     params["launch"] |= {"rollout": {"slots": BASE.plan.answers // variant.ranks, "gather": "whole"}}
-    return workspace(FAMILY, pairs, variant.plan.answers, CONTEXT, params, **variant.sizes)
+    return workspace(FAMILY, pairs, PROMPTS, CONTEXT, params, **variant.sizes)
 
 
 def _row(name: str, variant: Variant, parameters: int, steps: list[tuple[Step, Step]]) -> Row:

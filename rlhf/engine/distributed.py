@@ -34,7 +34,7 @@ def start(job: Job) -> torch.device:
     if cuda:
         torch.cuda.set_device(job.local_rank)
     else:
-        _keep_memory()
+        keep_memory()
         # DeepSpeed would compile its shared-memory collectives at the first start; a fresh machine may lack a compiler, and gloo needs none
         deepspeed.ops.__compatible_ops__[get_accelerator().create_op_builder("ShareMemCommBuilder").NAME] = False
     backend = "nccl" if cuda else "gloo"
@@ -44,7 +44,7 @@ def start(job: Job) -> torch.device:
     return device(job)
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Keep what a step frees for the next one: glibc would give large blocks back, to be faulted in again page by page."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other systems' libraries have none
     if mallopt:
