@@ -9,8 +9,8 @@ python bench/generation.py --pairs pairs.jsonl.gz  prompts of a file of Anthropi
 each answer gets is laid down beforehand, and both sides obey the plan by their own means of stopping: `full`, every answer to the limit;
 `varied`, limit · u^1.5 for 64 evenly spread u, so 40% of the limit on average, few long ones. Useful tokens are those up to each answer's
 planned end. `generate` pads to the longest prompt and goes on until the last row has ended; it computes no log-probabilities, the engine
-does. The first round of each case does not count: memory is handed out by the system for the first time then. Both sides keep what they have
-freed for the next round, as a stage does for the next step.
+does. The first round of each case does not count: memory is handed out by the system for the first time then. Both sides keep what they
+have freed for the next round, as a stage does for the next step.
 """
 
 from __future__ import annotations
