@@ -205,6 +205,14 @@ def test_a_family_that_cannot_take_packed_rows_is_refused(
         load_scalar(tmp_path, tokenizer, "fp32")
 
 
+def test_a_family_that_does_not_hand_the_pieces_on_is_refused_at_its_first_row(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", vocab_size=50, **sizes)).save_pretrained(tmp_path)
+    model = load_policy(tmp_path, "fp32")
+    with pytest.raises(UserError, match=r"does not hand on to its attention .* another family"):
+        model(**pack([[1, 2, 3], [4, 5]], "cpu").inputs)
+
+
 # --------------------------------------------------------------------------------------------------------------- the stages
 
 STAGES = ("sft", "reward", "ppo")

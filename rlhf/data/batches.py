@@ -123,7 +123,7 @@ class Packed:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """What a model is called with; one that does not attend piece by piece fails on the mask, which fits nothing."""
+        """What a model is called with; one that does not hand the pieces on to its attention is known by the mask, which fits nothing."""
         return {
             "input_ids": send(self.ids, self.device),
             "position_ids": send(self.positions, self.device),

@@ -52,8 +52,16 @@ def attend(
     Args:
         pieces: of the row, left to right, or as a GPU's kernels take them; None: ordinary rows with a mask, which go the usual way.
         read: (n,) places of the tokens whose outputs are read; None: all.
+
+    Raises:
+        UserError: the row is packed, and the model did not hand its pieces on.
     """
     if pieces is None:
+        if attention_mask is not None and not attention_mask.numel():
+            raise UserError(
+                "a layer of this model does not hand on to its attention what the model is called with, so that it cannot take packed rows",
+                remedy="choose a model of another family (docs/own-model.md)",
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if isinstance(pieces, Ragged):
         found = _attend_at_once(query, key, value, pieces, options.get("scaling"))
