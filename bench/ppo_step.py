@@ -80,6 +80,7 @@ class Plan:
 
 
 QUICK_LIMIT = 64
+ROUNDS = 7
 
 
 def main(
@@ -87,7 +88,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Print how far apart both sides' numbers are.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
     only: Annotated[str, typer.Option(help="A part of the names of the cases wanted.")] = "",
-    rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = ROUNDS,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:

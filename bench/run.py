@@ -1,6 +1,6 @@
 """`make bench`: every speed case, in turn with its peer, and how a PPO step grows. Printed, and written to bench/results.json.
 
-python bench/run.py                         everything: twenty minutes on quiet cores
+python bench/run.py                         everything: half an hour on quiet cores
 python bench/run.py --quick                 for a look: short answers, few rounds
 python bench/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style pairs instead of the sandbox's
 python bench/run.py --page bench/RESULTS.md the tables as a page, too
@@ -36,10 +36,10 @@ def main(
         itertools.chain(
             generation.cases(pairs, limits, rounds, threads),
             training.cases(pairs, rounds, threads),
-            ppo_step.cases(pairs, rounds, threads, quick=quick),
+            ppo_step.cases(pairs, 1 if quick else ppo_step.ROUNDS, threads, quick=quick),
         )
     )
-    growth = scaling.rows(pairs, rounds)
+    growth = scaling.rows(pairs, 2 if quick else scaling.ROUNDS)
     console().print(table(found))
     console().print(scaling.drawn(growth))
     written = write(output, found, scaling=growth, texts=pairs.name if pairs else "the sandbox's")

@@ -4,12 +4,12 @@ python bench/scaling.py                         all of them: some minutes on two
 python bench/scaling.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
 
 Each variant and the base case make their steps in turn, as the two sides of a benchmark do, on the same prompts. Micro-batches, slots and
-mini-batches stay as they are, so that twice the rollouts are twice the updates. Ranks are processes of one thread each.
+mini-batches stay as they are, so that twice the rollouts are twice the updates. The base case answers half of the prompts in a step and
+the other half in the next, so rounds come in twos, and what they took is added up. Ranks are processes of one thread each.
 """
 
 from __future__ import annotations
 
-import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from workload import CONTEXT, workspace
 
 FAMILY = "llama"
 PROMPTS = 32  # of which a step answers some or all
+ROUNDS = 4
 MICRO_BATCH = 512  # tokens: fewer than a mini-batch has, so that it is the limit in each case
 
 
@@ -47,7 +48,7 @@ Row = dict[str, Any]
 
 def main(
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds; medians count.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Rounds, an even number.")] = ROUNDS,
 ) -> None:
     """Print seconds and peak memory of each variant, and their ratios to the base case's."""
     console().print(drawn(rows(pairs, rounds)))
@@ -78,15 +79,15 @@ def _workspace(pairs: Path | None, variant: Variant, rounds: int) -> Any:
 
 def _row(name: str, variant: Variant, parameters: int, steps: list[tuple[Step, Step]]) -> Row:
     """Of rounds of (base, variant)."""
-    seconds = statistics.median(step.seconds for _, step in steps)
+    base, own = ({key: sum(getattr(step, key) for step in side) for key in ("seconds", "processor")} for side in zip(*steps, strict=True))
     memory = [max(step.memory for step in side) for side in zip(*steps, strict=True)]
     plan = variant.plan
     return {
         "name": name,
-        "seconds": seconds,
+        "seconds": own["seconds"] / len(steps),
         "memory_gib": memory[1] / 2**30,
-        "seconds_ratio": statistics.median(one.seconds / base.seconds for base, one in steps),
-        "processor_ratio": statistics.median(one.processor / base.processor for base, one in steps),
+        "seconds_ratio": own["seconds"] / base["seconds"],
+        "processor_ratio": own["processor"] / base["processor"],
         "memory_ratio": memory[1] / memory[0],
         "setting": f"{parameters / 1e6:.1f} million weights, {plan.answers} answers of up to {plan.limit}, ranks: {variant.ranks}",
     }
