@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -70,29 +71,28 @@ def _from_the_beginning(place: Workspace) -> None:
 
 
 def server_away(bench: Bench, name: str, kind: str, seconds: float) -> list[Row]:
-    """The server is killed in the middle of each stage and comes back some seconds later."""
-    place = bench.fresh(name)
+    """The server is killed in the middle of each stage, in a run of its own, and comes back some seconds later."""
+    return [row for stage in bench.stages for row in _away_in(replace(bench, stages=[stage]), name, kind, seconds)]
+
+
+def _away_in(bench: Bench, name: str, kind: str, seconds: float) -> list[Row]:
+    place = bench.fresh(f"{name}, {bench.stages[0]}")
     server = bench.server(kind, place)
     server.start()
-    back: list[threading.Timer] = []
+    back = threading.Timer(seconds, server.start)
 
     def away(_place: Workspace, _stage: str, _run: Run) -> None:
-        for timer in back:
-            timer.join()
         server.kill()
-        back.append(threading.Timer(seconds, server.start))
-        back[-1].start()
-
-    def wait(_place: Workspace, _stage: str, _run: Run) -> None:
-        back[-1].join()
+        back.start()
 
     variable = {"mlflow": ("MLFLOW_TRACKING_URI", server.address), "prefect": ("PREFECT_API_URL", f"{server.address}/api")}[kind]
     place.environment[variable[0]] = variable[1]
+    run = Run(place)
     try:
-        return disturbed(bench, name, away, mend=wait, stops=0, run=Run(place), uri=server.address if kind == "mlflow" else None)
+        return disturbed(bench, name, away, mend=lambda *_: back.join(), stops=0, run=run, uri=server.address if kind == "mlflow" else None)
     finally:
-        for timer in back:
-            timer.join()
+        if back.is_alive():
+            back.join()
 
 
 def mlflow_away_for_good(bench: Bench, name: str) -> list[Row]:
