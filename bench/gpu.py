@@ -1,6 +1,6 @@
 """Speed on one GPU: models of some 1.3 billion weights in bf16, 64 prompts of 256 tokens, answers of up to 256.
 
-python bench/gpu.py                          both models: three minutes on an H100
+python bench/gpu.py                          both models: four minutes on an H200
 python bench/gpu.py --only opt               one of them
 python bench/gpu.py --page bench/RESULTS.md  and its part of that page
 
