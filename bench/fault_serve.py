@@ -42,13 +42,13 @@ class Served(Run):
         if not self.place.find("serve"):
             self.serve()
         self.starts += 1
-        # a server that has just come back answers late; the key makes one run of however many requests
+        # under load the server leaves a request without an answer; the key makes one run of however many
         wanted = {"state": {"type": "SCHEDULED"}, "idempotency_key": f"start {self.starts}"}
         made: dict[str, Any] = {}
 
         def create() -> bool:
-            deployment = self.ask("deployments/name/retrain/nightly")
-            made.update((deployment and self.ask(f"deployments/{deployment['id']}/create_flow_run", wanted)) or {})
+            if deployment := self.ask("deployments/name/retrain/nightly"):
+                made.update(self.ask(f"deployments/{deployment['id']}/create_flow_run", wanted) or {})
             return bool(made)
 
         until(create, "Prefect does not make a run")

@@ -95,7 +95,7 @@ class Planned(StoppingCriteria):
     def __init__(self, ends: Tensor) -> None:
         self.ends = ends  # (B,) prompt included
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]  # transformers wraps it
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> Tensor:
         return self.ends <= input_ids.shape[1]
 
 

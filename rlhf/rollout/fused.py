@@ -9,8 +9,8 @@ It also writes the new token's keys and values to their place.
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-not-found]  # only builds for CUDA bring it
-import triton.language as tl  # type: ignore[import-not-found]
+import triton  # only torch's builds for CUDA bring it
+import triton.language as tl
 from torch import Tensor
 
 KEYS, BYTES = 64, 2**15  # that a program reads at a time, at most: some such parts must fit where it works
@@ -52,7 +52,7 @@ def attend(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _kernel(  # type: ignore[no-untyped-def]  # its types are Triton's
     query,
     new_key,
