@@ -10,7 +10,7 @@ run: $(READY)
 	.venv/bin/rlhf run
 
 test: $(READY)
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=10
 
 lint: $(READY)
 	.venv/bin/ruff check
@@ -21,13 +21,13 @@ serve: $(READY)
 	.venv/bin/rlhf serve
 
 bench: $(READY)
-	.venv/bin/python bench/run.py
+	.venv/bin/python bench/speed/run.py
 
 seeds: $(READY)
-	.venv/bin/python bench/seeds.py
+	.venv/bin/python bench/learning/seeds.py
 
 faults: $(READY)
-	.venv/bin/python bench/faults.py
+	.venv/bin/python bench/faults/run.py
 
 $(READY): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 is needed, and neither python3.11 nor python3 is that — install it, with its venv module" >&2; exit 1; }

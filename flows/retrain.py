@@ -16,12 +16,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 import tasks.registry
 import tasks.report
 import tasks.share
-from rlhf import config, fingerprint, tracking
+from rlhf import config, tracking
 from rlhf.errors import UserError
-from rlhf.launch import forget_committed
+from rlhf.launcher.launch import forget_committed
 from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.registry.history import person
+from rlhf.workspace import fingerprint
 from tasks import graph
 from tasks.approval import Word, ask
 from tasks.stage import run_stage, stop_all

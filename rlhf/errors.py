@@ -1,4 +1,10 @@
-"""The one kind of error that a user can mend."""
+"""The one kind of error that a user can mend; and what to tell of a full disk, which any part may meet."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
 
 from rlhf.redact import redact
 
@@ -18,3 +24,17 @@ class UserError(Exception):
         self.what = redact(what)
         self.remedy = redact(remedy)
         super().__init__(f"{self.what} ({self.remedy})")
+
+
+def full_disk(error: BaseException, place: Path) -> UserError | None:
+    """What to tell where a write failed because the disk of `place` is full; None where that is not why.
+
+    torch and safetensors raise errors of their own, without an errno, and leave what they could write.
+    """
+    by_number = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    by_name = "No space left on device" in str(error)
+    by_measure = isinstance(error, RuntimeError) and shutil.disk_usage(place).free < 1 << 20
+    if not (by_number or by_name or by_measure):
+        return None
+    remedy = "make room (`rlhf gc --dry-run` lists what nothing needs), then run again: a stage goes on from its last checkpoint"
+    return UserError(f"the disk of {place} is full", remedy=remedy)

@@ -1,6 +1,6 @@
 """What a stage's process knows of its run: the params, where to write, and where its metrics go.
 
-The launcher (rlhf/launch.py) sets the environment; `docs/architecture.md`, "Between launcher and stage", is the contract.
+The launcher (rlhf/launcher/launch.py) sets the environment; `docs/architecture.md`, "Between launcher and stage", is the contract.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf import config, space
-from rlhf.errors import UserError
+from rlhf import config
+from rlhf.errors import UserError, full_disk
 
 SECONDS_BETWEEN_LINES = 1.0
 
@@ -110,7 +110,7 @@ def run(stage: str, main: Callable[[Job], None]) -> None:
             if job.is_main:
                 (job.folder / "FINISHED").touch()
         except Exception as error:
-            if full := space.full(error, job.folder):
+            if full := full_disk(error, job.folder):
                 raise full from error
             raise
     except UserError as error:

@@ -9,9 +9,10 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from rlhf import comparison, registry, tracking
+from rlhf import registry, tracking
 from rlhf.config import Params
 from rlhf.errors import UserError
+from rlhf.registry import comparison
 from tasks.stage import LAST_LINES, follow
 
 SECONDS_TO_COME_BACK = 120

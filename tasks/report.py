@@ -8,9 +8,10 @@ from prefect import task
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from rlhf import registry, report, tracking
+from rlhf import registry, tracking
 from rlhf.config import Params
-from rlhf.report import Evidence
+from rlhf.registry import report
+from rlhf.registry.report import Evidence
 from tasks.approval import Word
 
 REPORT = "report.html"

@@ -17,8 +17,8 @@ from contextlib import ExitStack
 
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
-from rlhf import processes
 from rlhf.errors import UserError
+from rlhf.launcher import processes
 
 HOST = "127.0.0.1"
 SECONDS_TO_STOP = 5

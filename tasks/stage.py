@@ -19,8 +19,8 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from rlhf import processes
 from rlhf.errors import UserError
+from rlhf.launcher import processes
 from rlhf.redact import redact
 from tasks.graph import Stage
 from tasks.progress import Bar

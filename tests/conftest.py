@@ -1,8 +1,9 @@
-"""What several test files share: telemetry off, a tiny tokenizer and a tiny Llama, both built by the project's own code."""
+"""What several test files share: telemetry off, homes of its own for each worker, a tiny tokenizer and a tiny Llama."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +16,22 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# before Prefect and DVC are imported; workers, and the user's own servers, share nothing
+HOMES = tempfile.TemporaryDirectory(prefix="rlhf-tests-")
+os.environ |= {"PREFECT_HOME": f"{HOMES.name}/prefect", "DVC_SITE_CACHE_DIR": f"{HOMES.name}/dvc"}
+
+# files that take longest come first: with several workers (`make test`, one file at a time on each) none of them is left to the end
+LONGEST = ("test_end_to_end", "test_engine", "test_families", "test_flow", "test_team", "test_launch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half of the suite's time is waiting: for servers, processes, disks."""
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,17 @@ runs on from there to the end of the process:
 from __future__ import annotations
 
 import csv
+import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -37,7 +40,7 @@ import psutil
 import yaml
 
 if TYPE_CHECKING:
-    from rlhf.data.batches import Packed
+    from rlhf.models.packed import Packed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAINED = ("base", "sft", "reward", "ppo")
@@ -105,10 +108,22 @@ def rank_main(root: Path, words: Sequence[str], place: dict[str, str], log: Path
         sys.stderr.flush()
 
 
+@cache
+def _ports() -> Iterator[int]:
+    """Below those that the system gives out by itself, so that nobody takes one before it is used; of each worker its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 12_000 + 1_000 * (worker % 20)
+    start = random.randrange(1_000)  # another test run on this machine begins elsewhere
+    return (first + (start + number) % 1_000 for number in itertools.count())
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nobody listens at, and that `free_port` gives to nobody else."""
+    for port in _ports():
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("endless")
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -226,10 +241,11 @@ def pad_instead_of_packing() -> None:
 
 
 def padded(sequences: Sequence[Sequence[int]], device: Any) -> Packed:
-    """What `rlhf.data.batches.pack` gives, with padding up to the longest sequence; none shares its beginning."""
+    """What `rlhf.models.packed.pack` gives, with padding up to the longest sequence; none shares its beginning."""
     import torch
 
-    from rlhf.data.batches import Packed, Piece, pad_rows
+    from rlhf.models.packed import Packed, pad_rows
+    from rlhf.models.pieces import Piece
 
     width = max(map(len, sequences))
     lengths = [len(sequence) for sequence in sequences]

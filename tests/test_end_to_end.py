@@ -146,7 +146,9 @@ def flow_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
     clone = Clone(tmp_path_factory.mktemp("flow"))
     clone.copy_working_tree()
     clone.call("rlhf", "use", "sandbox", *TINY)
-    assert "version 1 is champion, the one before is none" in clone.call("rlhf", "run").splitlines()
+    said = clone.call("rlhf", "run").splitlines()
+    assert "version 1 is champion, the one before is none" in said
+    assert "to commit: `git add params.yaml dvc.lock metrics plots`" in said
     return clone
 
 
@@ -193,7 +195,7 @@ def test_scratch_is_cleaned_and_nothing_lies_about(flow_clone: Clone) -> None:
         if stage in MODELS:
             assert flow_clone.read(f"models/{stage}/lineage.json")["fingerprint"] == folder.name
     changed = flow_clone.call("git", "status", "--porcelain").splitlines()
-    assert {line[3:].partition("/")[0] for line in changed} <= {"params.yaml", "dvc.lock", "metrics", "plots"}
+    assert {line[3:].partition("/")[0] for line in changed} == {"params.yaml", "dvc.lock", "metrics", "plots"}
 
 
 def test_a_second_run_trains_nothing_and_registers_nothing(flow_clone: Clone) -> None:

@@ -12,20 +12,21 @@ from typing import Any, cast
 
 import pytest
 import torch
-from stage_runs import REPOSITORY, TRAINED, free_port, make_workspace, set_params, table, tiny_params
-from test_families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf import command, config
-from rlhf.data.batches import pack
+from rlhf import config
+from rlhf.launcher import command
 from rlhf.models.attention import attend
+from rlhf.models.packed import pack
 from rlhf.models.pieces import Ragged
 from rlhf.models.policy import logits_at
 from rlhf.rollout import decoding
 from rlhf.rollout.generate import Rollouts, Stop, generate
 from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch
 from rlhf.rollout.sampling import Sampling
+from tests.models.test_families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
+from tests.stage_runs import REPOSITORY, TRAINED, free_port, make_workspace, set_params, table, tiny_params
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -226,9 +227,9 @@ def half_precision(**engines: Any) -> dict[str, Any]:
 def run_on_gpu(root: Path, *words: str) -> None:
     """Run stages one after the other in one process, a rank of its own (tests/stage_runs.py)."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     settings = {"DS_ACCELERATOR": "cuda", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": path}
-    command = [sys.executable, "-c", "import sys, stage_runs; stage_runs.main(sys.argv[1:])", *words]
+    command = [sys.executable, "-c", "import sys; from tests import stage_runs; stage_runs.main(sys.argv[1:])", *words]
     done = subprocess.run(command, cwd=root, env=os.environ | place | settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

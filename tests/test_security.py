@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from stage_runs import make_workspace, run, tiny_params
 
-from rlhf import cli, command, config, fingerprint, presets
+from rlhf import config
+from rlhf.cli import main as cli
+from rlhf.cli.ingest import ingest
 from rlhf.config.training import PretrainedBase
-from rlhf.console import Console
 from rlhf.data.formats import read
 from rlhf.errors import UserError
-from rlhf.ingest import ingest
-from rlhf.launch import check_places
+from rlhf.launcher import command
+from rlhf.launcher.console import Console
+from rlhf.launcher.launch import check_places
 from rlhf.redact import redact
+from rlhf.workspace import fingerprint, presets
+from tests.stage_runs import make_workspace, run, tiny_params
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -23,7 +23,8 @@ from typing import Any
 
 import pytest
 import yaml
-from stage_runs import free_port
+
+from tests.stage_runs import free_port
 
 PROJECT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent

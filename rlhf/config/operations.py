@@ -48,7 +48,7 @@ class Operations(Section):
         description="what a flow does while another one runs in the same workspace: end at once, or wait"
     )
     spare_gib: NonNegative = Field(
-        description="a stage starts only if what it writes at most (rlhf/space.py says how it is estimated) leaves so much of the disk free"
+        description="a stage starts only if what it writes at most (docs/team.md says how it is estimated) leaves so much of the disk free"
     )
 
 

@@ -29,10 +29,9 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
-from rlhf import space
 from rlhf.engine import universal
 from rlhf.engine.ema import Ema
-from rlhf.errors import UserError
+from rlhf.errors import UserError, full_disk
 from rlhf.job import Job
 
 MARKER = "COMPLETE"
@@ -72,7 +71,7 @@ def save(
             content = {"step": step, "quality": quality, "layout": layout, "loop": state}
             (folder / "state.json").write_text(json.dumps(content), encoding="utf-8")
     except Exception as error:
-        full = space.full(error, folder)  # asked before the half of it makes room again
+        full = full_disk(error, folder)  # asked before the half of it makes room again
         shutil.rmtree(folder, ignore_errors=True)
         if full:
             raise full from error

@@ -19,7 +19,6 @@ from rlhf.config.training import Optimizer
 from rlhf.engine.partition import own, shape
 from rlhf.errors import UserError
 from rlhf.job import Job
-from rlhf.models.scalar import ScalarModel
 
 deepspeed_logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at each call that DeepSpeed makes
@@ -85,8 +84,8 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     """
     launch = job.params.launch
     if launch.gradient_checkpointing:
-        model: Any = module.model if isinstance(module, ScalarModel) else module
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed: Any = module
+        checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module.train()  # without dropout it computes the same as in eval; only in train are activations checkpointed
     optimizer = torch.optim.AdamW(
         parameter_groups(module, params.weight_decay), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, fused=True

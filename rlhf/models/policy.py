@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlhf.config.training import BuiltBase
-from rlhf.data.batches import Packed
 from rlhf.errors import UserError
 from rlhf.models.attention import attend_to_pieces
+from rlhf.models.packed import Packed
 from rlhf.tensors import send
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,21 +146,3 @@ def disable_dropout(model: torch.nn.Module) -> None:
         for part in model.modules():
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
-
-
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, weights: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer with chat template, generation config.
-
-    Args:
-        weights: the whole weights by name, where the model holds only a part of each.
-    """
-    model.config.use_cache = True
-    if model.can_generate():
-        model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-        )
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    model.config.use_cache = False

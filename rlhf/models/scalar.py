@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.batches import Packed
+from rlhf.models.packed import Packed
 from rlhf.models.policy import load
 from rlhf.tensors import send
 
@@ -32,6 +32,10 @@ class ScalarModel(nn.Module):
         """Inputs of a Hugging Face model (B, T) → one value per token, flattened (B·T,), fp32."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         return self.head(hidden).flatten().float()
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """What transformers' models offer under this name, of the backbone."""
+        self.model.gradient_checkpointing_enable(**options)
 
     @property
     def head(self) -> nn.Linear:

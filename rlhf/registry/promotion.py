@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rlhf import gates
 from rlhf.config import Params
 from rlhf.errors import UserError
-from rlhf.gates import Pair
 from rlhf.locks import lock
-from rlhf.registry import history
+from rlhf.registry import gates, history
+from rlhf.registry.gates import Pair
 from rlhf.registry.history import Move
 from rlhf.registry.versions import Version, aliases, connect, find, model_folder
 

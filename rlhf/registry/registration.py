@@ -19,11 +19,13 @@ from mlflow import MlflowClient
 from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from rlhf import fingerprint, gates, serving, snapshot, tracking
+from rlhf import tracking
 from rlhf.config import STAGES, Params
 from rlhf.errors import UserError
 from rlhf.locks import lock
+from rlhf.registry import gates, serving
 from rlhf.registry.versions import Version, connect, find
+from rlhf.workspace import fingerprint, snapshot
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.

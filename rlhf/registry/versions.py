@@ -17,9 +17,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from rlhf import serving, tracking
+from rlhf import tracking
 from rlhf.config import Params
 from rlhf.errors import UserError
+from rlhf.registry import serving
 
 ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>.+)|/(?P<number>\d+))")
 

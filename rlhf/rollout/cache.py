@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlhf.data.batches import Packed
 from rlhf.models import attention
+from rlhf.models.packed import Packed
 from rlhf.rollout.gpu import attend_at_once
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`

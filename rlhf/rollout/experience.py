@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rlhf.data.batches import Packed, pack
+from rlhf.models.packed import Packed, pack
 from rlhf.tensors import mask_from_lengths, send
 
 

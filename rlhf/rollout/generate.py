@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.data.batches import begin_alike, pack
+from rlhf.models.packed import begin_alike, pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
 from rlhf.rollout.decoding import Drawn, decoder

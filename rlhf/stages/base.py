@@ -13,14 +13,15 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config.training import BuiltBase, PretrainedBase
-from rlhf.data.batches import blocks
-from rlhf.engine import output
 from rlhf.engine.distributed import layout, start
 from rlhf.engine.partition import born, shape
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models.policy import ATTENTION, build_policy, load_policy, save_model
+from rlhf.models import saving as output
+from rlhf.models.dialogues import blocks
+from rlhf.models.policy import ATTENTION, build_policy, load_policy
+from rlhf.models.saving import save_model
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 from rlhf.stages.language_model import fit, perplexity
 

@@ -1,6 +1,6 @@
 """The champion's answers to the held-out prompts of this evaluation, judged as evaluate judged the new policy's.
 
-No stage of the graph: which version is in service is no input of a model. rlhf/comparison.py starts it, before the gates.
+No stage of the graph: which version is in service is no input of a model. rlhf/registry/comparison.py starts it, before the gates.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.batches import decode_answer
 from rlhf.engine.distributed import start
 from rlhf.job import Job, read_lines, run, write_lines
+from rlhf.models.dialogues import decode_answer
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages import evaluate
 

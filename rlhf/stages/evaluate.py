@@ -19,13 +19,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import sandbox
-from rlhf.data.batches import decode_answer, encode_dialogue, encode_prompt, pack
-from rlhf.engine import output
 from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora
+from rlhf.models import saving as output
+from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt
+from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config.training import BuiltBase, Sft, peak
-from rlhf.data.batches import Order, pack
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import add, equal_micro_batches, micro_batches, share, sum_over_ranks
+from rlhf.engine.order import Order
 from rlhf.engine.setup import backward, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.job import Job
+from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
 
 Row = tuple[list[int], list[int]]  # token ids and loss mask

@@ -20,15 +20,17 @@ from torch import Tensor
 from rlhf.algorithms import ppo
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config.training import Ppo
-from rlhf.data.batches import Order, decode_answer, pack
-from rlhf.engine import checkpoints, divergence, output
+from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import add, check_even, equal_micro_batches, gather, share, start, sum_over_ranks
+from rlhf.engine.order import Order
 from rlhf.engine.setup import backward, step_together
 from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, run
 from rlhf.models import lora
+from rlhf.models import saving as output
+from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
 from rlhf.models.scalar import values_at
 from rlhf.models.tokenizer import load_tokenizer
@@ -58,7 +60,7 @@ def main(job: Job) -> None:
     state = checkpoints.load(job, engines, models.ema)
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
-    records = Records(job, state.get("records_bytes", 0))
+    records = Records(job, tokenizer, state.get("records_bytes", 0))
     report = Report(job, models, device)
 
     steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
@@ -86,17 +88,7 @@ def main(job: Job) -> None:
         texts_learnt = [text for batch in passages[:done] for text in batch]
         cost = report.of(clock, experience, learnt, texts_learnt, actor_learns=step >= params.critic_warmup_steps)
         job.log(step + 1, params.steps, {**stats, **cost})
-        records.add(
-            {"step": step + 1, **prompts[i]["row"], "answer": decode_answer(tokenizer, ids[length:]), "kl": kl, "score": value}
-            for i, ids, length, kl, value in zip(
-                order.batch(step),
-                experience.sequences,
-                experience.prompt_lengths,
-                answer_kl(experience).tolist(),
-                experience.scores.tolist(),
-                strict=True,
-            )
-        )
+        records.add(step + 1, [prompts[i]["row"] for i in order.batch(step)], experience, answer_kl(experience))
         if steps.checkpoint_due(step):
             going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes}
             checkpoints.save(job, step + 1, engines, going, stats["reward"], models.ema)

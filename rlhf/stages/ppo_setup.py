@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.training import Ppo, peak
-from rlhf.data.batches import encode_dialogues
 from rlhf.engine.distributed import gather
 from rlhf.engine.ema import Ema
 from rlhf.engine.partition import born, written
@@ -22,6 +22,7 @@ from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models import lora
+from rlhf.models.dialogues import decode_answer, encode_dialogues
 from rlhf.models.policy import DTYPES, check_length, load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.rollout.experience import Experience
@@ -100,19 +101,31 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
 class Records:
     """The rollouts so far, in a file of the job's folder that rank 0 appends to; what came after the last checkpoint is cut off."""
 
-    def __init__(self, job: Job, checkpointed: int) -> None:
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, checkpointed: int) -> None:
         self.path, self.job, self.bytes = job.folder / "rollouts.jsonl", job, checkpointed
+        self.tokenizer = tokenizer
         if job.is_main:
             self.path.touch()
             os.truncate(self.path, checkpointed)
 
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        if self.job.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-            self.bytes = self.path.stat().st_size
+    def add(self, step: int, rows: Sequence[Mapping[str, Any]], e: Experience, kl: Tensor) -> None:
+        """Add the answers of a step.
+
+        Args:
+            rows: of the prompts, in the order of the experience.
+            kl: of each answer to the reference (B,).
+        """
+        if not self.job.is_main:
+            return
+        found = zip(rows, e.sequences, e.prompt_lengths, kl.tolist(), e.scores.tolist(), strict=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            for row, ids, length, distance, score in found:
+                answer = decode_answer(self.tokenizer, ids[length:])
+                line = {"step": step, **row, "answer": answer, "kl": distance, "score": score}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.bytes = self.path.stat().st_size
 
 
 class Report:

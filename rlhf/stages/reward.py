@@ -12,15 +12,18 @@ from torch import Tensor
 
 from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config.training import Reward, peak
-from rlhf.data.batches import Order, encode_dialogues, pack
-from rlhf.engine import checkpoints, divergence, output
+from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import add, equal_micro_batches, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.order import Order
 from rlhf.engine.partition import born, written
 from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models import lora
+from rlhf.models import saving as output
+from rlhf.models.dialogues import encode_dialogues
+from rlhf.models.packed import pack
 from rlhf.models.policy import check_length
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, values_at
 from rlhf.models.tokenizer import load_tokenizer

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.batches import encode_dialogues
-from rlhf.engine import output
 from rlhf.engine.distributed import start
 from rlhf.engine.partition import born
 from rlhf.engine.setup import settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
 from rlhf.models import lora
+from rlhf.models import saving as output
+from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.policy import check_length, load_policy
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.language_model import Row, fit

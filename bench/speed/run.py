@@ -1,0 +1,49 @@
+"""`make bench`: every speed case, in turn with its peer, and how a PPO step grows. Printed, and written to bench/results.json.
+
+python bench/speed/run.py                         everything: half an hour on quiet cores
+python bench/speed/run.py --quick                 for a look: short answers, few rounds
+python bench/speed/run.py --pairs pairs.jsonl.gz  texts of a file of Anthropic-style pairs instead of the sandbox's
+python bench/speed/run.py --page bench/speed/RESULTS.md the tables as a page, too
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.speed import generation, ppo_step, scaling, training
+from bench.speed.report import collect, console, markdown, table, write, write_section
+
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, few rounds.")] = False,
+    pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
+    output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
+    page: Annotated[Path | None, typer.Option(help="Where to write the tables as a page.")] = None,
+) -> None:
+    """Print ours, the peer's and the median of the rounds' ratios for every case."""
+    limits = generation.LIMITS[:1] if quick else generation.LIMITS
+    rounds = 1 if quick else 3
+    found = collect(
+        itertools.chain(
+            generation.cases(pairs, limits, rounds, threads),
+            training.cases(pairs, rounds, threads),
+            ppo_step.cases(pairs, 1 if quick else ppo_step.ROUNDS, threads, quick=quick),
+        )
+    )
+    growth = scaling.rows(pairs, 2 if quick else scaling.ROUNDS)
+    console().print(table(found))
+    console().print(scaling.drawn(growth))
+    written = write(output, found, scaling=growth, texts=pairs.name if pairs else "the sandbox's")
+    if page:
+        write_section(page, "Speed", markdown(written))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,117 @@
+"""`rlhf ingest`: files of new rows become dated parts of a source, checked against format and rows that are there, and versioned."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rlhf.config import Params
+from rlhf.config.data import ColumnSource, NamedSource
+from rlhf.data.formats import BY_DESIGN, read
+from rlhf.data.validate import Checker
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from rlhf.paths import inside
+from rlhf.workspace import presets
+
+AnyFileSource = ColumnSource | NamedSource
+# rows that a new file may well share with the ones there
+KNOWN = BY_DESIGN | {"duplicate"}
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What came in: the source, its new files, how many rows are new, and what was done, in lines for people."""
+
+    source: str
+    parts: list[str]
+    rows: int
+    lines: list[str]
+
+
+def ingest(root: Path, params: Params, files: Sequence[Path], name: str | None) -> Ingested:
+    """Add files to a source, all of them or none. A file with nothing new in it is left out.
+
+    Args:
+        root: the workspace.
+        params: of the workspace.
+        files: of the source's format.
+        name: of the source; None where only one reads files.
+
+    Raises:
+        UserError: no such source or file, too many damaged rows (params: prepare.max_quarantined_share), or a flow is reading the data.
+    """
+    number, source = _source(params, name)
+    key, folder = f"data.sources.{number}", presets.RAW / source.name
+    busy = None if params.operations.when_busy == "queue" else f"{root}: a retraining flow is reading the data of this workspace"
+    with lock(root, "flow", refuse=busy):
+        if source.path is None or folder not in (Path(source.path), *Path(source.path).parents):
+            what = f"{key}.path is {source.path}, and rows are added in {folder} only"
+            raise UserError(
+                what, remedy=f"bring the file there: `rlhf use params.yaml {key}.path=FILE`, FILE being a copy outside data/raw"
+            )
+        inside(root, folder, key)
+        checker = Checker(params.prepare.max_characters)
+        checker.divide(read(source, key, root, seed=0))
+        lines, taken = [], []
+        for file in files:
+            rows, said = _check(file, source, key, checker, params)
+            lines.append(said)
+            if rows:
+                taken.append((file, rows))
+        if not taken:
+            return Ingested(source.name, [], 0, lines)
+        parts: list[Path] = []
+        try:
+            for file, _ in taken:
+                parts.append(_place(root / folder, file))
+                shutil.copyfile(file, parts[-1])
+            if Path(source.path) == folder:
+                lines.append(presets.version(root, folder))
+            else:
+                lines += presets.use(root, str(root / "params.yaml"), [f"{key}.path={folder}"])
+        except BaseException:
+            for part in parts:
+                part.unlink(missing_ok=True)
+            raise
+        return Ingested(source.name, [str(folder / part.name) for part in parts], sum(rows for _, rows in taken), lines)
+
+
+def _source(params: Params, name: str | None) -> tuple[int, AnyFileSource]:
+    reading = {s.name: (number, s) for number, s in enumerate(params.data.sources) if isinstance(s, AnyFileSource) and s.path is not None}
+    if name is None and len(reading) == 1:
+        return next(iter(reading.values()))
+    if name not in reading:
+        what = "no source is named" if name is None else f"params.yaml: '{name}' is no source that reads a file"
+        remedy = f"give --source, one of {', '.join(reading)}" if reading else "set one up with `rlhf use`, see docs/own-data.md"
+        raise UserError(what, remedy=remedy)
+    return reading[name]
+
+
+def _check(file: Path, source: AnyFileSource, key: str, checker: Checker, params: Params) -> tuple[int, str]:
+    """How many rows are new, and a line on the file."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file", remedy="give the path of a data file")
+    good, bad = checker.divide(read(source.model_copy(update={"path": str(file.resolve())}), key, Path("/"), seed=0))
+    damaged = [row for row in bad if row.category not in KNOWN]
+    if len(damaged) > params.prepare.max_quarantined_share * (len(good) + len(bad)):
+        first = "; ".join(f"line {row.line}: {row.reason}" for row in damaged[:3])
+        what = f"{file}: {len(damaged)} of {len(good) + len(bad)} rows are damaged ({first}); nothing was added"
+        raise UserError(what, remedy="mend them, or raise prepare.max_quarantined_share")
+    known = Counter(row.category for row in bad)
+    rest = "".join(f", {count} {category}" for category, count in sorted(known.items()))
+    return len(good), f"{file}: {len(good)} new rows{rest}"
+
+
+def _place(folder: Path, file: Path) -> Path:
+    """A dated name that is free; names sort by time."""
+    stamp = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}"
+    place, number = folder / f"{stamp}-{file.name}", 1
+    while place.exists():
+        number += 1
+        place = folder / f"{stamp}-{number}-{file.name}"
+    return place

@@ -1,0 +1,251 @@
+"""The command line `rlhf`. Each command imports what it needs when it runs, so that `rlhf --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import config
+from rlhf.cli import versions
+from rlhf.errors import UserError, full_disk
+from rlhf.redact import redact
+from rlhf.workspace import snapshot
+from rlhf.workspace.find import workspace
+
+app = typer.Typer(
+    help="Scheduled, reproducible RLHF retraining: from raw data to a promoted model.\n\nCommands work on the nearest folder upwards that "
+    "holds params.yaml and dvc.yaml. Start with `rlhf use sandbox`, then `rlhf run`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line: what a user can mend is told in one line, without a traceback, with exit code 1."""
+    for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS"):
+        os.environ.setdefault(name, "true")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    try:
+        app()
+    except UserError as error:
+        message = f"{error.what} — {error.remedy}"
+    except OSError as error:
+        if full := full_disk(error, Path.cwd()):
+            message = f"{full.what} — {full.remedy}"
+        elif error.filename is None:
+            raise
+        else:
+            message = f"{error.filename}: {error.strerror} — set its permissions"
+    else:
+        return
+    print("error:", redact(" ".join(message.split())), file=sys.stderr)
+    sys.exit(1)
+
+
+@app.command()
+def use(
+    preset: Annotated[str, typer.Argument(help="Name of a file in presets/ (sandbox, hh, opt-1.3b, …), or the path of a YAML file.")],
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Values to change, for example ppo.steps=100 or data.sources.0.path=pairs.jsonl; docs/params.md explains every key.",
+        ),
+    ] = None,
+) -> None:
+    """Write params.yaml from a preset, with changed values, and dvc.yaml for its algorithm.
+
+    Data files that it names are copied to data/raw and versioned with DVC.
+    """
+    from rlhf.workspace import presets
+
+    for line in presets.use(workspace(), preset, values or []):
+        print(line)
+
+
+@app.command()
+def run() -> None:
+    """Run the retraining flow: all stages that are not up to date, then registration, gates and promotion."""
+    from rlhf.cli import progress
+    from rlhf.launcher import processes
+
+    root = workspace()
+    os.chdir(root)
+    params = config.load(root / "params.yaml")
+    try:
+        with processes.stoppable(), progress.shown(Console(stderr=True)):
+            from flows.retrain import check, retrain
+            from tasks import server
+
+            check(root)  # before a server is started for the flow
+            server.ensure()
+            outcome = retrain(root)
+    except processes.Stopped as stop:
+        print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    _print_metrics(root)
+    print()
+    for line in outcome["lines"]:
+        print(line)
+    if paths := snapshot.uncommitted(root):
+        print(f"\nto commit: `git add {' '.join(paths)}`")
+    uri = redact(_tracking_uri(root, params))
+    pages = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
+    print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, {pages}")
+
+
+@app.command()
+def ingest(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of new rows, in the format of the source.")],
+    source: Annotated[str | None, typer.Option(help="Name of the source in params.yaml.  [default: the only one that reads files]")] = None,
+) -> None:
+    """Add new rows to a source: checked, versioned as a dated part, and told to Prefect's server as event dataset.updated."""
+    from rlhf.cli import ingest as adding
+
+    root = workspace()
+    done = adding.ingest(root, config.load(root / "params.yaml"), files, source)
+    for line in done.lines:
+        print(line)
+    if not done.parts:
+        print("nothing new")
+        return
+    from tasks import events
+
+    if events.announce(done.source, done.parts, done.rows):
+        print(f"sent event {events.DATASET_UPDATED}: {done.rows} new rows in {', '.join(done.parts)}")
+    else:
+        print(
+            f"{done.rows} new rows in {', '.join(done.parts)}; no server was told (PREFECT_API_URL is not set): `rlhf run` trains on them"
+        )
+
+
+@app.command()
+def serve(
+    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's server.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's server.")] = 5000,
+) -> None:
+    """Start Prefect's server, a worker for the schedule of prefect.yaml and MLflow's pages on this machine, until Ctrl-C."""
+    from rlhf.cli import serve as serving
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    serving.serve(root, params, prefect_port, mlflow_port, lambda line: print(line, flush=True))
+
+
+@app.command()
+def status() -> None:
+    """Show which stages are up to date, the metrics of the last evaluation, and where the registry's aliases point."""
+    from rlhf import registry
+    from tasks import graph
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    table = Table("stage", "state", "what it does", box=None)
+    for stage in graph.read(root):
+        table.add_row(stage.name, "up to date" if stage.current else "to do", stage.description)
+    Console().print(table)
+    print()
+    _print_metrics(root)
+    print()
+    for alias, number in sorted(registry.aliases(root, params).items()):
+        print(f"models:/{params.promote.model}@{alias} is version {number}")
+
+
+@app.command()
+def launch(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(config.STAGES)}.")]) -> None:
+    """Run one stage by itself, as dvc.yaml does: through the DeepSpeed launcher, going on from its last checkpoint if it has one.
+
+    `dvc repro STAGE` is what you want by hand: it brings the stages before it up to date first.
+    """
+    if stage not in config.STAGES:
+        raise UserError(f"unknown stage '{stage}'", remedy=f"one of {', '.join(config.STAGES)}")
+    from rlhf.launcher.launch import launch as launch_stage
+
+    sys.exit(launch_stage(stage, workspace()))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A model folder such as models/ppo, or models:/NAME@ALIAS or models:/NAME/VERSION.  [default: the champion]"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; at 0 the likeliest answer is given.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="An answer that has not ended by itself is cut off at so many tokens.")] = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="An answer ends before this text; may be given several times.")] = None,
+) -> None:
+    """Talk to a model. It remembers the dialogue; /reset forgets it, /quit or Ctrl-D ends. Questions may be piped in, one a line."""
+    from rlhf.cli import chat as dialogue
+
+    if model is None or model.startswith("models:/"):
+        from rlhf import registry
+
+        root = workspace()
+        params = config.load(root / "params.yaml")
+        folder = registry.model_folder(model or f"models:/{params.promote.model}@champion", root, params)
+    else:
+        folder = Path(model)
+    dialogue.converse(folder, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
+
+
+def _questions() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401 — gives input() its line editing and history
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+for _command in versions.COMMANDS:
+    app.command()(_command)
+
+
+@app.command()
+def reference() -> None:
+    """Print the reference of every key of params.yaml (docs/params.md)."""
+    from rlhf.cli.reference import markdown
+
+    print(markdown(), end="")
+
+
+def _print_metrics(root: Path) -> None:
+    """The numbers of metrics/evaluate.json, one a row under its path in the file."""
+    path = root / "metrics" / "evaluate.json"
+    if not path.is_file():
+        print("no evaluation yet")
+        return
+    table = Table("metric", "value", title="metrics/evaluate.json", title_justify="left", box=None)
+    for name, value in _flat("", json.loads(path.read_text(encoding="utf-8"))):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{path}.{key}".removeprefix("."), inner)
+    else:
+        numbers = value if isinstance(value, list) else [value]
+        yield path, " … ".join(f"{number:.4g}" if isinstance(number, float) else str(number) for number in numbers)
+
+
+def _tracking_uri(root: Path, params: config.Params) -> str:
+    from rlhf import tracking
+
+    return tracking.tracking_uri(root, params)

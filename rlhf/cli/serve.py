@@ -1,0 +1,198 @@
+"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, and MLflow's pages, all on this machine's loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf import config, tracking
+from rlhf.errors import UserError
+from rlhf.launcher import processes
+from rlhf.locks import lock
+from rlhf.redact import redact
+
+HOST = "127.0.0.1"
+POOL = "rlhf"
+SECONDS_TO_START = 600
+SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line that it is known by
+MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
+
+
+def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
+    """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
+
+    Raises:
+        UserError: a part did not start, or ended again and again; one that ends now and then, however that is, is started again.
+    """
+    api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
+    environment = _environment(root, api, pages)
+    tracking.initialise(root, params)  # before two processes find no database
+    parts = Parts(root, environment)
+    with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as parts.group:
+        try:
+            parts.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
+            uri = tracking.tracking_uri(root, params)
+            if not uri.startswith("http"):
+                # in the environment: a command line is for all to see
+                environment["MLFLOW_BACKEND_STORE_URI"] = uri
+                parts.start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
+                parts.await_answer("mlflow", f"{pages}/health")
+            parts.await_answer("prefect", f"{api}/health")
+            _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
+            _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+            end_dead_runs(api)
+            parts.start("worker", "prefect", "worker", "start", "--pool", POOL)
+            say(f"Prefect   http://{HOST}:{prefect_port}")
+            say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
+            say(f"worker    of pool {POOL}; logs in {parts.logs.relative_to(root)}")
+            say(f"to see `rlhf run` and `rlhf ingest` there: export PREFECT_API_URL={api}")
+            while True:
+                time.sleep(1)
+                for name in parts.ended():
+                    if name != "worker" or end_dead_runs(api):
+                        parts.start_again(name, say)
+        except processes.Stopped:
+            say("stopped")
+    parts.wait()
+
+
+def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_API_URL": api,
+        "RLHF_ROOT": str(root),
+        "RLHF_MLFLOW_PAGES": pages,
+        "DO_NOT_TRACK": "true",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # who is running survives a restart of the server: in its memory, a run that it forgot would keep the one place for ever
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+
+
+class Parts:
+    """The servers and the worker, each a process with a log of its own, all in one process group."""
+
+    def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
+        """Make the folder of logs.
+
+        Args:
+            environment: of the parts; what is added to it later is for those that start later.
+        """
+        self.logs = root / "runs" / "serve"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.group = 0
+        self._root, self._environment = root, environment
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._commands: dict[str, tuple[str, ...]] = {}
+        self._ends: dict[str, deque[float]] = {}
+
+    def start(self, name: str, *words: str) -> None:
+        self._commands[name] = words
+        with (self.logs / f"{name}.log").open("ab") as log:
+            program = str(Path(sys.executable).with_name(words[0]))
+            self._running[name] = subprocess.Popen(
+                [program, *words[1:]],
+                cwd=self._root,
+                env=self._environment,
+                process_group=self.group,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def ended(self) -> list[str]:
+        return [name for name, process in self._running.items() if process.poll() is not None]
+
+    def start_again(self, name: str, say: Callable[[str], Any]) -> None:
+        """Start a part that has ended.
+
+        Raises:
+            UserError: it has ended too often for that.
+        """
+        ends = self._ends.setdefault(name, deque(maxlen=MOST_ENDS))
+        ends.append(time.monotonic())
+        if len(ends) == MOST_ENDS and ends[-1] - ends[0] < WITHIN_SECONDS:
+            self._check()
+        say(f"{name} ended with exit code {self._running[name].returncode} and is started again; see {self.logs / name}.log")
+        self.start(name, *self._commands[name])
+
+    def await_answer(self, name: str, address: str) -> None:
+        """Wait until a part answers.
+
+        Raises:
+            UserError: it does not, or one has ended.
+        """
+        deadline = time.monotonic() + SECONDS_TO_START
+        while time.monotonic() < deadline:
+            self._check()
+            try:
+                with urllib.request.urlopen(address, timeout=5):
+                    return
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.5)
+        raise UserError(f"{name} did not answer within {SECONDS_TO_START} seconds", remedy=f"see {self.logs / name}.log")
+
+    def wait(self) -> None:
+        for process in self._running.values():
+            process.wait()
+
+    def _check(self) -> None:
+        for name in self.ended():
+            what = f"{name} ended with exit code {self._running[name].returncode}"
+            raise UserError(what, remedy=f"see {self.logs / name}.log; is the port taken? (--help)")
+
+
+def end_dead_runs(api: str) -> bool:
+    """Tell Prefect of runs that ended with their worker, while there is none: they would hold the one place. False: it does not answer."""
+    alive = _runs_with_a_process()
+    time.sleep(SECONDS_TO_EXEC)
+    alive |= _runs_with_a_process()
+    try:
+        under_way = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING", "PAUSED"]}}}
+        for run in _ask(f"{api}/flow_runs/filter", {"flow_runs": under_way}):
+            # without a deployment, no worker runs it
+            if run["deployment_id"] and run["id"] not in alive:
+                state = {"type": "CRASHED", "message": "it ended with its worker; a new run goes on from the last checkpoint"}
+                _ask(f"{api}/flow_runs/{run['id']}/set_state", {"state": state})
+    except OSError:
+        return False
+    return True
+
+
+def _runs_with_a_process() -> set[str | None]:
+    """Flow runs of which a process is found; one that is just being started has no command line yet."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "prefect.engine" in process.cmdline():  # what it has started knows the id as well
+                found.add(process.environ().get("PREFECT__FLOW_RUN_ID"))
+    return found
+
+
+def _ask(address: str, content: Any) -> Any:
+    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+def _do(root: Path, environment: Mapping[str, str], *words: str) -> None:
+    program = str(Path(sys.executable).with_name(words[0]))
+    done = subprocess.run(
+        [program, *words[1:]], cwd=root, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        what = " ".join((done.stderr or done.stdout).split())[-600:]
+        raise UserError(f"`{' '.join(words)}` failed: {what}", remedy="correct prefect.yaml")

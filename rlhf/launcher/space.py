@@ -1,0 +1,146 @@
+"""Room on the disk: what a stage will write at most, checked before it starts; and what is told where the disk is full all the same.
+
+The estimate, in bytes:
+
+    checkpoints   launch.checkpoints.keep + 2 (the best one, and the one being written) times, for each model that the stage trains,
+                  weights and Adam's two moments; in half precision the fp32 weights besides; with adapters the weights alone
+    models        weights of each model that the stage writes; DVC's cache and the registry link to them
+    records       4 bytes for each token of ppo's rollouts; for prepare the raw files, ten times those that are compressed
+
+Logs, metrics and what an estimate misses have operations.spare_gib. What the stage has on the disk already is not needed again.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.config import Params
+from rlhf.config.data import ColumnSource, NamedSource
+from rlhf.config.training import BuiltBase, Lora
+from rlhf.errors import UserError
+
+GIB = 1 << 30
+WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
+MOMENTS = {"fp32": 8, "bf16": 12, "fp16": 12}  # in half precision the optimiser holds fp32 weights, too
+AVERAGE = 4
+TOKEN = 4
+COMPRESSED = {".gz": 10, ".parquet": 10}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that a stage writes at most: `checkpoints` of one checkpoint, of which there are `count` at a time."""
+
+    count: int
+    checkpoints: int
+    models: int
+    records: int
+
+    @property
+    def total(self) -> int:
+        return self.count * self.checkpoints + self.models + self.records
+
+    @property
+    def line(self) -> str:
+        parts = [f"{self.count} checkpoints of {_text(self.checkpoints)}"] if self.checkpoints else []
+        parts += [f"{_text(size)} of {name}" for name, size in (("models", self.models), ("records", self.records)) if size]
+        return ", ".join(parts)
+
+
+def check(root: Path, stage: str, params: Params, folder: Path) -> None:
+    """Check that there is room for a stage.
+
+    Args:
+        folder: of the stage's run, on the disk that it will write to.
+
+    Raises:
+        UserError: there is not; with the estimate and what is free.
+    """
+    needed = estimate(root, stage, params)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    spare = int(params.operations.spare_gib * GIB)
+    free = shutil.disk_usage(folder).free
+    if needed.total - there + spare > free:
+        parts = f"{needed.line}; " if needed.total else ""
+        what = f"stage {stage} would write {_text(max(needed.total - there, 0))} at most ({parts}{_text(there)} of it is there), "
+        what += f"{_text(spare)} are to stay free (operations.spare_gib), and the disk of {folder.parent} has {_text(free)} left"
+        raise UserError(what, remedy="make room (`rlhf gc --dry-run` lists what nothing needs), or lower launch.checkpoints.keep")
+
+
+def estimate(root: Path, stage: str, params: Params) -> Estimate:
+    """What a stage writes at most.
+
+    Raises:
+        UserError: the weights of an input cannot be read.
+    """
+    precision = params.launch.precision
+    trained = _trained(root, stage, params)
+    models = [weights for weights, _ in trained[:1]]  # of ppo's two the policy alone is published
+    checkpoint = sum(weights * (WEIGHT[precision] + (0 if lora else MOMENTS[precision])) for weights, lora in trained)
+    records = 0
+    if stage == "ppo":
+        records = params.ppo.steps * params.ppo.rollout_batch_size * (params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens) * TOKEN
+        checkpoint += AVERAGE * models[0] if params.ppo.ema_decay else 0
+    if stage == "prepare":
+        records = sum(_raw(root, source) for source in params.data.sources if isinstance(source, ColumnSource | NamedSource))
+    return Estimate(params.launch.checkpoints.keep + 2, checkpoint, sum(models) * WEIGHT[precision], records)
+
+
+def _trained(root: Path, stage: str, params: Params) -> list[tuple[int, Lora | None]]:
+    """How many weights each model has that the stage trains, and its adapters."""
+    if stage == "base":
+        return [(_built(params.base), None)] if isinstance(params.base, BuiltBase) else []
+    if stage == "evaluate":
+        # where there is no gold score, a judge is trained
+        return [] if params.data.has_gold else [(weights(root / "models/base"), params.evaluate.judge.lora)]
+    starts: dict[str, list[tuple[str, Lora | None]]] = {
+        "sft": [("base", params.sft.lora)],
+        "reward": [("base", params.reward.lora)],
+        "ppo": [("sft", params.ppo.actor_lora), ("reward", params.ppo.critic_lora)],
+        "dpo": [("sft", params.dpo.lora)],
+    }
+    return [(weights(root / "models" / name), lora) for name, lora in starts.get(stage, [])]
+
+
+def _built(base: BuiltBase) -> int:
+    """Weights of the small Llama: tied embeddings; attention (queries, output, keys, values), feed-forward and norms of each layer."""
+    width = base.hidden_size
+    attention = 2 * width * width + 2 * width * width * base.kv_heads // base.heads
+    return base.vocab_size * width + base.layers * (attention + 3 * width * base.intermediate_size + 2 * width) + width
+
+
+def weights(folder: Path) -> int:
+    """How many weights a model folder holds, by the heads of its files.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    count = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dictionary
+        except SafetensorError as error:
+            what = f"{path}: damaged safetensors file: {error}"
+            raise UserError(what, remedy=f"bring it back with `dvc checkout --force {folder.parent.name}/{folder.name}`") from None
+    return count
+
+
+def _raw(root: Path, source: ColumnSource | NamedSource) -> int:
+    """Bytes of a source's rows as JSON lines; those of a hub dataset are not known before it is there."""
+    if source.path is None:
+        return 0
+    place = root / source.path
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    passes = max(1.0, source.weight)
+    return int(passes * sum(path.stat().st_size * COMPRESSED.get(path.suffix, 1) for path in files))
+
+
+def _text(size: int) -> str:
+    """A size for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"

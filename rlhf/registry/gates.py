@@ -1,0 +1,182 @@
+"""The gates of promotion: each compares one number with its bound in the params' section `promote`.
+
+The numbers come from metrics/evaluate.json, and from the champion's answers beside this version's (rlhf/registry/comparison.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.config import Params
+from rlhf.errors import UserError
+
+METRICS = Path("metrics/evaluate.json")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gate: `text` says in words what was measured, the bound and the distance between them."""
+
+    name: str
+    value: float | None
+    bound: float
+    passed: bool
+    text: str
+
+    @property
+    def line(self) -> str:
+        return f"{'pass' if self.passed else 'FAIL'} {self.name}: {self.text}"
+
+
+def read_metrics(root: Path) -> dict[str, Any]:
+    """The numbers of stage evaluate.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    path = root / METRICS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{METRICS}: no such file", remedy="run `dvc repro evaluate`, which writes it") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{METRICS}: not JSON ({error})", remedy="run `dvc repro --force --single-item evaluate`, which writes it anew"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One held-out prompt: the judge's scores of this version's answer and of the champion's, and the reward model's (None after dpo)."""
+
+    kind: str | None
+    new: float
+    champion: float
+    new_reward: float | None
+    champion_reward: float | None
+
+
+def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | None) -> list[Gate]:
+    """All gates: those that look at the version by itself, then those that compare it with the champion.
+
+    Args:
+        metrics: content of metrics/evaluate.json.
+        params: its section promote has the bounds.
+        pairs: both versions' answers to the same prompts; None: there is no champion to compare with.
+
+    Raises:
+        UserError: a number is missing in the metrics.
+    """
+    policy, promote = params.algorithm, params.promote
+    gates = []
+    if metrics.get("gold"):
+        gates.append(
+            _at_least(
+                "min_gold_difference",
+                f"gold score of {policy} − sft, lower end",
+                _number(metrics, "gold.ci95.0"),
+                promote.min_gold_difference,
+            )
+        )
+    gates += [
+        _at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate),
+        _at_least("min_reward_accuracy", "reward model's accuracy", _number(metrics, "reward_model.accuracy"), promote.min_reward_accuracy),
+        _at_most("max_kl", "KL to sft per answer", _number(metrics, "kl"), promote.max_kl),
+        _at_most(
+            "max_perplexity_ratio", f"perplexity, {policy} over sft", _number(metrics, "perplexity.ratio"), promote.max_perplexity_ratio
+        ),
+        _at_least("min_eos_rate", "answers that end by themselves", _number(metrics, f"eos_rate.{policy}"), promote.min_eos_rate),
+        _at_most("max_answer_tokens", "mean answer length", _number(metrics, f"answer_tokens.{policy}"), promote.max_answer_tokens),
+    ]
+    if policy == "ppo":
+        rise, wins = _number(metrics, "reward_model.ci95.0"), _number(metrics, "win_rate.value")
+        gates.append(_over_optimisation("over_optimisation", "sft", rise, wins))
+    if pairs is not None:
+        gates += against_champion(pairs, params)
+    return gates
+
+
+def against_champion(pairs: Sequence[Pair], params: Params) -> list[Gate]:
+    """The gates that compare a version with the one in service, prompt by prompt."""
+    samples, promote = params.evaluate.bootstrap_samples, params.promote
+    win = wins(pairs)
+    low, high = interval(win, samples)
+    what = f"win rate against the champion {win.mean():.4g} ({low:.4g} … {high:.4g}), lower end"
+    gates = [_at_least("min_champion_win_rate", what, low, promote.min_champion_win_rate)]
+    kinds = sorted({pair.kind for pair in pairs if pair.kind is not None})
+    by_kind = {kind: interval(wins([pair for pair in pairs if pair.kind == kind]), samples)[1] for kind in kinds}
+    if by_kind:
+        gates.append(_every_kind(by_kind, promote.min_kind_win_rate))
+    rewards = [(pair.new_reward, pair.champion_reward) for pair in pairs]
+    rises = np.array([new - champion for new, champion in rewards if new is not None and champion is not None])
+    if len(rises):
+        gates.append(_over_optimisation("over_optimisation_champion", "the champion", interval(rises, samples)[0], float(win.mean())))
+    return gates
+
+
+def wins(pairs: Sequence[Pair]) -> np.ndarray:
+    """For each prompt (N,): 1 where this version's answer scores higher than the champion's, 0 where lower, ½ for a tie."""
+    return np.array([0.5 if pair.new == pair.champion else float(pair.new > pair.champion) for pair in pairs])
+
+
+def interval(values: np.ndarray, samples: int) -> tuple[float, float]:
+    """95% percentile interval of the mean of values (N,), resampled so many times (Efron 1979); always the same for the same values."""
+    index = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
+    low, high = np.percentile(values[index].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _every_kind(upper_ends: Mapping[str, float], bound: float) -> Gate:
+    worst, value = min(upper_ends.items(), key=lambda item: item[1])
+    below = [f"{kind} {end:.4g}, short of {bound:g} by {bound - end:.4g}" for kind, end in upper_ends.items() if not end >= bound]
+    text = "win rate against the champion by kind of task, upper end: " + ("; ".join(below) or f"{worst} {value:.4g} ≥ {bound:g}")
+    return Gate("min_kind_win_rate", value, bound, not below, text)
+
+
+def _over_optimisation(name: str, other: str, rise: float, win_rate: float) -> Gate:
+    """The policy has learned to please the reward model and nobody else (arXiv 2210.10760)."""
+    even = 0.5
+    fooled = rise > 0 and not win_rate > even
+    text = f"against {other}, reward model's score + {rise:.4g} (lower end), judge's win rate {win_rate:.4g}"
+    ending = f": more reward, but short of a win rate above {even} by {even - win_rate:.4g}" if fooled else ""
+    return Gate(name, win_rate, even, not fooled, text + ending)
+
+
+def _at_least(name: str, what: str, value: float, bound: float) -> Gate:
+    passed = value >= bound
+    return Gate(
+        name,
+        value,
+        bound,
+        passed,
+        f"{what}: {value:.4g} ≥ {bound:g}" if passed else f"{what}: {value:.4g}, short of {bound:g} by {bound - value:.4g}",
+    )
+
+
+def _at_most(name: str, what: str, value: float, bound: float) -> Gate:
+    passed = value <= bound
+    return Gate(
+        name,
+        value,
+        bound,
+        passed,
+        f"{what}: {value:.4g} ≤ {bound:g}" if passed else f"{what}: {value:.4g}, over {bound:g} by {value - bound:.4g}",
+    )
+
+
+def _number(metrics: Mapping[str, Any], path: str) -> float:
+    found: Any = metrics
+    try:
+        for key in path.split("."):
+            found = found[int(key) if isinstance(found, list) else key]
+        return float(found)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UserError(
+            f"{METRICS}: no number at {path}", remedy="run `dvc repro --force --single-item evaluate`, which writes it anew"
+        ) from None

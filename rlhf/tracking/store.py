@@ -1,0 +1,85 @@
+"""Where MLflow keeps the runs: a server, or a database in the workspace that is made where it is missing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from rlhf import config
+from rlhf.locks import lock
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# where `rlhf serve` and `mlflow ui` show a database, unless told otherwise
+PAGES = "http://127.0.0.1:5000"
+
+
+def tracking_uri(root: Path, params: config.Params) -> str:
+    """Where the runs go: MLFLOW_TRACKING_URI, else tracking.uri, else the workspace's own database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri or own_uri(root)
+
+
+def own_uri(root: Path) -> str:
+    """The workspace's own database."""
+    return f"sqlite:///{_database(root)}"
+
+
+def client(root: Path, params: config.Params) -> MlflowClient:
+    """MLflow's client; a server that is away is given up within seconds."""
+    return _client(tracking_uri(root, params))
+
+
+def initialise(root: Path, params: config.Params) -> str:
+    """Create the database and the experiment where they are missing; the experiment's id.
+
+    Raises:
+        mlflow.exceptions.MlflowException: MLflow is away.
+    """
+    uri, own = tracking_uri(root, params), _database(root)
+    own.parent.mkdir(exist_ok=True)
+    # two stages that start side by side would both create the database
+    with lock(root, "mlflow"):
+        if uri == f"sqlite:///{own}" and not own.exists():
+            # beside and renamed: a launcher that ends half-way through would leave tables that MLflow cannot mend
+            beside = own.with_suffix(".new")
+            beside.unlink(missing_ok=True)
+            _client(f"sqlite:///{beside}")
+            beside.rename(own)
+        found = _client(uri).get_experiment_by_name(params.tracking.experiment)
+        if found:
+            return found.experiment_id
+        artifacts = str(root / "mlruns" / "artifacts") if uri.startswith("sqlite:") else None
+        return _client(uri).create_experiment(params.tracking.experiment, artifact_location=artifacts)
+
+
+def _database(root: Path) -> Path:
+    return root / "mlruns" / "mlflow.db"
+
+
+def _client(uri: str) -> MlflowClient:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # a second and a half to load: never on the way of a stage's start
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
+def page(run: str, root: Path, params: config.Params) -> str:
+    """The address of a run's page: on the server, or where `rlhf serve` (RLHF_MLFLOW_PAGES) or `mlflow ui` shows the database.
+
+    Raises:
+        mlflow.exceptions.MlflowException: MLflow is away.
+    """
+    uri = tracking_uri(root, params)
+    server = urlsplit(uri if uri.startswith("http") else os.environ.get("RLHF_MLFLOW_PAGES", PAGES))
+    # without a password that may stand in it
+    place = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/") + "/")
+    return f"{place.geturl()}#/experiments/{initialise(root, params)}/runs/{run}"

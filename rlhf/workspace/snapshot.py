@@ -1,0 +1,140 @@
+"""What a version was trained from, as a commit of its own: on a branch per run, with a tag per version.
+
+It is made in an index of its own, so that the user's branch, index and files stay as they are. Changes that were not committed are in
+it, as the run has used them: tracked files as they lie there, and untracked ones that the graph reads or writes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rlhf.errors import UserError
+from rlhf.workspace import fingerprint
+
+BRANCHES = "refs/heads/rlhf/"
+ALWAYS = ("params.yaml", "dvc.yaml", "dvc.lock", "data/raw")
+RESULTS = ("metrics", "plots")
+AUTHOR = {
+    f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER") for part, value in (("NAME", "rlhf"), ("EMAIL", "rlhf@localhost"))
+}
+
+
+def head(root: Path) -> str | None:
+    """The commit that is checked out; None outside a git repository, and before its first commit."""
+    return _git(root, "rev-parse", "--quiet", "--verify", "HEAD^{commit}", check=False) or None
+
+
+def changed(root: Path, *paths: str) -> bool:
+    """Whether any of these paths differs from the commit that is checked out."""
+    return bool(_git(root, "status", "--porcelain", "--", *paths, check=False))
+
+
+def uncommitted(root: Path) -> list[str]:
+    """What of a run the user's branch does not hold as it is now: values, graph, data and numbers. Empty outside a git repository."""
+    return [path for path in (*ALWAYS, *RESULTS) if changed(root, path)]
+
+
+def commit(root: Path, message: str) -> str | None:
+    """Commit the workspace as it stands to a new branch rlhf/TIME; the revision, None outside a git repository.
+
+    Where a commit holds just this already (HEAD, or one of an earlier run), that one is returned.
+    """
+    if not _git(root, "rev-parse", "--git-dir", check=False):
+        return None
+    parent = head(root)
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        if parent:
+            _git(root, "read-tree", parent, environment=index)
+        _git(root, "add", "--update", "--", ".", environment=index)
+        graph = fingerprint.read_graph(root)
+        used = {path for node in graph.values() for path in (*node.inputs, *node.metrics, *node.plots)}
+        there = [path for path in sorted({*ALWAYS, *used}) if (root / path).exists()]
+        new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *there, environment=index)
+        _git(root, "update-index", "--add", "-z", "--stdin", stdin=new, environment=index)
+        tree = _git(root, "write-tree", environment=index)
+    known = [parent] if parent else []
+    known += _git(root, "for-each-ref", "--format=%(objectname)", BRANCHES).split()
+    for revision in known:
+        if _git(root, "rev-parse", f"{revision}^{{tree}}") == tree:
+            return revision
+    made = _git(root, "commit-tree", tree, *(["-p", parent] if parent else []), "-m", message, environment=AUTHOR)
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{made[:8]}"
+    _git(root, "update-ref", f"{BRANCHES}{name}", made)
+    return made
+
+
+def tag(root: Path, name: str, revision: str) -> None:
+    """Set a tag; one that is there already stays."""
+    if not _git(root, "rev-parse", "--quiet", "--verify", f"refs/tags/{name}", check=False):
+        _git(root, "update-ref", f"refs/tags/{name}", revision)
+
+
+def has(root: Path, revision: str) -> bool:
+    """Whether this repository has a revision."""
+    return bool(_git(root, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", check=False))
+
+
+@dataclass(frozen=True)
+class Names:
+    """Tags and branches, by their short names."""
+
+    tags: list[str]
+    branches: list[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.tags or self.branches)
+
+
+def kept_for_nobody(root: Path, model: str, revisions: Mapping[int, str]) -> Names:
+    """Tags of versions and branches of runs that are there though their version is not.
+
+    Args:
+        model: name of the registered model.
+        revisions: of its versions, by number.
+    """
+    tags = _git(root, "for-each-ref", "--format=%(refname:lstrip=2)", f"refs/tags/{model}-v*", check=False).split()
+    listed = _git(root, "for-each-ref", "--format=%(objectname) %(refname:lstrip=2)", BRANCHES, check=False).splitlines()
+    branches = [line.split() for line in listed]
+    known = {f"{model}-v{number}" for number in revisions}
+    return Names(
+        [tag for tag in tags if tag not in known and tag.removeprefix(f"{model}-v").isdecimal()],
+        [name for commit, name in branches if commit not in revisions.values()],
+    )
+
+
+def checkout(root: Path, revision: str, folder: Path) -> Path:
+    """A fresh checkout of a revision in a new folder; the workspace in it.
+
+    Raises:
+        UserError: this repository does not have the revision.
+    """
+    if not has(root, revision):
+        raise UserError(f"git revision {revision} is not in {root}", remedy="bring it with `git fetch`, then repeat this")
+    top, prefix = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--show-prefix")
+    # shares the objects and copies none; nothing is entered in the user's repository, as it would be for a worktree
+    _git(root, "clone", "--quiet", "--shared", "--no-checkout", top, str(folder))
+    _git(folder, "checkout", "--quiet", "--detach", revision)
+    return folder / prefix
+
+
+def _git(root: Path, *words: str, check: bool = True, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(
+        ["git", *words],
+        cwd=root,
+        env=os.environ | (environment or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        check=False,
+    )
+    if check and done.returncode:
+        raise UserError(f"`git {words[0]}` failed in {root}: {' '.join(done.stderr.split())}", remedy="see to that, then run again")
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,138 @@
+"""The schema of params.yaml: what it refuses, in which words, and that every preset passes."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf import config
+from rlhf.cli import reference
+from rlhf.errors import UserError
+from rlhf.workspace import presets
+
+ROOT = Path(__file__).parents[2]
+SANDBOX = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8"))
+HH = yaml.safe_load((ROOT / "presets/hh.yaml").read_text(encoding="utf-8"))
+
+
+def with_value(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    raw = deepcopy(raw)
+    *parents, last = [int(part) if part.isdecimal() else part for part in key.split(".")]
+    holder: Any = raw
+    for part in parents:
+        holder = holder[part]
+    holder[last] = value
+    return raw
+
+
+def message(raw: object) -> str:
+    with pytest.raises(UserError) as error:
+        config.validate(raw, "params.yaml")
+    return error.value.what
+
+
+@pytest.mark.parametrize("preset", ["sandbox", "opt-1.3b", "llama-3.2-1b", "qwen2.5-0.5b"])
+def test_preset_is_complete(preset: str) -> None:
+    config.load(ROOT / "presets" / f"{preset}.yaml")
+
+
+def test_params_file_is_a_preset_that_passes() -> None:
+    config.load(ROOT / "params.yaml")
+
+
+def test_hh_lacks_its_file_only() -> None:
+    assert message(HH) == "params.yaml: key 'data.sources.0.path' is missing"
+    config.validate(with_value(HH, "data.sources.0.path", "data/raw/hh/pairs.jsonl"), "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("ppo.steps", 0, "ppo.steps: Input should be greater than 0, got 0"),
+        ("ppo.stepz", 5, "unknown key 'ppo.stepz'"),
+        ("promote.min_win_rate", 1.5, "promote.min_win_rate: Input should be less than or equal to 1, got 1.5"),
+        ("launch.accelerator", "tpu", "launch.accelerator: Input should be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        ("base.kv_heads", 7, "must divide hidden_size"),
+        ("ppo.mini_batch_size", 1000, "mini_batch_size (1000) must divide rollout_batch_size"),
+        ("base.context_tokens", 60, "base.context_tokens is 60, but a stage uses sequences of"),
+        ("data.sources.1.split.sft", 0, "every share of its split is 0"),
+        ("data.sources.0.split.ppo", 1, "rows of format sandbox (text) cannot be used for split.ppo"),
+        ("data.sources.1.name", "passages", "two sources are named 'passages'"),
+        ("data.sources.2.split.heldout", 0, "evaluate needs held-out pairs"),
+        ("data.sources.2.split.reward", 0, "reward needs preference pairs"),
+        ("algorithm", "grpo", "algorithm: Input should be 'ppo' or 'dpo', got 'grpo'"),
+        ("dpo.label_smoothing", 0.5, "dpo.label_smoothing: Input should be less than 0.5, got 0.5"),
+        (
+            "dpo",
+            SANDBOX["dpo"] | {"loss": "ipo", "label_smoothing": 0.1},
+            "dpo: label_smoothing is 0.1, but loss ipo has none: set it to 0",
+        ),
+        (
+            "sft.lora",
+            {"rank": 0, "alpha": 1, "targets": "all-linear", "learning_rate": 1},
+            "sft.lora.rank: Input should be greater than 0, got 0",
+        ),
+    ],
+)
+def test_refusal_names_key_and_value(key: str, value: Any, words: str) -> None:
+    assert words in message(with_value(SANDBOX, key, value))
+
+
+def test_missing_key_is_named() -> None:
+    raw = deepcopy(SANDBOX)
+    del raw["ppo"]["kl"]["target"]
+    assert message(raw) == "params.yaml: key 'ppo.kl.target' is missing"
+
+
+def test_stage_without_data_is_refused() -> None:
+    raw = with_value(HH, "data.sources.0.path", "data/raw/hh/pairs.jsonl")
+    assert "evaluate needs pairs for its judge" in message(with_value(raw, "data.sources.0.split.judge", 0))
+    assert "sft needs demonstrations" in message(with_value(raw, "data.sources.0.split.sft", 0))
+
+
+def test_hub_source_needs_a_revision() -> None:
+    raw = with_value(with_value(HH, "data.sources.0.path", None), "data.sources.0.hub", "someone/pairs")
+    assert "hub 'someone/pairs' needs a revision" in message(raw)
+    assert "exactly one of path and hub" in message(with_value(HH, "data.sources.0.path", None))
+
+
+@pytest.mark.parametrize(("text", "words"), [("seed: [1", "not valid YAML"), ("- 1", "params"), ("", "params")])
+def test_file_that_is_no_params(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        config.load(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file .*rlhf use sandbox"):
+        config.load(tmp_path / "params.yaml")
+
+
+def test_stage_depends_on_its_own_sections_alone() -> None:
+    assert presets.graph(ROOT, "ppo") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    for algorithm, stages in config.STAGES_OF.items():
+        params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
+        graph = yaml.safe_load(presets.graph(ROOT, algorithm))["stages"]
+        assert tuple(graph) == stages
+        for stage in stages:
+            assert list(params.of_stage(stage)) == graph[stage]["params"]
+
+
+def test_reference_is_current() -> None:
+    assert (ROOT / "docs/params.md").read_text(encoding="utf-8") == reference.markdown(), "run `rlhf reference > docs/params.md`"
+
+
+def test_reference_has_every_key() -> None:
+    text = reference.markdown()
+
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, list):
+            return set().union(*map(keys, value))
+        return set(value).union(*map(keys, value.values())) if isinstance(value, dict) else set()
+
+    assert [key for key in keys(SANDBOX) | keys(HH) if f"| `{key}` |" not in text] == []

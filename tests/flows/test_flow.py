@@ -1,0 +1,350 @@
+"""The flow on real, tiny DVC workspaces, whose stages are shell commands."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterKey,
+    DeploymentFilter,
+    DeploymentFilterId,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import Artifact, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import ArtifactSort
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Running
+from prefect.testing.utilities import prefect_test_harness
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from flows.retrain import retrain, run_stages
+from rlhf import config, registry, tracking
+from rlhf.cli import serve
+from rlhf.config.operations import Approval
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from rlhf.registry.gates import Gate
+from tasks import progress, stage
+from tasks.approval import Word, ask
+
+PROJECT = Path(__file__).parents[2]
+DVC = str(Path(sys.executable).with_name("dvc"))
+METRICS = {
+    "gold": None,
+    "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "second reward model"},
+    "reward_model": {"accuracy": 0.9, "n": 500, "ci95": [0.5, 0.7]},
+    "kl": 12.0,
+    "perplexity": {"sft": 10.0, "ppo": 10.5, "ratio": 1.05},
+    "eos_rate": {"sft": 0.95, "ppo": 0.99},
+    "answer_tokens": {"sft": 20.0, "ppo": 22.0},
+    "heldout": "abc",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prefect() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    subprocess.run([DVC, "init", "--quiet"], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[stage.Progress]:
+    seen: list[stage.Progress] = []
+    monkeypatch.setattr(stage, "_watchers", [seen.append])
+    return seen
+
+
+def pipeline(root: Path, stages: dict[str, dict[str, Any]]) -> None:
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+
+
+@flow
+def walk(root: Path) -> dict[str, str]:
+    return run_stages(root)
+
+
+def test_branches_run_side_by_side_and_a_second_run_has_nothing_to_do(root: Path, told: list[stage.Progress]) -> None:
+    def meeting(own: str, other: str) -> dict[str, Any]:
+        # each waits for the other: one after the other, the first would give up
+        wait = f"for i in $(seq 200); do [ -e {other}.here ] && break; sleep 0.1; done"
+        command = f"touch {own}.here; {wait}; [ -e {other}.here ] && cp start {own}"
+        return {"cmd": command, "deps": ["start"], "outs": [own]}
+
+    pipeline(
+        root,
+        {
+            "prepare": {"cmd": "echo $RLHF_FLOW_RUN_ID > flow.txt; echo data > start", "outs": ["start"]},
+            "sft": meeting("left", "right"),
+            "reward": meeting("right", "left"),
+            "ppo": {"cmd": "echo 'ppo 3/9 reward=0.5 kl=2'; cat left right > joined", "deps": ["left", "right"], "outs": ["joined"]},
+        },
+    )
+    assert walk(root) == dict.fromkeys(("prepare", "sft", "reward", "ppo"), "done")
+    assert (root / "joined").read_text() == "data\ndata\n"
+    assert len((root / "flow.txt").read_text().strip()) == 36
+    assert stage.Progress("ppo", "running", "reward=0.5 kl=2", 3, 9) in told
+    assert [event.state for event in told if event.stage == "ppo"][-1] == "done"
+
+    (root / "left.here").unlink()
+    assert set(walk(root).values()) == {"up to date"}
+    assert not (root / "left.here").exists()
+
+
+def test_a_failed_stage_is_named_with_its_reason_and_nothing_after_it_runs(root: Path) -> None:
+    mistake = "echo x >> tries; echo 'error: row 7: no prompt' >&2; echo '  remedy: give one' >&2; exit 1"
+    pipeline(
+        root,
+        {
+            "prepare": {"cmd": mistake, "outs": ["start"], "meta": {"retries": 2}},
+            "sft": {"cmd": "touch ran; touch out", "deps": ["start"], "outs": ["out"]},
+        },
+    )
+    with pytest.raises(UserError) as caught:
+        walk(root)
+    assert caught.value.what.startswith("stage prepare failed with exit code ")
+    assert caught.value.what.endswith("error: row 7: no prompt |   remedy: give one")
+    assert "sft" not in caught.value.what
+    assert not (root / "ran").exists()
+    # what the user has to mend is not tried again
+    assert (root / "tries").read_text() == "x\n"
+
+
+def test_a_stage_that_breaks_down_is_tried_again(root: Path) -> None:
+    pipeline(root, {"base": {"cmd": "[ -e tried ] || { touch tried; exit 9; }; echo ok > out", "outs": ["out"], "meta": {"retries": 1}}})
+    assert walk(root) == {"base": "done"}
+
+
+def test_a_full_disk_is_not_tried_again() -> None:
+    assert stage.StageError("sft", 255, ["ERROR: unexpected error - [Errno 28] No space left on device"]).lasting
+    assert not stage.StageError("sft", 255, ["ERROR: unexpected error"]).lasting
+
+
+def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(event: stage.Progress) -> None:
+        if event.text == "started":
+            stage.stop_all()
+
+    monkeypatch.setattr(stage, "_watchers", [stop])
+    pipeline(root, {"base": {"cmd": "echo $$ > pid; echo started; sleep 300; touch out", "outs": ["out"], "meta": {"retries": 3}}})
+    with pytest.raises(UserError, match="stage base failed with exit code -15"):
+        walk(root)
+    shell = Path("/proc") / (root / "pid").read_text().strip() / "stat"
+    assert not shell.exists() or shell.read_text().split()[2] == "Z"
+
+
+def work_of_the_user(root: Path) -> str:
+    """Have a file staged and changed again, and another one that git does not know; what git says of the two."""
+    (root / "staged.py").write_text("staged\n")
+    subprocess.run(["git", "add", "staged.py"], cwd=root, check=True)
+    (root / "staged.py").write_text("and changed again\n")
+    (root / "notes.txt").write_text("private\n")
+    return git_status(root)
+
+
+def git_status(root: Path) -> str:
+    words = ["git", "status", "--porcelain=v2", "--branch", "--", "staged.py", "notes.txt"]
+    return subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def artifacts(key: str) -> list[Artifact]:
+    """A key's artifacts, oldest first."""
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=[key])), sort=ArtifactSort.CREATED_DESC)
+    return found[::-1]
+
+
+def test_a_stages_progress_moves_while_it_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_MOVES", 0.1)
+    half_way = "echo 'moving 2/8 loss=2.5'; while [ ! -e go ]; do sleep 0.1; done; echo done > out"
+    pipeline(root, {"moving": {"cmd": half_way, "outs": ["out"]}})
+
+    def look() -> str:
+        try:
+            while not (found := artifacts("progress-moving")) or found[-1].data != 25:
+                time.sleep(0.1)
+            return found[-1].description or ""
+        finally:
+            (root / "go").touch()
+
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        walk(root)
+        assert looking.result(60) == "moving: loss=2.5"
+    assert [(found.data, found.description) for found in artifacts("progress-moving")] == [(100, "moving: done")]
+    walk(root)
+    assert [found.description for found in artifacts("progress-moving")] == ["moving: done", "moving: up to date"]
+
+
+def whole_pipeline(root: Path) -> None:
+    """Two stages that copy a model and its evaluation, which stand there from the start."""
+    made = root / "made"
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(made)
+    (made / "lineage.json").write_text(json.dumps({"fingerprint": "f00d"}))
+    (root / "evaluate.json").write_text(json.dumps(METRICS))
+    (root / "samples.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a|b<i>"}], "sft": "x", "ppo": "y"}) + "\n")
+    (root / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
+    (root / "answers.jsonl").write_text("{}\n")
+    (root / "gold_against_kl.csv").write_text("step,loss\n1,2\n2,1\n")
+    copying = "mkdir -p metrics data plots; cp evaluate.json metrics; cp samples.jsonl answers.jsonl data; cp gold_against_kl.csv plots"
+    pipeline(
+        root,
+        {
+            "ppo": {"cmd": "mkdir -p models && cp -r made models/ppo", "deps": ["made"], "outs": ["models/ppo"]},
+            "evaluate": {
+                "cmd": copying,
+                "deps": ["models/ppo"],
+                "outs": ["data/samples.jsonl", "data/answers.jsonl"],
+                "metrics": [{"metrics/evaluate.json": {"cache": False}}],
+                "plots": [{"plots/gold_against_kl.csv": {"cache": False, "x": "step", "y": "loss"}}],
+            },
+        },
+    )
+
+
+def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
+    whole_pipeline(root)
+    remote = root.parent / f"{root.name}-remote"
+    subprocess.run([DVC, "remote", "add", "--quiet", "--default", "here", str(remote)], cwd=root, check=True)
+    before = work_of_the_user(root)
+    first = retrain(root)
+    assert first["stages"] == {"ppo": "done", "evaluate": "done"}
+    assert (first["version"], first["champion"], first["promoted"]) == (1, 1, True)
+    assert git_status(root) == before
+    # what the run made is in the DVC remote (git has metrics and plots), and the run cache with it
+    outs = [out for locked in yaml.safe_load((root / "dvc.lock").read_text())["stages"].values() for out in locked["outs"]]
+    named = {out["md5"] for out in outs if not out["path"].startswith(("metrics/", "plots/"))}
+    assert named <= {path.parent.name + path.name for path in remote.glob("files/md5/*/*")}
+    assert len(list(remote.glob("runs/*/*/*"))) == 2
+    second = retrain(root)
+    assert set(second["stages"].values()) == {"up to date"}
+    assert (second["version"], second["champion"], second["promoted"]) == (1, 1, True)
+
+    params = config.load(root / "params.yaml")
+    [version] = registry.versions(root, params)
+    assert version.tags["md5.models/ppo"].endswith(".dir")
+    page, again = (str(found.data) for found in artifacts("evaluation"))
+    assert "**version 1 is champion, the one before is none**" in page
+    assert "**version 1 is champion already**" in again
+    assert "| user: a\\|b\\<i\\> | x | y |" in page
+    assert "| min_win_rate | yes |" in page
+    [table, _] = artifacts("metrics")
+    rows = {row["metric"]: row for row in json.loads(str(table.data))}
+    assert rows["win_rate.value"] == {"metric": "win_rate.value", "this version": "0.8", "champion": "—", "difference": "—"}
+    assert rows["eos_rate.policy"]["this version"] == "0.99"
+    assert str(artifacts("plot-gold-against-kl")[0].data).startswith("data:image/png;base64,iVBOR")
+
+    first_run, second_run = (str(found.data).rpartition("/")[2].rstrip(")") for found in artifacts("mlflow"))
+    assert f"/runs/{first_run}" in page
+    assert version.tags["report"] == f"runs:/{first_run}/report.html"
+    client = tracking.client(root, params)
+    tags = client.get_run(first_run).data.tags
+    assert (tags["decision"], tags["version"], tags["champion.before"], tags["gates"]) == ("promoted", "1", "none", "passed")
+    assert tags["stage.ppo"] == "done"
+    assert client.get_run(second_run).data.tags["decision"] == "champion already"
+    assert client.get_run(second_run).data.metrics["final/win_rate/value"] == 0.8
+    assert {artifact.path for artifact in client.list_artifacts(first_run)} == {"metrics", "plots", "report.html"}
+    web = Path(client.download_artifacts(first_run, "report.html")).read_text()
+    assert "<td>user: a|b&lt;i&gt;</td>" in web
+    assert '<img src="data:image/png;base64,' in web
+
+    with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
+        retrain(root)
+
+
+@flow
+def approved(verdict: registry.Verdict, minutes: float) -> Word:
+    return ask(verdict, Approval(required=True, wait_minutes=minutes))
+
+
+@pytest.mark.parametrize(
+    ("answer", "word"),
+    [
+        ({"approve": True, "name": "Ada", "why": "reads well"}, Word("Ada", "approved: reads well")),
+        ({"approve": False, "name": "Ada", "why": "too curt"}, Word("Ada", "too curt", "Ada declined: too curt")),
+    ],
+)
+def test_a_person_has_the_last_word(answer: dict[str, Any], word: Word) -> None:
+    version = registry.Version("assistant", 7, datetime.now(UTC), (), {})
+    verdict = registry.Verdict(version, [Gate("max_kl", 1.0, 2.0, True, "KL to sft per answer: 1 ≤ 2")], 6)
+
+    def person() -> str:
+        with get_client(sync_client=True) as client:
+            paused = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
+            while not (found := client.read_flow_runs(flow_run_filter=paused)):
+                time.sleep(0.2)
+            client.resume_flow_run(found[0].id, run_input=answer)
+            return found[0].state_name or ""
+
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(person)
+        assert approved(verdict, 5) == word
+        assert answering.result() == "Paused"
+
+
+def test_who_does_not_answer_has_declined() -> None:
+    verdict = registry.Verdict(registry.Version("assistant", 7, datetime.now(UTC), (), {}), [], 6)
+    word = approved(verdict, 1 / 60)
+    assert word.declined == "nobody approved it within 0.0166667 minutes: `rlhf promote 7` puts it into service"
+
+
+def test_a_source_file_that_is_missing_is_named_before_anything_runs(root: Path) -> None:
+    params = yaml.safe_load((PROJECT / "params.yaml").read_text())
+    columns = dict.fromkeys(("prompt", "chosen", "rejected", "messages", "question", "answer", "text"), "x")
+    split = {"text": 0, "sft": 1, "reward": 1, "ppo": 1, "judge": 0, "heldout": 1}
+    source = {"name": "mine", "format": "pairs", "path": "data/raw/mine.jsonl", "hub": None, "revision": None, "hub_split": None}
+    params["data"]["sources"].append(source | {"columns": columns, "split": split | {"judge": 1}, "weight": 1})
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    pipeline(root, {"prepare": {"cmd": "touch ran"}})
+    with pytest.raises(UserError, match=r"data\.sources\.\d+\.path: data/raw/mine\.jsonl: no such file"):
+        retrain(root)
+    assert not (root / "ran").exists()
+
+
+def test_the_server_schedules_nightly_runs() -> None:
+    with get_client(sync_client=True) as client:
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"))
+        deployment = client.create_deployment(client.create_flow(retrain), "nightly", schedules=[schedule])
+        # what the server's own scheduler does, too: a release of SQLAlchemy broke it
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"max_runs": 2})
+        runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+    assert [run.state_type for run in runs] == [StateType.SCHEDULED] * 2
+
+
+def test_a_run_that_ended_with_its_worker_does_not_hold_the_one_place() -> None:
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(retrain), "nightly")
+        dead, alive = (client.create_flow_run_from_deployment(deployment, state=Running()).id for _ in range(2))
+        words = [sys.executable, "-c", "import time; time.sleep(60)", "-m", "prefect.engine"]
+        process = subprocess.Popen(words, env={"PREFECT__FLOW_RUN_ID": str(alive)})
+        try:
+            assert serve.end_dead_runs(str(PREFECT_API_URL.value()))
+        finally:
+            process.kill()
+            process.wait()
+        assert [client.read_flow_run(run).state_type for run in (dead, alive)] == [StateType.CRASHED, StateType.RUNNING]
+    assert not serve.end_dead_runs("http://127.0.0.1:1/api")

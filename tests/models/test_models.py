@@ -1,0 +1,214 @@
+"""Tokenizer, policy and scalar models: what is saved is what any Hugging Face program opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf.errors import UserError
+from rlhf.models.packed import pack
+from rlhf.models.policy import load_policy
+from rlhf.models.saving import save_model
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
+from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
+
+# ------------------------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is 2+2?",
+        " two  spaces\n\nlines\t",
+        "naïve — “quoted”",
+        "小さい犬",
+        "🙂👩‍👩‍👧",
+        "1234567890",
+        "\x00\x7f\u200b\ufeff",
+        "word ." * 3,
+        "",
+    ],
+)
+def test_every_string_can_be_written_and_read_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_special_tokens_are_single_and_different(tokenizer: PreTrainedTokenizerFast) -> None:
+    named = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    assert [len(tokenizer.encode(token)) for token in named] == [1] * 5
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|pad|>", "<|end|>")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) == 400
+
+
+def test_the_tokenizer_is_a_function_of_its_texts() -> None:
+    texts = ["What is the capital of France?", "The capital of France is Paris."] * 3
+    one, same, other = (build_tokenizer(given, 300, 64).backend_tokenizer.to_str() for given in (texts, texts, texts[:1]))
+    assert one == same
+    assert one != other
+
+
+def test_a_saved_tokenizer_is_the_same_one(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    asked = [{"role": "user", "content": "Hi 🙂"}]
+    assert loaded.apply_chat_template(asked, tokenize=False) == tokenizer.apply_chat_template(asked, tokenize=False) == "<|user|>Hi 🙂"
+    assert (loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (tokenizer.eos_token_id, tokenizer.pad_token_id, "left")
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"the tokenizer has no chat template .*base\.chat_template: turns"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no tokenizer could be read"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def words_only(chat_template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as other models have them: an end of text, an end of turn, no pad token."""
+    core = Tokenizer(models.WordLevel({"<eos>": 0, "<turn>": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", extra_special_tokens=["<turn>"])
+    fast.chat_template = chat_template
+    return fast
+
+
+def test_the_end_of_turn_is_what_the_template_writes_after_an_answer() -> None:
+    writes_it = "{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>\n{% endfor %}"
+    writes_none = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    assert end_of_turn(words_only(writes_it)) == "<turn>"
+    assert end_of_turn(words_only(writes_none)) == "<eos>"
+    assert end_of_turn(words_only(template("turns"))) == "<eos>"
+
+
+# --------------------------------------------------------------------------------------------------------------------- policy
+
+
+@torch.no_grad()
+def test_a_saved_policy_is_an_ordinary_folder(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_model(llama, tokenizer, tmp_path)
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    ids = torch.tensor([tokenizer.encode("What is the capital of France?")])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, llama(ids).logits)
+    assert loaded.config.use_cache
+    assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id == tokenizer.eos_token_id
+    assert loaded.generation_config.do_sample is False
+    assert torch.equal(load_policy(tmp_path, "fp32")(ids).logits, llama(ids).logits)
+    assert load_policy(tmp_path, "bf16").dtype == torch.bfloat16
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"nowhere: cannot be a causal language model"):
+        load_policy(tmp_path / "nowhere", "fp32")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    with pytest.raises(UserError, match=r"cannot be a causal language model"):
+        load_policy(tmp_path, "fp32")
+    with pytest.raises(UserError, match=r"cannot be a reward model"):
+        load_scalar(tmp_path, tokenizer, "fp32")
+
+
+def test_a_model_that_lacks_weights_is_refused(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_model(llama, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot be a causal language model: no weights for model\.norm\.weight"):
+        load_policy(tmp_path, "fp32")
+    with pytest.raises(UserError, match=r"cannot be a reward model: no weights for model\.norm\.weight"):
+        load_scalar(tmp_path, tokenizer, "fp32")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_dropout_is_off_while_training(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    if family == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+    else:
+        sizes = OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16)
+        sizes.layerdrop = sizes.attention_dropout = 0.5
+        model = OPTForCausalLM(sizes)
+    ids = torch.arange(10)[None]
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.save_pretrained(tmp_path)
+    policy, scalar = load_policy(tmp_path, "fp32").train(), load_scalar(tmp_path, tokenizer, "fp32").train()
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    assert torch.equal(scalar(input_ids=ids), scalar(input_ids=ids))
+
+
+# -------------------------------------------------------------------------------------------------------------- scalar models
+
+
+@pytest.fixture
+def scalar(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> ScalarModel:
+    """A reward model on the tiny Llama's backbone."""
+    save_model(llama, tokenizer, tmp_path / "base")
+    model = load_scalar(tmp_path / "base", tokenizer, "fp32").eval()
+    initialise_head(model, 1)
+    return model
+
+
+def rows(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    texts = ["What is the capital of France?", "Paris.", "The opposite of hot is cold. Glad you asked!"]
+    return [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in texts]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_the_score_is_read_at_the_last_real_token(scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, pad: str) -> None:
+    given = rows(tokenizer)
+    packed = pack(given, "cpu")
+    together = scalar(**packed.inputs)[packed.last]
+    alone = torch.stack([scalar(input_ids=torch.tensor([ids]))[-1] for ids in given])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    by_hand = [scalar.model.base_model(torch.tensor([ids])).last_hidden_state[0, -1] @ scalar.head.weight[0] for ids in given]
+    torch.testing.assert_close(together, torch.stack(by_hand), rtol=1e-4, atol=1e-5)
+    assert together.std() > 0
+
+
+@torch.no_grad()
+def test_a_saved_reward_model_opens_as_a_classifier_with_one_label(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.25, 2.0
+    save_model(scalar.model, tokenizer, tmp_path / "reward")
+    opened = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    assert opened.config.num_labels == 1
+    for ids in rows(tokenizer):
+        torch.testing.assert_close(opened(torch.tensor([ids])).logits[0, 0], scalar(input_ids=torch.tensor([ids]))[-1])
+    loaded = load_scalar(tmp_path / "reward", tokenizer, "fp32")
+    assert (loaded.mean, loaded.std) == (0.25, 2.0)
+    assert torch.equal(loaded.head.weight, scalar.head.weight)
+
+
+def test_the_head_is_small_and_seeded(scalar: ScalarModel) -> None:
+    first = scalar.head.weight.clone()
+    assert scalar.head.bias is None
+    initialise_head(scalar, 2)
+    assert not torch.equal(scalar.head.weight, first)
+    initialise_head(scalar, 1)
+    assert torch.equal(scalar.head.weight, first)
+    # 32 draws from N(0, 1/√33): their root mean square is within half of that
+    assert 0.5 < first.square().mean().sqrt().item() * 33**0.5 < 1.5

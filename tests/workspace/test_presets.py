@@ -1,0 +1,158 @@
+"""`rlhf use`: presets, overrides, and files brought into the workspace."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import config
+from rlhf.config.data import SandboxSource
+from rlhf.config.training import BuiltBase
+from rlhf.errors import UserError
+from rlhf.workspace import presets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "workspace"
+    for folder in ("presets", "graphs"):
+        shutil.copytree(ROOT / folder, root / folder)
+    shutil.copy(ROOT / "dvc.yaml", root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def pairs(path: Path, text: str = '{"chosen": "a", "rejected": "b"}\n') -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_preset_as_it_is_keeps_its_comments(workspace: Path) -> None:
+    presets.use(workspace, "sandbox", [])
+    assert (workspace / "params.yaml").read_bytes() == (ROOT / "presets/sandbox.yaml").read_bytes()
+
+
+def test_overrides_reach_nested_keys_lists_and_sections(workspace: Path) -> None:
+    values = [
+        "seed=7",
+        "ppo.kl.coefficient=1e-2",
+        "data.sources.2.label_noise=0.2",
+        "launch.hostfile=null",
+        "base.optimizer.betas=[0.8, 0.9]",
+    ]
+    presets.use(workspace, "sandbox", values)
+    params = config.load(workspace / "params.yaml")
+    assert (params.seed, params.ppo.kl.coefficient, params.launch.hostfile) == (7, 0.01, None)
+    source = params.data.sources[2]
+    assert isinstance(source, SandboxSource)
+    assert source.label_noise == 0.2
+    assert isinstance(params.base, BuiltBase)
+    assert params.base.optimizer.betas == (0.8, 0.9)
+    assert params.sft == config.load(ROOT / "presets/sandbox.yaml").sft
+
+
+def test_params_file_itself_is_a_preset(workspace: Path) -> None:
+    presets.use(workspace, "sandbox", ["seed=7"])
+    presets.use(workspace, "params.yaml", ["ppo.steps=3"])
+    params = config.load(workspace / "params.yaml")
+    assert (params.seed, params.ppo.steps) == (7, 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "value", "words"),
+    [
+        ("sandbx", "seed=1", r"unknown preset 'sandbx': did you mean 'sandbox'\?.*hh, .*qwen2.5-0.5b"),
+        ("missing.yaml", "seed=1", "unknown preset 'missing.yaml'"),
+        ("sandbox", "seed", "'seed' is not of the form section.key=value"),
+        ("sandbox", "ppo.klr.target=1", r"unknown key 'ppo.klr.target': did you mean 'kl'\?"),
+        ("sandbox", "pop.steps=1", r"unknown key 'pop.steps': did you mean 'ppo'\?"),
+        ("sandbox", "data.sources.4.rows=1", "data.sources has 4 entries.*from 0 to 3"),
+        ("sandbox", "data.sources.first.rows=1", "data.sources has 4 entries"),
+        ("sandbox", "seed.a=1", "unknown key 'seed.a': seed is not a section"),
+        ("sandbox", "ppo.steps=many", "ppo.steps: .*, got 'many'"),
+        ("hh", "seed=1", "presets/hh.yaml: key 'data.sources.0.path' is missing.*rlhf use hh KEY=VALUE"),
+        ("hh", "data.sources.0.path=nowhere.jsonl", "data.sources.0.path: no such file: 'nowhere.jsonl'"),
+    ],
+)
+def test_refusal_leaves_params_alone(workspace: Path, preset: str, value: str, words: str) -> None:
+    presets.use(workspace, "sandbox", [])
+    before = (workspace / "params.yaml").read_bytes()
+    with pytest.raises(UserError, match=words):
+        presets.use(workspace, preset, [value])
+    assert (workspace / "params.yaml").read_bytes() == before
+
+
+def test_file_from_elsewhere_is_copied_once(workspace: Path, tmp_path: Path) -> None:
+    file = pairs(tmp_path / "pairs.jsonl")
+    first = presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])
+    copy = workspace / "data/raw/hh/pairs.jsonl"
+    assert copy.read_bytes() == file.read_bytes()
+    assert yaml.safe_load((workspace / "params.yaml").read_text())["data"]["sources"][0]["path"] == "data/raw/hh/pairs.jsonl"
+    assert first == [
+        "copied ../pairs.jsonl to data/raw/hh/pairs.jsonl",
+        "data/raw/hh is not versioned: this folder is no DVC repository (`dvc init`)",
+        "wrote params.yaml from presets/hh.yaml",
+    ]
+    number = copy.stat().st_ino
+    presets.use(workspace, "hh", [f"data.sources.0.path={file}"])
+    assert copy.stat().st_ino == number
+
+
+def test_changed_file_replaces_the_copy_without_writing_through_it(workspace: Path, tmp_path: Path) -> None:
+    file = pairs(tmp_path / "pairs.jsonl")
+    presets.use(workspace, "hh", [f"data.sources.0.path={file}"])
+    linked = tmp_path / "cache"
+    os.link(workspace / "data/raw/hh/pairs.jsonl", linked)
+    old = linked.read_bytes()
+    pairs(file, '{"chosen": "c", "rejected": "d"}\n')
+    presets.use(workspace, "hh", [f"data.sources.0.path={file}"])
+    assert (workspace / "data/raw/hh/pairs.jsonl").read_bytes() == file.read_bytes()
+    assert linked.read_bytes() == old
+
+
+def test_folder_is_copied_whole(workspace: Path, tmp_path: Path) -> None:
+    pairs(tmp_path / "saved/part/one.jsonl")
+    presets.use(workspace, "hh", ["data.sources.0.path=../saved"])
+    pairs(tmp_path / "saved/part/two.jsonl")
+    presets.use(workspace, "hh", ["data.sources.0.path=../saved"])
+    assert sorted(path.name for path in (workspace / "data/raw/hh/saved").rglob("*.jsonl")) == ["one.jsonl", "two.jsonl"]
+    assert [path.name for path in (workspace / "data/raw/hh").iterdir()] == ["saved"]
+
+
+def test_file_in_the_workspace_stays_where_it_is(workspace: Path) -> None:
+    pairs(workspace / "data/raw/mine/pairs.jsonl")
+    presets.use(workspace, "hh", ["data.sources.0.path=data/raw/mine/pairs.jsonl"])
+    assert yaml.safe_load((workspace / "params.yaml").read_text())["data"]["sources"][0]["path"] == "data/raw/mine/pairs.jsonl"
+    assert not (workspace / "data/raw/hh").exists()
+
+
+def test_new_data_is_versioned_and_makes_prepare_stale(workspace: Path, tmp_path: Path) -> None:
+    def dvc(*arguments: str) -> str:
+        command = [str(Path(sys.executable).with_name("dvc")), *arguments]
+        environment = os.environ | {"DVC_NO_ANALYTICS": "1"}
+        return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=True).stdout
+
+    pairs(workspace / "data/raw/README.md", "tracked by git\n")
+    stage = {"cmd": "ls data/raw/hh > out", "deps": ["data/raw"], "outs": ["out"]}
+    (workspace / "graphs/common.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}), encoding="utf-8")
+    (workspace / "graphs/ppo.yaml").write_text("", encoding="utf-8")
+    dvc("init", "--no-scm", "--quiet")
+    file = pairs(tmp_path / "pairs.jsonl")
+    done = presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])
+    assert "versioned data/raw/hh with DVC: commit data/raw/hh.dvc" in done
+    dvc("repro", "--quiet")
+    assert "up to date" in dvc("status")
+    presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])
+    assert "up to date" in dvc("status")
+    pairs(file, '{"chosen": "c", "rejected": "d"}\n')
+    presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])
+    assert "prepare" in dvc("status")
