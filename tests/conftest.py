@@ -16,6 +16,7 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models a second thread only waits for the first
 # before Prefect and DVC are imported; workers, and the user's own servers, share nothing
 HOMES = tempfile.TemporaryDirectory(prefix="rlhf-tests-")
 os.environ |= {"PREFECT_HOME": f"{HOMES.name}/prefect", "DVC_SITE_CACHE_DIR": f"{HOMES.name}/dvc"}
@@ -31,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """Half of the suite's time is waiting: for servers, processes, disks."""
-    return 2 * (os.cpu_count() or 1)
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")

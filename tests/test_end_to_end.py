@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +142,32 @@ class Clone:
 
 
 @pytest.fixture(scope="module")
-def flow_clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A clone in which the flow has run once."""
-    clone = Clone(tmp_path_factory.mktemp("flow"))
-    clone.copy_working_tree()
-    clone.call("rlhf", "use", "sandbox", *TINY)
-    said = clone.call("rlhf", "run").splitlines()
+def clones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Clone, Clone]:
+    """Two clones of one commit with the same params, made side by side: in one the flow has run, in the other `dvc repro`."""
+    flow, dvc = Clone(tmp_path_factory.mktemp("flow")), Clone(tmp_path_factory.mktemp("dvc"))
+    flow.copy_working_tree()
+    subprocess.run(git("clone", "--quiet", str(flow.root), str(dvc.root)), check=True)
+    for clone in (flow, dvc):
+        clone.call("rlhf", "use", "sandbox", *TINY)
+    with ThreadPoolExecutor() as side_by_side:
+        runs = [side_by_side.submit(flow.call, "rlhf", "run"), side_by_side.submit(dvc.call, "dvc", "repro")]
+    said = runs[0].result().splitlines()
     assert "version 1 is champion, the one before is none" in said
     assert "to commit: `git add params.yaml dvc.lock metrics plots`" in said
-    return clone
+    assert re.findall(r"Running stage '(\w+)'", runs[1].result()) == list(STAGES)
+    return flow, dvc
 
 
 @pytest.fixture(scope="module")
-def dvc_clone(flow_clone: Clone, tmp_path_factory: pytest.TempPathFactory) -> Clone:
-    """A fresh clone of the same commit with the same params, in which `dvc repro` has run without the flow."""
-    clone = Clone(tmp_path_factory.mktemp("dvc"))
-    subprocess.run(git("clone", "--quiet", str(flow_clone.root), str(clone.root)), check=True)
-    clone.call("rlhf", "use", "sandbox", *TINY)
-    assert re.findall(r"Running stage '(\w+)'", clone.call("dvc", "repro")) == list(STAGES)
-    return clone
+def flow_clone(clones: tuple[Clone, Clone]) -> Clone:
+    """The clone in which the flow has run once."""
+    return clones[0]
+
+
+@pytest.fixture(scope="module")
+def dvc_clone(clones: tuple[Clone, Clone]) -> Clone:
+    """The clone in which `dvc repro` has run without the flow."""
+    return clones[1]
 
 
 def test_the_flow_makes_everything_that_the_graph_names(flow_clone: Clone) -> None:

@@ -18,10 +18,9 @@ from rlhf.engine.partition import born, shape
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import saving as output
+from rlhf.models import saving
 from rlhf.models.dialogues import blocks
 from rlhf.models.policy import ATTENTION, build_policy, load_policy
-from rlhf.models.saving import save_model
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 from rlhf.stages.language_model import fit, perplexity
 
@@ -55,7 +54,7 @@ def main(job: Job) -> None:
         "heldout_perplexity": perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None,
     }
     if isinstance(params, BuiltBase):
-        output.save(job, model, tokenizer, job.output(BASE))
+        saving.save(job, model, tokenizer, job.output(BASE))
     if job.is_main:
         job.write_metrics(metrics)
         job.write_plot("plots/base.csv", history)
@@ -81,7 +80,7 @@ def pin_once(job: Job, params: PretrainedBase, device: torch.device) -> tuple[Pr
     """Have rank 0 write the given model as stage output; all ranks then hold it as launch.engines.reference says."""
     folder = job.output(BASE)
     if job.is_main:
-        save_model(*pin(params), folder)
+        saving.save_model(*pin(params), folder)
     dist.barrier()
     with born(settings(job, "reference")):
         model = load_policy(folder, job.params.launch.precision)

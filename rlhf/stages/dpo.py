@@ -20,8 +20,7 @@ from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import lora
-from rlhf.models import saving as output
+from rlhf.models import lora, saving
 from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
@@ -43,7 +42,7 @@ def main(job: Job) -> None:
     adapters = lora.attach(policy, params.lora, "models/sft", "dpo.lora", job)
     reference = lora.reference(adapters, job, job.input("models/sft"), device) if params.reference == "live" else None
     history = fit(job, policy, reference, pairs)
-    output.save(job, policy, tokenizer, job.output("models/dpo"), adapters)
+    saving.save(job, policy, tokenizer, job.output("models/dpo"), adapters)
     if job.is_main:
         counts = {"steps": len(history), "pairs": len(pairs), "too_long": too_long}
         job.write_metrics({**{name: history[-1][name] for name in ("loss", "accuracy", "margin")}, **counts, **lora.share(adapters)})

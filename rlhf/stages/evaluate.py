@@ -23,8 +23,7 @@ from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
-from rlhf.models import lora
-from rlhf.models import saving as output
+from rlhf.models import lora, saving
 from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
@@ -150,7 +149,7 @@ class Judge:
         """Write models/judge, so that other models' answers can be judged later; returns a hash of all that decides a score."""
         folder = job.output(JUDGE)
         if self.model is not None:
-            output.save(job, self.model.model, tokenizer, folder, self.adapters)
+            saving.save(job, self.model.model, tokenizer, folder, self.adapters)
         if not job.is_main:
             return ""
         folder.mkdir(parents=True, exist_ok=True)

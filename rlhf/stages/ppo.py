@@ -28,8 +28,7 @@ from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, run
-from rlhf.models import lora
-from rlhf.models import saving as output
+from rlhf.models import lora, saving
 from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
 from rlhf.models.scalar import values_at
@@ -95,7 +94,7 @@ def main(job: Job) -> None:
 
     if models.ema:
         models.ema.copy_to(models.actor.module)
-    output.save(job, models.actor.module, tokenizer, job.output("models/ppo"), models.adapters)
+    saving.save(job, models.actor.module, tokenizer, job.output("models/ppo"), models.adapters)
     if job.is_main:
         shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
         job.write_metrics({**history[-1], "prompts": len(prompts), "too_long": too_long, **lora.share(models.adapters)})

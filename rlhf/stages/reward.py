@@ -20,8 +20,7 @@ from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import lora
-from rlhf.models import saving as output
+from rlhf.models import lora, saving
 from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length
@@ -43,7 +42,7 @@ def main(job: Job) -> None:
     history = fit(job, scalar, pairs, params)
     chosen, rejected = score_pairs(scalar, held_out, layout(job).micro_batch_tokens)
     normalise(scalar, chosen + rejected)
-    output.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
+    saving.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
     if job.is_main:
         job.write_metrics(
             {

@@ -9,8 +9,7 @@ from rlhf.engine.partition import born
 from rlhf.engine.setup import settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import lora
-from rlhf.models import saving as output
+from rlhf.models import lora, saving
 from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.policy import check_length, load_policy
 from rlhf.models.tokenizer import load_tokenizer
@@ -28,7 +27,7 @@ def main(job: Job) -> None:
     check_length(model, params.max_tokens, "sft.max_tokens")
     adapters = lora.attach(model, params.lora, "models/base", "sft.lora", job)
     history = fit(job, model, rows, params)
-    output.save(job, model, tokenizer, job.output("models/sft"), adapters)
+    saving.save(job, model, tokenizer, job.output("models/sft"), adapters)
     if job.is_main:
         counts = {"steps": len(history), "rows": len(rows), "too_long": too_long}
         job.write_metrics({"loss": history[-1]["loss"], **counts, **lora.share(adapters)})

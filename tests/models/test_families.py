@@ -279,7 +279,7 @@ for folder in map(Path, sys.argv[1:]):
 def test_a_model_born_in_parts_keeps_the_precision_of_its_positions(trained: tuple[Path, str]) -> None:
     """DeepSpeed would round the frequencies of rotary embeddings: in bf16, tokens would stand at other places than in a whole model."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-    own = place | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    own = place | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     folders = [str(trained[0] / family / "models/base") for family in FAMILIES]
     done = subprocess.run([sys.executable, "-c", BORN, *folders], env=os.environ | own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
