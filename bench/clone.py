@@ -105,4 +105,4 @@ def machine() -> dict[str, Any]:
 
 def cell(value: Any) -> str:
     """A number in a table."""
-    return f"{value:.3f}" if isinstance(value, float) else str(value)[:12]
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

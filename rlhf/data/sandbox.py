@@ -31,6 +31,9 @@ WEIGHTS = {"correct": 0.5, "helpful": 0.2, "polite": 0.2, "brief": 0.1}
 STYLES = {"curt": 0.3, "plain": 0.25, "polite": 0.15, "polite-curt": 0.05, "rude": 0.1, "rambling": 0.1, "unhelpful": 0.05}
 DEMONSTRATIONS_CORRECT = 0.75
 NEAR_MISSES = 0.1  # share of wrong answers that are of the right kind
+# Shares of pairs: SAME_MANNER right against wrong, which styles alone cannot tell; up to CAREFUL care against carelessness. With 0.3 of the
+# first, what the reward model knew of the facts hung on the seed and on rounding (LOG.md).
+SAME_MANNER, CAREFUL = 0.5, 0.8
 MULTI_TURN = 0.15  # share of prompts with an earlier question and answer before them
 MIN_GOLD_GAP = 0.1  # pairs that the gold score can hardly tell apart would only be noise
 
@@ -183,10 +186,10 @@ def _pair(rng: random.Random, label_noise: float) -> dict[str, Any]:
     prompt, gold = _prompt(rng)
     while True:
         draw = rng.random()
-        if draw < 0.3:  # the same manner, right against wrong: what styles alone cannot tell
+        if draw < SAME_MANNER:
             style = rng.choice(("curt", "plain", "polite"))
             answers = [_answer(rng, gold, style, correct=True), _answer(rng, gold, style, correct=False)]
-        elif draw < 0.7:  # somebody who takes care against somebody who does not
+        elif draw < CAREFUL:  # somebody who takes care against somebody who does not
             careful = _answer(rng, gold, rng.choice(("plain", "polite", "polite")), correct=rng.random() < 0.9)
             careless = _answer(rng, gold, rng.choice(("curt", "rude", "rambling", "unhelpful")), correct=rng.random() < 0.5)
             answers = [careful, careless]
