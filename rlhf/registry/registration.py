@@ -97,7 +97,7 @@ def _write_folder(place: Path, root: Path, model: Path, model_id: str) -> str:
     mlflow.pyfunc.save_model(
         place,
         python_model=serving.__file__,
-        artifacts={"config": str(model / "config.json")},
+        artifacts={"config": (model / "config.json").as_uri()},
         pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
         mlflow_model=Model(model_id=model_id),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -15,8 +17,16 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+SECONDS_TO_WRITE = 60  # somebody else's transaction is waited for as long
 # where `rlhf serve` and `mlflow ui` show a database, unless told otherwise
 PAGES = "http://127.0.0.1:5000"
+# where MLflow's database says, absolutely, in which folder the files of something lie
+PLACES = {
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
 
 
 def tracking_uri(root: Path, params: config.Params) -> str:
@@ -37,6 +47,8 @@ def client(root: Path, params: config.Params) -> MlflowClient:
 def initialise(root: Path, params: config.Params) -> str:
     """Create the database and the experiment where they are missing; the experiment's id.
 
+    The workspace's own database is told where its files lie now, as the workspace may have been moved or copied.
+
     Raises:
         mlflow.exceptions.MlflowException: MLflow is away.
     """
@@ -44,17 +56,38 @@ def initialise(root: Path, params: config.Params) -> str:
     own.parent.mkdir(exist_ok=True)
     # two stages that start side by side would both create the database
     with lock(root, "mlflow"):
-        if uri == f"sqlite:///{own}" and not own.exists():
+        if uri == own_uri(root) and not own.exists():
             # beside and renamed: a launcher that ends half-way through would leave tables that MLflow cannot mend
             beside = own.with_suffix(".new")
             beside.unlink(missing_ok=True)
             _client(f"sqlite:///{beside}")
             beside.rename(own)
+        if uri == own_uri(root):
+            _bring_home(root)
         found = _client(uri).get_experiment_by_name(params.tracking.experiment)
         if found:
             return found.experiment_id
-        artifacts = str(root / "mlruns" / "artifacts") if uri.startswith("sqlite:") else None
+        # as an address: of a bare path, MLflow would take `%25` for an escaped `%`
+        artifacts = (root / "mlruns" / "artifacts").as_uri() if uri.startswith("sqlite:") else None
         return _client(uri).create_experiment(params.tracking.experiment, artifact_location=artifacts)
+
+
+def _bring_home(root: Path) -> None:
+    """Let every place in the own database that is in some workspace's mlruns be in this one's: it was moved or copied, if they differ."""
+    own = (root / "mlruns").as_uri()
+
+    def here(place: str | None) -> str | None:
+        if place is None or not place.startswith(("/", "file:")):
+            return place
+        _, found, below = place.rpartition("/mlruns/")
+        return f"{own}/{below}" if found else place
+
+    with closing(sqlite3.connect(_database(root), timeout=SECONDS_TO_WRITE)) as database, database:
+        database.create_function("here", 1, here)
+        # one row for each experiment: on the way of every command
+        if database.execute("SELECT 1 FROM experiments WHERE artifact_location != here(artifact_location)").fetchone():
+            for table, column in PLACES.items():
+                database.execute(f"UPDATE {table} SET {column} = here({column})")
 
 
 def _database(root: Path) -> Path:

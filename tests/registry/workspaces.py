@@ -1,0 +1,50 @@
+"""A workspace with a registered model that answers, as several test files need one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import config, registry, tracking
+from rlhf.workspace.fingerprint import Node
+
+PROJECT = Path(__file__).parents[2]
+NODE = Node("ppo", (), ("models/ppo",), (), {})
+
+
+def load(root: Path) -> config.Params:
+    return config.load(root / "params.yaml")
+
+
+def workspace(root: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A workspace with one version, in service, of a model."""
+    for folder in ("models/ppo", "metrics", "data"):
+        (root / folder).mkdir(parents=True)
+    model.save_pretrained(root / "models/ppo")
+    tokenizer.save_pretrained(root / "models/ppo")
+    shutil.copyfile(PROJECT / "params.yaml", root / "params.yaml")
+    (root / "data/answers.jsonl").write_text("{}\n", encoding="utf-8")
+    stage: dict[str, Any] = {"cmd": "true", "outs": ["models/ppo"]}
+    (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ppo": stage}}), encoding="utf-8")
+    lock = {"ppo": {"cmd": "true", "outs": [{"path": "models/ppo", "md5": "0123.dir"}]}}
+    (root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": lock}), encoding="utf-8")
+    train(root, 1)
+    registry.promote(registry.register(root, load(root)), None, root, load(root), by="me", why="test")
+    return root
+
+
+def train(root: Path, number: int) -> None:
+    """Leave behind what a run does: a model, its evaluation, other ones for each number, and an MLflow run with a file."""
+    (root / "models/ppo/lineage.json").write_text(json.dumps({"fingerprint": f"f00d{number}"}), encoding="utf-8")
+    (root / "metrics/evaluate.json").write_text(json.dumps({"kl": float(number)}), encoding="utf-8")
+    folder = root / f"runs/ppo/f00d{number}"
+    (folder / "results").mkdir(parents=True)
+    (folder / "results/note.txt").write_text(f"run {number}", encoding="utf-8")
+    with tracking.of_stage(root, load(root), NODE, f"f00d{number}", folder):
+        pass
+    tracking.send_waiting(root)
