@@ -25,8 +25,9 @@ from rlhf.registry.history import person
 from rlhf.workspace import fingerprint
 from tasks import graph
 from tasks.approval import Word, ask
-from tasks.stage import run_stage, stop_all
+from tasks.stage import StageError, run_stage, stop_all
 
+FIRST_TRAINED = "base"  # every stage but prepare depends on it
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
 
 
@@ -52,7 +53,7 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         with lock(root, "flow", refuse=busy):
             params = check(root)  # again: a run that waited finds what is there now
             run = to_the_end.enter_context(tracking.of_flow(root, params, flow_run_id, str(runtime.flow_run.name)))
-            stages = run_stages(root)
+            stages = run_stages(root, params)
             run.tag({f"stage.{name}": state for name, state in stages.items()})
             version = tasks.registry.register(root, params, flow_run_id)
             verdict = tasks.registry.check(version, root, params)
@@ -88,11 +89,12 @@ def check(root: Path) -> config.Params:
     return params
 
 
-def run_stages(root: Path) -> dict[str, str]:
+def run_stages(root: Path, params: config.Params) -> dict[str, str]:
     """Bring all stages up to date, independent ones side by side; stages after a failed one do not run.
 
     Raises:
-        UserError: the graph is wrong, stages failed (their last lines), or something that they read was changed meanwhile.
+        UserError: the graph is wrong, stages failed (their last lines), the champion could not be compared with what would be trained, or
+            something that the stages read was changed meanwhile.
     """
     graph.mend(root)
     stages = [stage for stage in graph.read(root) if not (stage.is_data and stage.current)]
@@ -101,6 +103,9 @@ def run_stages(root: Path) -> dict[str, str]:
     try:
         for stage in stages:
             before = [futures[name] for name in stage.after if name in futures]
+            if stage.name == FIRST_TRAINED and not all(other.current for other in stages):
+                futures["champion"] = tasks.registry.check_champion.submit(root, params, return_state=False, wait_for=before)
+                before = [futures["champion"]]
             one = run_stage.with_options(retries=stage.retries)
             futures[stage.name] = one.submit(stage, root, environment, return_state=False, wait_for=before)
         wait(list(futures.values()))
@@ -109,6 +114,9 @@ def run_stages(root: Path) -> dict[str, str]:
     failures = [
         future.state.result(raise_on_failure=False) for future in futures.values() if future.state.is_failed() or future.state.is_crashed()
     ]
+    for failure in failures:
+        if isinstance(failure, UserError) and not isinstance(failure, StageError):
+            raise failure  # of the champion: it names its own remedy
     if failures:
         raise UserError("; ".join(getattr(failure, "what", str(failure)) for failure in failures), remedy=REMEDY)
     trained = any(not stage.current for stage in stages)

@@ -56,6 +56,23 @@ def _await_mlflow(root: Path, params: Params) -> None:
 
 
 @task(cache_policy=NO_CACHE)
+def check_champion(root: Path, params: Params) -> None:
+    """See to it, before anything is trained, that the new version can be compared with the champion.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        champion = registry.aliases(root, params).get("champion")
+    except UserError as away:
+        # training goes on without MLflow
+        get_run_logger().warning("%s; the champion is not looked at before the training", away.what)
+        return
+    if champion:
+        comparison.check_champion(registry.find(root, params, champion), root, params)
+
+
+@task(cache_policy=NO_CACHE)
 def check(version: registry.Version, root: Path, params: Params) -> registry.Verdict:
     """Hold the version against the champion, where there is another one, and check the gates.
 

@@ -96,7 +96,7 @@ def compare(version: Named = "champion") -> None:
             comparison.compare(own, other, root, params)
     except processes.Stopped as stop:
         sys.exit(128 + stop.number)
-    for gate in gates.against_champion(comparison.pairs(own, other, root), params):
+    for gate in gates.against_champion(comparison.pairs(own, other, root), params, gates.read_metrics(root).get("prompts")):
         print(gate.line)
 
 

@@ -22,7 +22,9 @@ class Approval(Section):
 class Promote(Section):
     """Gates: a version becomes champion only if every one holds."""
 
-    model: Slug = Field(description="name of the registered model")
+    model: Slug = Field(
+        description="name of the registered model: one line of versions, each compared with the champion of that name; a preset has its own"
+    )
     min_gold_difference: float = Field(
         description="gold score of the policy − sft, lower end of its 95% interval (where a gold score exists)"
     )

@@ -7,6 +7,7 @@ itself. So the tokens that sft trains on, that the reward model reads and that P
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -83,6 +84,11 @@ def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
     """Token ids of a dialogue that ends in a user turn, up to where the assistant's answer begins."""
     return encode_dialogue(tokenizer, prompt)[0]
+
+
+def short_enough(tokenizer: PreTrainedTokenizerBase, rows: Iterable[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """Those rows whose `prompt` has so many tokens at most."""
+    return [row for row in rows if len(encode_prompt(tokenizer, row["prompt"])) <= tokens]
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

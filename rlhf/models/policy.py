@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlhf.config.training import BuiltBase
@@ -110,20 +110,32 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
     Raises:
         UserError: names the key and the model's limit.
     """
-    for name, limit in _limits(model).items():
+    for name, limit in _limits(model.config).items():
         if tokens > limit:
             raise UserError(f"{key}: {tokens} tokens are more than the model's {name}, {limit}", remedy=f"lower it to {limit} at most")
 
 
 def context_tokens(model: PreTrainedModel) -> int:
     """Tokens of the longest sequence of which a model sees the whole."""
-    return min(_limits(model).values(), default=sys.maxsize)
+    return min(_limits(model.config).values(), default=sys.maxsize)
 
 
-def _limits(model: PreTrainedModel) -> dict[str, int]:
+def context_of(folder: Path) -> int:
+    """The same of the model in a folder, whose weights are not read.
+
+    Raises:
+        UserError: the folder holds no model that transformers knows.
+    """
+    try:
+        return min(_limits(AutoConfig.from_pretrained(folder)).values(), default=sys.maxsize)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder") from None
+
+
+def _limits(config: Any) -> dict[str, int]:
     limits = {
-        "number of positions": getattr(model.config, "max_position_embeddings", None),
-        "sliding attention window": getattr(model.config, "sliding_window", None),
+        "number of positions": getattr(config, "max_position_embeddings", None),
+        "sliding attention window": getattr(config, "sliding_window", None),
     }
     return {name: limit for name, limit in limits.items() if limit is not None}
 

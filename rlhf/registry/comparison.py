@@ -1,7 +1,7 @@
 """A version beside the champion, on the same held-out prompts and before the same judge: what the relative gates read.
 
 What the champion answered when it was evaluated itself is used again where prompts, sampling and judge are the same (tags
-`evaluate.heldout` and `evaluate.judge`); otherwise it answers anew.
+`evaluate.heldout` and `evaluate.judge`); otherwise it answers anew, where its context has room for prompt and answer.
 """
 
 from __future__ import annotations
@@ -19,15 +19,45 @@ from rlhf.job import read_lines
 from rlhf.launcher import command, processes
 from rlhf.launcher.console import Console
 from rlhf.locks import lock
-from rlhf.registry.gates import Pair
+from rlhf.registry.gates import LEAST_SHARE, Pair
 from rlhf.registry.versions import Version, model_folder
 
 STAGE = "evaluate"
+PROMPTS = "data/prepared/heldout_prompts.jsonl"
 
 
 def same_evaluation(one: Version, other: Version) -> bool:
     """Whether both were asked the same and judged by the same judge."""
     return all(one.tags.get(f"evaluate.{key}") == other.tags.get(f"evaluate.{key}") for key in ("heldout", "judge"))
+
+
+def check_champion(champion: Version, root: Path, params: config.Params) -> None:
+    """Check that what is trained now can be compared with the champion afterwards. Call it when stage prepare is done.
+
+    Raises:
+        UserError: its files were changed, are no model that can be opened, or it has no room for most held-out prompts and answers.
+    """
+    # both frameworks take seconds, which nothing else here needs
+    from rlhf.models.dialogues import short_enough
+    from rlhf.models.policy import context_of
+    from rlhf.models.tokenizer import load_tokenizer
+
+    who = f"version {champion.number} of {champion.model}, the champion,"
+    remedy = "`rlhf use params.yaml promote.model=NAME` makes this a line of its own"
+    folder = model_folder(champion.uri, root, params)
+    try:
+        tokenizer, context = load_tokenizer(folder), context_of(folder)
+    except UserError as error:
+        raise UserError(f"{who} cannot be compared with: {error.what}", remedy=remedy) from None
+    longest, answer = params.ppo.max_prompt_tokens, params.ppo.max_answer_tokens
+    rows = short_enough(tokenizer, read_lines(root / PROMPTS), longest)[: params.evaluate.prompts]
+    fitting = short_enough(tokenizer, rows, context - answer)
+    if len(fitting) < LEAST_SHARE * len(rows):
+        what = f"{who} takes {context} tokens: room for {len(fitting)} of {len(rows)} held-out prompts with an answer"
+        raise UserError(
+            f"{what} (ppo.max_answer_tokens: {answer}), too few to compare it with what would be trained",
+            remedy=f"{remedy}; or lower ppo.max_answer_tokens",
+        )
 
 
 def folder_of(version: Version, champion: Version, root: Path) -> Path:

@@ -17,6 +17,7 @@ from rlhf.config import Params
 from rlhf.errors import UserError
 
 METRICS = Path("metrics/evaluate.json")
+LEAST_SHARE = 0.5  # of the prompts, which the champion must have room for: on fewer, the others may tell another story
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,27 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
         rise, wins = _number(metrics, "reward_model.ci95.0"), _number(metrics, "win_rate.value")
         gates.append(_over_optimisation("over_optimisation", "sft", rise, wins))
     if pairs is not None:
-        gates += against_champion(pairs, params)
+        gates += against_champion(pairs, params, metrics.get("prompts"))
     return gates
 
 
-def against_champion(pairs: Sequence[Pair], params: Params) -> list[Gate]:
-    """The gates that compare a version with the one in service, prompt by prompt."""
+def against_champion(pairs: Sequence[Pair], params: Params, asked: int | None = None) -> list[Gate]:
+    """The gates that compare a version with the one in service, prompt by prompt.
+
+    Args:
+        pairs: the prompts that both have answered.
+        params: with the bounds.
+        asked: how many prompts this version was asked; the champion has no room for the others. None: as many as pairs.
+    """
+    asked = len(pairs) if asked is None else asked
+    if len(pairs) < max(1, LEAST_SHARE * asked):
+        text = f"the champion has room for {len(pairs)} of {asked} prompts and their answers only, too few to compare the two"
+        return [Gate("min_champion_win_rate", None, params.promote.min_champion_win_rate, False, text)]
     samples, promote = params.evaluate.bootstrap_samples, params.promote
     win = wins(pairs)
     low, high = interval(win, samples)
-    what = f"win rate against the champion {win.mean():.4g} ({low:.4g} … {high:.4g}), lower end"
+    some = f", on the {len(pairs)} of {asked} prompts that it has room for" if len(pairs) < asked else ""
+    what = f"win rate against the champion {win.mean():.4g} ({low:.4g} … {high:.4g}){some}, lower end"
     gates = [_at_least("min_champion_win_rate", what, low, promote.min_champion_win_rate)]
     kinds = sorted({pair.kind for pair in pairs if pair.kind is not None})
     by_kind = {kind: interval(wins([pair for pair in pairs if pair.kind == kind]), samples)[1] for kind in kinds}

@@ -29,7 +29,7 @@ from rlhf.config import STAGES, Params
 from rlhf.launcher import launch
 from rlhf.locks import lock
 from rlhf.registry import comparison, unused
-from rlhf.registry.versions import Version, versions
+from rlhf.registry.versions import Version, of_all_models, versions
 from rlhf.workspace import fingerprint, snapshot
 
 # what `rlhf verify` and registration make under runs/ and take away again
@@ -76,9 +76,16 @@ def find(root: Path, params: Params) -> Found:
     Raises:
         UserError: dvc.yaml is wrong, or MLflow is away.
     """
-    registered = versions(root, params)
+    registered = _registered(root, params)
     data, notes = _data(root, registered)
     return Found([*_scratch(root, params, registered), *data, *_artifacts(root, params)], notes + _notes(root, params, registered))
+
+
+def _registered(root: Path, params: Params) -> list[Version]:
+    """The versions that this workspace has made, also under other names: each preset has its own."""
+    others = [version for version in of_all_models(root, params) if version.model != params.promote.model]
+    own = unused.is_own(root, params)
+    return versions(root, params) + [version for version in others if own or snapshot.has(root, version.tags["git.revision"])]
 
 
 def remove(root: Path, params: Params, leftovers: Sequence[Leftover]) -> None:
@@ -139,7 +146,7 @@ def _scratch(root: Path, params: Params, versions: Sequence[Version]) -> Iterato
             if paths:
                 why = "the stage is finished" if finished else "its params or inputs are others now"
                 yield Leftover(f"scratch of {stage}, {folder.name}", why, tuple(paths))
-    compared = {comparison.folder_of(one, other, root) for one in versions for other in versions}
+    compared = {comparison.folder_of(one, other, root) for one in versions for other in versions if one.model == other.model}
     for folder in sorted((runs / "compare").glob("*")):
         if folder not in compared or not (folder / "FINISHED").exists():
             yield Leftover(f"comparison {folder.name}", "of a version that is no more, or cut off", (folder,))
@@ -162,8 +169,8 @@ def _data(root: Path, versions: Sequence[Version]) -> tuple[list[Leftover], list
     """Objects of the DVC cache that nothing names; or why that cannot be told, in which case all of them stay."""
     if snapshot.head(root) is None:
         return [], ["the DVC cache stays as it is: without a git commit nothing says what older versions need"]
-    revisions = {version.number: version.tags["git.revision"] for version in versions if version.tags["git.revision"] != "none"}
-    for number, revision in revisions.items():
+    revisions = {version.tags["git.revision"]: version.number for version in versions if version.tags["git.revision"] != "none"}
+    for revision, number in revisions.items():
         if not snapshot.has(root, revision):
             return [], [f"the DVC cache stays as it is: revision {revision} of version {number} is not here; bring it with `git fetch`"]
     # of revisions that no run has been committed to, it would warn that they name no data
@@ -174,7 +181,7 @@ def _data(root: Path, versions: Sequence[Version]) -> tuple[list[Leftover], list
             cache = Path(repo.cache.local_cache_dir)
             if not cache.is_relative_to(root):
                 return [], [f"the DVC cache stays as it is: {cache} is outside this workspace, and others may need what is in it"]
-            named = repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, revs=sorted(set(revisions.values())))
+            named = repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, revs=sorted(revisions))
             used = {item.value for objects in named.values() for item in objects}
             paths = {Path(odb.oid_to_path(oid)) for _, odb in repo.cache.by_scheme() if odb for oid in odb.all() if oid not in used}
     except DvcException as error:
@@ -198,7 +205,7 @@ def _notes(root: Path, params: Params, versions: Sequence[Version]) -> list[str]
     notes = []
     if not unused.is_own(root, params):
         notes.append("MLflow's database is shared: its deleted runs and models are removed there, with `mlflow gc`")
-    revisions = {version.number: version.tags["git.revision"] for version in versions}
+    revisions = {f"{version.model}-v{version.number}": version.tags["git.revision"] for version in versions}
     if kept := snapshot.kept_for_nobody(root, params.promote.model, revisions):
         commands = [f"git tag -d {' '.join(kept.tags)}"] if kept.tags else []
         commands += [f"git branch -D {' '.join(kept.branches)}"] if kept.branches else []

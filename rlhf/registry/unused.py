@@ -25,7 +25,8 @@ def models(root: Path, params: Params) -> dict[str, Path]:
         return {}
     client = connect(root, params)
     needed = {version.source.removeprefix("models:/") for version in _all(client.search_model_versions)}
-    made = _all(client.search_logged_models, experiment_ids=_experiments(client), filter_string=f"name = '{params.promote.model}'")
+    names = {params.promote.model} | {model.name for model in _all(client.search_registered_models)}
+    made = [model for model in _all(client.search_logged_models, experiment_ids=_experiments(client)) if model.name in names]
     folders = {model.model_id: Path(local_file_uri_to_path(model.artifact_location)).parent for model in made}
     return {model: folder for model, folder in folders.items() if model not in needed and _is_here(root, folder)}
 

@@ -66,6 +66,11 @@ def versions(root: Path, params: Params) -> list[Version]:
     return [_version(entry, tuple(by_number.get(int(entry.version), ()))) for entry in found]
 
 
+def of_all_models(root: Path, params: Params) -> list[Version]:
+    """The versions of every registered model that the pipeline has made, whatever its name; without their aliases."""
+    return [_version(entry, ()) for entry in connect(root, params).search_model_versions() if "git.revision" in entry.tags]
+
+
 def find(root: Path, params: Params, number: int) -> Version:
     """One version by its number.
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.engine.distributed import start
 from rlhf.job import Job, read_lines, run, write_lines
-from rlhf.models.dialogues import decode_answer
+from rlhf.models.dialogues import decode_answer, short_enough
+from rlhf.models.policy import context_of
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages import evaluate
 
@@ -35,10 +36,14 @@ def main(job: Job) -> None:
         found = [earlier[json.dumps(row["prompt"])] for row in rows]
         answers, scores = [row["answers"][name] for row in found], [row["scores"][name] for row in found]
     else:
-        answers = answers_of(job, folder, rows, device)
-        scores = judge(job, rows, answers, device)
+        asked = len(rows)
+        rows = short_enough(load_tokenizer(folder), rows, context_of(folder) - job.params.ppo.max_answer_tokens)
+        if len(rows) < asked:
+            job.say(f"{asked - len(rows)} of {asked} prompts are left out: the champion has no room for them and an answer")
+        answers = answers_of(job, folder, rows, device) if rows else []
+        scores = judge(job, rows, answers, device) if rows else []
     new = job.params.algorithm
-    rewards = rewards_of(job, rows, answers, device) if new == "ppo" else [None] * len(rows)
+    rewards: list[Any] = rewards_of(job, rows, answers, device) if rows and new == "ppo" else [None] * len(rows)
     if job.is_main:
         lines = [
             {

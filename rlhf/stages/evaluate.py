@@ -24,7 +24,7 @@ from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora, saving
-from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt
+from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt, short_enough
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar
@@ -45,9 +45,13 @@ def main(job: Job) -> None:
     device = start(job)
     params = job.params.evaluate
     tokenizer = load_tokenizer(job.input("models/sft"))
-    prompts = [row for row in read_lines(job.input("data/prepared/heldout_prompts.jsonl")) if fits(job, tokenizer, row)][: params.prompts]
+    heldout_prompts = read_lines(job.input("data/prepared/heldout_prompts.jsonl"))
+    prompts = short_enough(tokenizer, heldout_prompts, job.params.ppo.max_prompt_tokens)[: params.prompts]
     new = job.params.algorithm
     policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
+    longest = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
+    for policy in policies.values():
+        check_length(policy, longest, "ppo.max_prompt_tokens + max_answer_tokens")
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
@@ -86,10 +90,6 @@ def main(job: Job) -> None:
             job.say(line)
 
 
-def fits(job: Job, tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> bool:
-    return len(encode_prompt(tokenizer, row["prompt"])) <= job.params.ppo.max_prompt_tokens
-
-
 # ---------------------------------------------------------------------------------------------------------------- models
 
 
@@ -97,11 +97,10 @@ def frozen_policy(job: Job, folder: Path, device: torch.device) -> PreTrainedMod
     """A policy to sample and score with, held as launch.engines.reference says.
 
     Raises:
-        UserError: the folder holds none, or one that does not see as much as prompt and answer may have.
+        UserError: the folder holds none.
     """
     with born(settings(job, "reference")):
         policy = load_policy(folder, job.params.launch.precision)
-    check_length(policy, job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens, "ppo.max_prompt_tokens + max_answer_tokens")
     return frozen(policy, job, "reference", device)
 
 

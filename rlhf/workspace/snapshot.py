@@ -92,19 +92,18 @@ class Names:
         return bool(self.tags or self.branches)
 
 
-def kept_for_nobody(root: Path, model: str, revisions: Mapping[int, str]) -> Names:
+def kept_for_nobody(root: Path, model: str, revisions: Mapping[str, str]) -> Names:
     """Tags of versions and branches of runs that are there though their version is not.
 
     Args:
-        model: name of the registered model.
-        revisions: of its versions, by number.
+        model: name of the registered model whose tags are looked at.
+        revisions: of its versions, and of other models', by tag.
     """
     tags = _git(root, "for-each-ref", "--format=%(refname:lstrip=2)", f"refs/tags/{model}-v*", check=False).split()
     listed = _git(root, "for-each-ref", "--format=%(objectname) %(refname:lstrip=2)", BRANCHES, check=False).splitlines()
     branches = [line.split() for line in listed]
-    known = {f"{model}-v{number}" for number in revisions}
     return Names(
-        [tag for tag in tags if tag not in known and tag.removeprefix(f"{model}-v").isdecimal()],
+        [tag for tag in tags if tag not in revisions and tag.removeprefix(f"{model}-v").isdecimal()],
         [name for commit, name in branches if commit not in revisions.values()],
     )
 

@@ -40,6 +40,13 @@ def test_preset_is_complete(preset: str) -> None:
     config.load(ROOT / "presets" / f"{preset}.yaml")
 
 
+def test_each_preset_is_a_line_of_models_of_its_own() -> None:
+    raw = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "presets").glob("*.yaml")}
+    names = {preset: values["promote"]["model"] for preset, values in raw.items()}
+    assert names["sandbox"] == "assistant"
+    assert len(set(names.values())) == len(names) == 5
+
+
 def test_params_file_is_a_preset_that_passes() -> None:
     config.load(ROOT / "params.yaml")
 

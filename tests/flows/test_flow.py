@@ -83,8 +83,9 @@ def pipeline(root: Path, stages: dict[str, dict[str, Any]]) -> None:
 
 
 @flow
-def walk(root: Path) -> dict[str, str]:
-    return run_stages(root)
+def walk(root: Path, model: str = "assistant") -> dict[str, str]:
+    shipped = config.load(PROJECT / "params.yaml")
+    return run_stages(root, shipped.model_copy(update={"promote": shipped.promote.model_copy(update={"model": model})}))
 
 
 def test_branches_run_side_by_side_and_a_second_run_has_nothing_to_do(root: Path, told: list[stage.Progress]) -> None:
@@ -274,6 +275,30 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
 
     with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
         retrain(root)
+
+
+def test_nothing_is_trained_that_could_not_be_compared_with_the_champion(root: Path, told: list[stage.Progress]) -> None:
+    whole_pipeline(root)
+    walk(root)
+    params = config.load(root / "params.yaml")
+    registry.promote(registry.register(root, params), None, root, params, by="me", why="a model without a tokenizer")
+    pipeline(
+        root,
+        {
+            "prepare": {"cmd": "mkdir -p data/prepared && touch data/prepared/heldout_prompts.jsonl", "outs": ["data/prepared"]},
+            "base": {"cmd": "touch trained", "deps": ["data/prepared"], "outs": ["trained"]},
+        },
+    )
+    with pytest.raises(UserError) as caught:
+        walk(root)
+    assert caught.value.what.startswith("version 1 of assistant, the champion, cannot be compared with: ")
+    assert "rlhf use params.yaml promote.model=NAME" in caught.value.remedy
+    assert (root / "data/prepared").exists()
+    assert not (root / "trained").exists()
+    # another line of models, whose champion this is not
+    assert walk(root, "assistant-new") == {"prepare": "up to date", "base": "done"}
+    # with nothing to train, there is nothing to refuse
+    assert set(walk(root).values()) == {"up to date"}
 
 
 @flow

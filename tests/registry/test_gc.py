@@ -171,6 +171,9 @@ def test_only_what_nothing_needs_goes(root: Path, capsys: pytest.CaptureFixture[
         verify.verify(registry.find(root, params, number), root, params, retrain=False, say=lambda _: None)
     with gc.alone(root, params):
         assert gc.find(root, params) == gc.Found([], [])
+        # nor is it while params name another line of models
+        other = params.model_copy(update={"promote": params.promote.model_copy(update={"model": "assistant-other"})})
+        assert gc.find(root, other) == gc.Found([], [])
     (root / "dvc.lock").unlink()
     shutil.rmtree(root / "models")
     attempts = (root / "attempts").read_text(encoding="utf-8")

@@ -264,6 +264,19 @@ def test_the_champion_is_to_be_beaten_beyond_chance(params: config.Params) -> No
     assert luck.text.endswith(f"short of 0.5 by {0.5 - (luck.value or 0):.4g}")
 
 
+def test_a_champion_without_room_for_all_prompts_is_compared_on_the_others(params: config.Params) -> None:
+    pairs = beside("a", wins=80, losses=20, ties=0)
+    most = gates.against_champion(pairs, params, 110)
+    assert all(gate.passed for gate in most)
+    assert most[0].text.startswith("win rate against the champion 0.8 (0.7")
+    assert "), on the 100 of 110 prompts that it has room for, lower end: " in most[0].text
+    assert "room for" not in gates.against_champion(pairs, params, 100)[0].text
+    for some in (pairs, []):
+        [few] = gates.against_champion(some, params, 201)
+        assert (few.name, few.passed) == ("min_champion_win_rate", False)
+        assert few.text.startswith(f"the champion has room for {len(some)} of 201 prompts")
+
+
 def test_a_kind_of_task_that_became_worse_is_named(params: config.Params) -> None:
     pairs = beside("capital", wins=70, losses=10, ties=0) + beside("colour", wins=10, losses=30, ties=0)
     failed = [gate for gate in gates.against_champion(pairs, params) if not gate.passed]

@@ -18,6 +18,7 @@ from rlhf.engine.distributed import micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
+from rlhf.models.dialogues import encode_prompt
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.base import pin
 from rlhf.stages.ppo_setup import read_prompts
@@ -130,6 +131,30 @@ def test_a_champion_is_judged_as_evaluate_judged(unbroken: Path, tmp_path: Path)
     assert [row["answers"] for row in again] == [row["answers"] for row in anew]
     judge = json.loads((unbroken / "models/judge/judge.json").read_text(encoding="utf-8"))
     assert judge["fingerprint"] == json.loads((unbroken / "metrics/evaluate.json").read_text(encoding="utf-8"))["judge"]
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_prompts_that_a_champion_has_no_room_for_are_left_out(unbroken: Path, tmp_path: Path, tokens: int) -> None:
+    root, small = tmp_path / "small", tmp_path / "champion"
+    shutil.copytree(unbroken, root, ignore=shutil.ignore_patterns("runs"))
+    shutil.copytree(unbroken / "models/sft", small)
+    asked = read_lines(root / "data/answers.jsonl")
+    tokenizer = load_tokenizer(small)
+    # room for the shortest prompts and an answer, or for none
+    lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in asked]
+    room = min(lengths) - 1 + tokens
+    settings = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    settings["max_position_embeddings"] = room + tiny_params()["ppo"]["max_answer_tokens"]
+    (small / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (root / "runs/compare").mkdir(parents=True)
+    champion = {"folder": str(small), "algorithm": "sft", "same_evaluation": False}
+    (root / "runs/compare/champion.json").write_text(json.dumps(champion), encoding="utf-8")
+    said = run(tmp_path, "small/compare")
+    found = read_lines(root / "comparison.jsonl")
+    short = [row["prompt"] for row, length in zip(asked, lengths, strict=True) if length <= room]
+    assert [row["prompt"] for row in found] == short
+    assert bool(short) == bool(tokens)
+    assert f"{len(asked) - len(short)} of {len(asked)} prompts are left out" in said
 
 
 @pytest.mark.parametrize("gather", ["whole", "layers"])
