@@ -11,8 +11,10 @@ from prefect.cache_policies import NO_CACHE
 from rlhf import registry, tracking
 from rlhf.config import Params
 from rlhf.registry import report
+from rlhf.registry.course import of_flow
 from rlhf.registry.report import Evidence
 from tasks.approval import Word
+from tasks.origin import starter
 
 REPORT = "report.html"
 
@@ -38,9 +40,9 @@ def publish(
 ) -> str:
     """Leave the report, as artifacts of Prefect and as page and tags of the flow's MLflow run; returns it."""
     own = tracking.run_of_flow(flow_run_id, root, params)
-    stages = {name.removeprefix("run."): made for name, made in decision.version.tags.items() if name.startswith("run.")}
-    links = {name: tracking.page(made, root, params) for name, made in ({"flow": own} | stages).items() if made}
-    page = report.markdown(decision, evidence, links)
+    assert own  # this flow's tracker keeps a record, by which it is found or opened
+    course = of_flow(own, decision.version.tags, starter(), root, params)
+    page = report.markdown(decision, evidence, course)
     run.results.mkdir(parents=True, exist_ok=True)
     title = f"{decision.version.model}, version {decision.version.number}"
     (run.results / REPORT).write_text(report.html(page, title), encoding="utf-8")
@@ -53,5 +55,5 @@ def publish(
     create_table_artifact(key="metrics", table=evidence.numbers, description=f"{title}: {evidence.note}")
     for name, picture in evidence.pictures.items():
         create_image_artifact(key=f"plot-{name.replace('_', '-')}", image_url=report.data_uri(picture), description=name)
-    create_link_artifact(key="mlflow", link=links["flow"], link_text="MLflow run of this flow run", description=said)
+    create_link_artifact(key="mlflow", link=course.page, link_text="MLflow run of this flow run", description=said)
     return page

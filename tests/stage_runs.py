@@ -11,6 +11,7 @@ runs on from there to the end of the process:
     off      says of each sampled token that its log-probability was 0.01 lower than it was
     compared prints how far each rollout's log-probabilities are from those under the weights at that moment, and under those before
     partitioned prints of each model that evaluate holds whether it is in parts
+    unmeasured measures no held-out accuracy in the course of stage reward
     fp16     takes the processor for one that trains in fp16; it can, slowly, but DeepSpeed asks for instructions that few have
 """
 
@@ -334,6 +335,12 @@ def say_what_is_partitioned() -> None:
     evaluate.frozen = frozen_and_said  # type: ignore[assignment]  # it is generic
 
 
+def measure_no_curve() -> None:
+    from rlhf.stages import reward
+
+    reward.CURVE_PAIRS = 0
+
+
 def take_fp16_for_supported() -> None:
     from deepspeed.accelerator import get_accelerator
 
@@ -351,5 +358,6 @@ VARIANTS = {
     "off": misstate_log_probs,
     "compared": compare_rollouts_with_the_weights,
     "partitioned": say_what_is_partitioned,
+    "unmeasured": measure_no_curve,
     "fp16": take_fp16_for_supported,
 }

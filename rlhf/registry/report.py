@@ -1,4 +1,4 @@
-"""The report of a flow run: the decision, every gate, the numbers beside the champion's, answers side by side, pictures.
+"""The report of a flow run: what was decided, what failed and what to do about it, what changed, where it became worse, and all numbers.
 
 One page of Markdown, which Prefect shows, and the same as a web page by itself, which MLflow shows.
 """
@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.job import read_lines
-from rlhf.registry import Decision, Verdict, Version, comparison, gates
+from rlhf.registry import Decision, Verdict, Version, changes, comparison, gates
+from rlhf.registry.changes import Changes
+from rlhf.registry.course import Course, duration, moment
+from rlhf.registry.registration import ANSWERS
+from rlhf.registry.remedies import remedy
 from rlhf.tracking import pictures
 from rlhf.workspace import fingerprint
 
@@ -39,7 +43,8 @@ class Evidence:
     numbers: list[dict[str, str]]
     note: str
     samples: list[dict[str, Any]]
-    beside_champion: list[dict[str, Any]]
+    worse: dict[str, list[dict[str, Any]]]  # than the champion, or than sft: the prompts on which the judge says so, worst first
+    changes: Changes | None  # against the champion
     pictures: dict[str, bytes]
 
 
@@ -52,7 +57,9 @@ def collect(root: Path, verdict: Verdict, champion: Version | None, results: Pat
         champion: what the version was held against; None where there was none, or it is the champion itself.
         results: a folder, made where it is missing.
     """
-    plots = {path: axes for node in fingerprint.read_graph(root).values() for path, axes in node.plots.items() if (root / path).exists()}
+    # what decides was drawn last: gold against KL before the losses
+    nodes = reversed(list(fingerprint.read_graph(root).values()))
+    plots = {path: axes for node in nodes for path, axes in node.plots.items() if (root / path).exists()}
     for path in (str(gates.METRICS), *plots):
         (results / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, results / path)
@@ -60,9 +67,33 @@ def collect(root: Path, verdict: Verdict, champion: Version | None, results: Pat
     for path, axes in plots.items():
         pictures.draw(results / path, axes)
         drawn[Path(path).stem] = (results / path).with_suffix(".png").read_bytes()
-    beside = comparison.rows(verdict.version, champion, root)[:SHOWN] if champion else []
+    version = verdict.version
+    worse = {"sft": regressions(read_lines(root / ANSWERS), version.tags["algorithm"], "sft")}
+    if champion:
+        worse = {"champion": regressions(comparison.rows(version, champion, root), "new", "champion")} | worse
     samples = read_lines(root / SAMPLES)[:SHOWN] if (root / SAMPLES).exists() else []
-    return Evidence(numbers(verdict.version, champion), _note(verdict.version, champion), samples, beside, drawn)
+    changed = changes.between(champion, version, root) if champion else None
+    return Evidence(numbers(version, champion), _note(version, champion), samples, worse, changed, drawn)
+
+
+def regressions(rows: Sequence[Mapping[str, Any]], new: str, old: str) -> list[dict[str, Any]]:
+    """The prompts on which the judge finds the new answer worse than the old one, worst first.
+
+    Args:
+        rows: with `prompt`, and `answers` and `scores` by name.
+        new: the name of the new answers.
+        old: of those that they are held against.
+
+    Returns:
+        For each `prompt`, and `new` and `old`: the answer with its score.
+    """
+    judged = [row for row in rows if row.get("scores", {}).keys() >= {new, old}]
+    worst = sorted(judged, key=lambda row: row["scores"][new] - row["scores"][old])[:SHOWN]
+    return [
+        {"prompt": row["prompt"], **{key: (row["answers"][name], row["scores"][name]) for key, name in (("new", new), ("old", old))}}
+        for row in worst
+        if row["scores"][new] < row["scores"][old]
+    ]
 
 
 def numbers(version: Version, champion: Version | None) -> list[dict[str, str]]:
@@ -96,34 +127,63 @@ def tags(decision: Decision, before: int | None, by: str, why: str) -> dict[str,
     }
 
 
-def markdown(decision: Decision, evidence: Evidence, links: Mapping[str, str]) -> str:
-    """The page.
+def markdown(decision: Decision, evidence: Evidence, course: Course) -> str:
+    """The page, what decides first.
 
     Args:
         decision: what was done with the version.
         evidence: what it rests on.
-        links: addresses of the MLflow runs, by what each was: the flow, or a stage.
+        course: when it ran, how long, and who or what started it.
     """
     version = decision.version
+    algorithm = version.tags["algorithm"]
     parts = [f"# {text(version.model)}, version {version.number}", f"**{text(decision.lines[-1])}**"]
-    if links:
-        parts.append("MLflow: " + " · ".join(f"[{name}]({address})" for name, address in links.items()))
-    checked = [(gate.name, "yes" if gate.passed else "no", gate.text) for gate in decision.gates]
+    if failed := [gate for gate in decision.gates if not gate.passed]:
+        advice = [(gate.name, text(gate.text), remedy(gate.name, algorithm)) for gate in failed]
+        parts += ["## Gates that failed", _table(("gate", "measured", "what to do"), advice, markup=True)]
+    parts += ["## Go on", "\n".join(f"- `{command}` {what}" for command, what in commands(decision).items())]
+    parts += ["## This run", *_run(course)]
+    if evidence.changes:
+        parts += ["## What changed against the champion", *_changes(evidence.changes)]
+    for other, rows in evidence.worse.items():
+        answered = [(_prompt(row["prompt"]), _answer(row["new"]), _answer(row["old"])) for row in rows]
+        heading = f"## Worse than {'the champion' if other == 'champion' else other}: {len(rows)} worst answers"
+        parts += [heading, _table(("prompt", "this version (score)", f"{other} (score)"), answered)] if rows else []
+    checked = [(gate.name, "yes" if gate.passed else "no", gate.text) for gate in sorted(decision.gates, key=lambda gate: gate.passed)]
     parts += ["## Gates", _table(("gate", "passed", "measured"), checked)]
     parts.append(f"## Measured on held-out data\n\n{evidence.note}")
     parts.append(_table(("metric", "this version", "champion", "difference"), [tuple(row.values()) for row in evidence.numbers]))
-    if evidence.samples:
-        policies = ("sft", version.tags["algorithm"])
-        rows = [(_prompt(row["prompt"]), *(row[name] for name in policies)) for row in evidence.samples]
-        parts += ["## Sample answers", _table(("prompt", *policies), rows)]
-    if evidence.beside_champion:
-        sides = ("new", "champion")
-        answered = [(_prompt(row["prompt"]), *(row["answers"][side] for side in sides)) for row in evidence.beside_champion]
-        parts += ["## Beside the champion", _table(("prompt", "this version", "champion"), answered)]
     if evidence.pictures:
         parts.append("## Course of the stages")
         parts += [f"### {name}\n\n![{name}]({data_uri(picture)})" for name, picture in evidence.pictures.items()]
+    if evidence.samples:
+        policies = ("sft", algorithm)
+        sampled = [
+            (_prompt(row["prompt"]), *(_answer((row[name], row.get("scores", {}).get(name))) for name in policies))
+            for row in evidence.samples
+        ]
+        parts += ["## Sample answers", _table(("prompt", *policies), sampled)]
     return "\n\n".join(parts) + "\n"
+
+
+def commands(decision: Decision) -> dict[str, str]:
+    """What one does next, by command."""
+    number = decision.version.number
+    if decision.is_champion:
+        said = {"rlhf chat": "talks to it", 'rlhf rollback --why "…"': "puts the version before into service again, at once"}
+    else:
+        bounds = " ".join(f"promote.{gate.name}=…" for gate in decision.gates if not gate.passed and gate.name.startswith(("min", "max")))
+        said = {
+            f"rlhf chat --model {number}": "talks to it",
+            f'rlhf promote {number} --why "…"': "puts it into service, whatever its gates said",
+        }
+        if bounds:
+            said[f"rlhf use params.yaml {bounds} && rlhf run"] = "moves the bounds and decides again, without training"
+    return said | {
+        f"rlhf lineage {number}": "names all that it was made of",
+        f"rlhf verify {number}": "shows that it can be had again",
+        "rlhf models": "lists all versions, and who put which into service",
+    }
 
 
 def html(page: str, title: str) -> str:
@@ -181,14 +241,35 @@ def _number(value: float | str) -> str:
     return " … ".join(f"{end:.4g}" for end in json.loads(value)) if value.startswith("[") else value
 
 
+def _run(course: Course) -> list[str]:
+    began = f"Started {moment(course.started)} by {text(course.by)}; it took {duration(course.ended - course.started)}."
+    rows = []
+    for stage in course.stages:
+        took = duration(stage.ended - stage.started) if stage.ended else "—"
+        state = "trained in this run" if stage.now else f"up to date since {moment(stage.started)}"
+        rows.append((f"[{stage.name}]({stage.page})", state, took))
+    return [f"{began} [MLflow run]({course.page})", *([_table(("stage", "state", "took"), rows, markup=True)] if rows else [])]
+
+
+def _changes(found: Changes) -> list[str]:
+    parts = [_table(("param", "champion", "this version"), found.params)] if found.params else ["Params: none."]
+    for name, lines in (("Data", found.data), ("Code", found.code)):
+        parts.append("\n".join([f"{name}:\n", *(f"- {text(line)}" for line in lines)]) if lines else f"{name}: none.")
+    return parts
+
+
+def _answer(answered: tuple[str, float | None]) -> str:
+    answer, score = answered
+    said = answer or "(nothing)"
+    return said if score is None else f"{said}\n({score:.2f})"
+
+
 def _prompt(prompt: str | list[dict[str, str]]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, markup: bool = False) -> str:
+    """A table; cells are plain text, unless they are Markdown already."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows])
-
-
-def _cell(value: str) -> str:
-    return text(value).replace("\n", "<br>")
+    cells = [[cell if markup else text(cell) for cell in row] for row in rows]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in cells])

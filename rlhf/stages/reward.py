@@ -28,6 +28,9 @@ from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, values
 from rlhf.models.tokenizer import load_tokenizer
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt + chosen, of prompt + rejected
+# for the held-out curve: enough to see where it turns, too few to be felt in the time of the stage
+CURVE_POINTS = 8
+CURVE_PAIRS = 200
 
 
 def main(job: Job) -> None:
@@ -39,7 +42,7 @@ def main(job: Job) -> None:
     scalar = new_scalar(job, tokenizer, "head")
     check_length(scalar.model, params.max_tokens, "reward.max_tokens")
     adapters = lora.attach(scalar.model, params.lora, "models/base", "reward.lora", job)
-    history = fit(job, scalar, pairs, params)
+    history = fit(job, scalar, pairs, params, held_out[:CURVE_PAIRS])
     chosen, rejected = score_pairs(scalar, held_out, layout(job).micro_batch_tokens)
     normalise(scalar, chosen + rejected)
     saving.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
@@ -87,8 +90,12 @@ def read_pairs(job: Job, tokenizer: Any, path: str, max_tokens: int) -> tuple[li
     return pairs, len(rows) - len(pairs)
 
 
-def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) -> list[dict[str, float]]:
-    """Train a reward model in place; returns a row per step for the plot."""
+def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, held_out: Sequence[Pair] = ()) -> list[dict[str, float]]:
+    """Train a reward model in place; returns a row per step for the plot.
+
+    Args:
+        held_out: pairs whose accuracy is measured at CURVE_POINTS steps, for the plot alone: it changes nothing in the training.
+    """
     lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs] if params.group_by_length else None
     order = Order(len(pairs), params.batch_size, job.seed("order"), lengths)
     total = order.steps(params.epochs)
@@ -96,6 +103,7 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) ->
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
     steps = Steps(job, state["step"], total, params.checkpoint_every)
+    measured = {total * point // CURVE_POINTS for point in range(1, CURVE_POINTS + 1)} if held_out else set()
     for number in steps:
         started = time.perf_counter()
         batch = [pairs[i] for i in order.batch(number)]
@@ -110,8 +118,11 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward) ->
             add(sums, {"loss": loss, **{name: value.double() / len(batch) for name, value in stats.items()}})
         means = {**sum_over_ranks(sums), "grad_norm": step(engine)}
         divergence.check(job, number + 1, means, {})
-        history.append({"step": number + 1, **means})
         speed = {"learning_rate": engine.get_lr()[0], "pairs_per_second": len(batch) / (time.perf_counter() - started)}
+        if number + 1 in measured:
+            means["heldout_accuracy"] = accuracy(*score_pairs(scalar, held_out, layout(job).micro_batch_tokens))
+            scalar.train()
+        history.append({"step": number + 1, **means})
         job.log(number + 1, total, {**means, **speed})
         if steps.checkpoint_due(number):
             checkpoints.save(job, number + 1, {"model": engine}, {"history": history}, -means["loss"])

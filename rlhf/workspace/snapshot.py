@@ -81,6 +81,17 @@ def has(root: Path, revision: str) -> bool:
     return bool(_git(root, "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}", check=False))
 
 
+def differing(root: Path, old: str, new: str, *paths: str) -> list[str]:
+    """The files below some paths that differ between two revisions, each with the lines added and removed."""
+    listed = _git(root, "diff", "--numstat", "--relative", old, new, "--", *paths).splitlines()
+    return [f"{path}: +{added} −{removed}" for added, removed, path in (line.split("\t", 2) for line in listed)]
+
+
+def titles(root: Path, old: str, new: str) -> list[str]:
+    """The commits of the user that one revision has and another has not, newest first."""
+    return _git(root, "log", "--format=%h %s", f"{old}..{new}", check=False).splitlines()
+
+
 @dataclass(frozen=True)
 class Names:
     """Tags and branches, by their short names."""

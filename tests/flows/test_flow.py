@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import yaml
@@ -39,8 +41,10 @@ from rlhf.config.operations import Approval
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry.gates import Gate
+from rlhf.registry.history import person
 from tasks import progress, stage
 from tasks.approval import Word, ask
+from tasks.origin import starter
 
 PROJECT = Path(__file__).parents[2]
 DVC = str(Path(sys.executable).with_name("dvc"))
@@ -253,6 +257,8 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     assert "**version 1 is champion already**" in again
     assert "| user: a\\|b\\<i\\> | x | y |" in page
     assert "| min_win_rate | yes |" in page
+    assert f"by {person()}, by hand; it took" in page
+    assert "- `rlhf verify 1`" in page
     [table, _] = artifacts("metrics")
     rows = {row["metric"]: row for row in json.loads(str(table.data))}
     assert rows["win_rate.value"] == {"metric": "win_rate.value", "this version": "0.8", "champion": "—", "difference": "—"}
@@ -358,6 +364,29 @@ def test_the_server_schedules_nightly_runs() -> None:
         client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"max_runs": 2})
         runs = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
     assert [run.state_type for run in runs] == [StateType.SCHEDULED] * 2
+
+
+@flow
+def asked_who() -> str:
+    return starter()
+
+
+def test_who_started_a_run_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked_who() == f"{person()}, by hand"
+    with get_client(sync_client=True) as client:
+        schedule = DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"))
+        deployment = client.create_deployment(client.create_flow(asked_who), "nightly", schedules=[schedule])
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment}, json={"max_runs": 1})
+        [scheduled] = client.read_flow_runs(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])))
+        by_person = client.create_flow_run_from_deployment(deployment)
+        # as an automation's action does
+        headers = {"prefect-automation-id": str(deployment), "prefect-automation-name": b64encode(b"new rows").decode()}
+        answer = client._client.post(f"/deployments/{deployment}/create_flow_run", json={}, headers=headers)
+    said = []
+    for run in (scheduled.id, by_person.id, UUID(answer.json()["id"])):
+        monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__ID", str(run))
+        said.append(starter())
+    assert said == ["schedule of deployment nightly (CronSchedule)", "a person, by deployment nightly", "an event, by automation new rows"]
 
 
 def test_a_run_that_ended_with_its_worker_does_not_hold_the_one_place() -> None:

@@ -64,6 +64,24 @@ def test_a_stage_killed_after_a_checkpoint_goes_on_to_the_same_bytes(unbroken: P
     assert len({row["beta"] for row in table(root / "plots/ppo.csv")}) > 2
 
 
+def test_the_held_out_accuracy_of_reward_is_followed_and_changes_nothing(unbroken: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(unbroken, root)
+    shutil.rmtree(root / "runs/reward")
+    run(root, "reward:unmeasured")
+    weights = "models/reward/model.safetensors"
+    assert (root / weights).read_bytes() == (unbroken / weights).read_bytes()
+    steps = table(unbroken / "plots/reward.csv")
+    measured = {int(row["step"]): float(row["heldout_accuracy"]) for row in steps if row["heldout_accuracy"]}
+    assert list(measured) == sorted({len(steps) * point // 8 for point in range(1, 9)} - {0})
+    found = json.loads((unbroken / "metrics/reward.json").read_text(encoding="utf-8"))
+    # the tiny workspace has fewer held-out pairs than are measured on: the curve ends at the stage's own number
+    assert measured[len(steps)] == found["heldout_accuracy"]
+    assert table(root / "plots/reward.csv") == [{name: value for name, value in row.items() if name != "heldout_accuracy"} for row in steps]
+    logged = {line["step"] for line in read_lines(unbroken / "runs/reward/metrics.jsonl") if "heldout_accuracy" in line["metrics"]}
+    assert logged == set(measured)
+
+
 def test_data_without_a_gold_score_is_judged_by_a_second_reward_model(unbroken: Path) -> None:
     found = json.loads((unbroken / "metrics/evaluate.json").read_text(encoding="utf-8"))
     judged = len(read_lines(unbroken / "data/prepared/judge.jsonl"))

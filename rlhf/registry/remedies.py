@@ -1,0 +1,47 @@
+"""What to do about a gate that failed, in the keys of params.yaml."""
+
+from __future__ import annotations
+
+LEARN_MORE = {
+    "ppo": "It learned too little. If gold against KL still rises: more `ppo.steps`, a higher `ppo.actor.learning_rate` or a lower "
+    "`ppo.kl.coefficient`. If not, the reward model is at fault: see its held-out accuracy.",
+    "dpo": "It learned too little: more `dpo.epochs`, a higher `dpo.optimizer.learning_rate` or a lower `dpo.beta`.",
+}
+STAY_NEAR = {
+    "ppo": "It went far from sft: raise `ppo.kl.coefficient`, or lower `ppo.steps` to where gold against KL is highest.",
+    "dpo": "It went far from sft: raise `dpo.beta`, or lower `dpo.epochs`.",
+}
+JUDGE_BETTER = {
+    "ppo": "The reward model tells good from bad too rarely: more or cleaner pairs, or other `reward.epochs` and "
+    "`reward.optimizer.learning_rate`. Held-out accuracy that falls while accuracy rises means fewer epochs.",
+    "dpo": "Its own preference is wrong too often: more or cleaner pairs, or other `dpo.epochs` and `dpo.beta`.",
+}
+FOOLED = (
+    "The reward model is pleased and the judge is not: lower `ppo.steps` to where gold against KL turns, raise `ppo.kl.coefficient`, or "
+    "give the reward model more pairs."
+)
+OF_GATES: dict[str, dict[str, str] | str] = {
+    "min_gold_difference": LEARN_MORE,
+    "min_win_rate": LEARN_MORE,
+    "min_reward_accuracy": JUDGE_BETTER,
+    "max_kl": STAY_NEAR,
+    "max_perplexity_ratio": {
+        "ppo": "It forgets plain text: raise `ppo.mixture_coefficient` or `ppo.kl.coefficient`.",
+        "dpo": "It forgets plain text: raise `dpo.beta`, or lower `dpo.epochs`.",
+    },
+    "min_eos_rate": "Answers are cut off: raise `ppo.max_answer_tokens`, and see that the demonstrations end within `sft.max_tokens`.",
+    "max_answer_tokens": "Answers grow long, most likely because the longer answer wins in the pairs: add pairs in which it loses, or stay "
+    "nearer to sft.",
+    "over_optimisation": FOOLED,
+    "over_optimisation_champion": FOOLED,
+    "min_champion_win_rate": "It is not surely better than the champion. If its win rate is above one half, more `evaluate.prompts` make "
+    "it sure; if not, see its worst answers below, and what changed.",
+    "min_kind_win_rate": "It became worse in the kinds that are named: see its worst answers below, and add demonstrations and pairs of "
+    "these kinds.",
+}
+
+
+def remedy(gate: str, algorithm: str) -> str:
+    """What to do about a failed gate of a version that this algorithm trained."""
+    said = OF_GATES[gate]
+    return said if isinstance(said, str) else said[algorithm]
