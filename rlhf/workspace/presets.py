@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import difflib
 import filecmp
+import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,10 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.util import load_yaml_guess_indent
 
 from rlhf import config
 from rlhf.config.data import FileSource
@@ -48,33 +55,31 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
             f"unknown preset '{preset}'{_nearest(preset, names(root))}", remedy=f"use one of {', '.join(names(root))}, or a YAML file"
         )
     origin = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-    raw = config.read(path)
+    config.read(path)  # that it is there, and YAML
+    text = path.read_text(encoding="utf-8")
+    raw, editor = _open(text, origin)
+    done, changed = [], bool(overrides)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
-        _set(raw, key, _parse(value), origin)
+        done.append(_set(raw, key, _parse(value), origin))
     try:
-        params = config.validate(raw, origin)
+        params = config.validate(yaml.safe_load(_text(raw, editor)), origin)
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     dag = graph(root, params.algorithm)
-    done, changed = [], bool(overrides)
     for number, source in enumerate(params.data.sources):
         if isinstance(source, FileSource) and source.path is not None:
             place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
             raw["data"]["sources"][number]["path"] = place
             changed = changed or place != source.path
             done += lines
-    text = path.read_text(encoding="utf-8")  # a preset taken as it is keeps its comments
-    if changed:
-        head = f"# Written by `rlhf use {preset}` with values of its own; docs/params.md explains each key.\n"
-        text = head + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True, width=140)
     dvc = root / "dvc.yaml"
     if not dvc.is_file() or dvc.read_text(encoding="utf-8") != dag:
         _write(dvc, dag)
         done.append(f"wrote dvc.yaml for algorithm {params.algorithm}")
-    _write(root / "params.yaml", text)
+    _write(root / "params.yaml", _text(raw, editor) if changed else text)
     return [*done, f"wrote params.yaml from {origin}"]
 
 
@@ -90,8 +95,42 @@ def graph(root: Path, algorithm: str) -> str:
         raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
 
 
-def _set(raw: Any, key: str, value: object, origin: str) -> None:
-    """Set a dotted key; a number is a place in a list. The schema decides which keys there are."""
+def _open(text: str, origin: str) -> tuple[Any, YAML]:
+    """The content with its comments, and what writes it again in the layout that it has."""
+    editor = YAML()
+    editor.default_flow_style = False  # as DVC has it: what is new goes into lines of its own
+    editor.width = sys.maxsize
+    editor.preserve_quotes = True
+    if ": null" in text:
+        editor.Representer = _Nulls
+    try:
+        raw, indent, dash = load_yaml_guess_indent(text, yaml=editor)
+    except YAMLError as error:
+        raise UserError(f"{origin}: {' '.join(str(error).split())}", remedy=f"correct {origin}, or `rlhf use PRESET`") from None
+    nested = re.search(r"^ +", text, re.MULTILINE)
+    editor.indent(mapping=len(nested[0]) if nested else None, sequence=indent if dash is not None else None, offset=dash)
+    return raw, editor
+
+
+class _Nulls(RoundTripRepresenter):
+    """Writes null as a word. Where no null is one, as in DVC's layout, the place of the value stays empty."""
+
+
+_Nulls.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+
+
+def _text(raw: Any, editor: YAML) -> str:
+    stream = io.StringIO()
+    editor.dump(raw, stream)
+    return stream.getvalue()
+
+
+def _set(raw: Any, key: str, value: object, origin: str) -> str:
+    """Set a dotted key; a number is a place in a list. The schema decides which keys there are.
+
+    Returns:
+        The change, for people.
+    """
     holder = raw
     models: list[type[BaseModel]] = [config.Params]
     parts = key.split(".")
@@ -103,20 +142,29 @@ def _set(raw: Any, key: str, value: object, origin: str) -> None:
                     f"unknown key '{key}': {where} has {len(holder)} entries", remedy=f"give a number from 0 to {len(holder) - 1}"
                 )
             place: Any = int(part)
-        elif isinstance(holder, dict):
+        elif isinstance(holder, CommentedMap):
             known = {name: field for model in models for name, field in model.model_fields.items()}
             if part not in known:
                 raise UserError(f"unknown key '{key}'{_nearest(part, list(known))}", remedy="see docs/params.md for every key")
             place = part
             models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
-            if holder.get(part) is None:  # a section that is null, too, can be filled key by key
-                holder[part] = {}
+            if part not in holder:  # not the last one, which holds the empty line or the comment after the section
+                holder.insert(max(len(holder) - 1, 0), part, None)
+            if holder[part] is None and depth < len(parts) - 1:  # a section that is null, too, can be filled key by key
+                holder[part] = CommentedMap()
         else:
             raise UserError(f"unknown key '{key}': {where} is not a section", remedy="see docs/params.md for every key")
-        if depth == len(parts) - 1:
-            holder[place] = value
-        else:
+        if depth < len(parts) - 1:
             holder = holder[place]
+    old, holder[place] = holder[place], value
+    if isinstance(old, CommentedMap | CommentedSeq) and old.fa.flow_style() and isinstance(value, dict | list):
+        holder[place] = CommentedMap(value) if isinstance(value, dict) else CommentedSeq(value)
+        holder[place].fa.set_flow_style()
+    return f"{key} {_shown(old)} → {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -127,8 +175,9 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def _parse(text: str) -> object:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = YAML().load(text)  # a number keeps the form that it was given in, 1.0e-4
+        return YAML(typ="safe", pure=True).load(text) if isinstance(value, dict | list) else value
+    except YAMLError:
         return text
 
 

@@ -183,11 +183,12 @@ def test_the_algorithm_chooses_the_graph(project: Path) -> None:
         return tuple(yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
 
     assert presets.use(project, "sandbox", ["algorithm=dpo"]) == [
+        "algorithm ppo → dpo",
         "wrote dvc.yaml for algorithm dpo",
         "wrote params.yaml from presets/sandbox.yaml",
     ]
     assert stages() == config.STAGES_OF["dpo"] == ("prepare", "base", "sft", "dpo", "evaluate")
-    assert presets.use(project, "params.yaml", ["dpo.beta=0.2"]) == ["wrote params.yaml from params.yaml"]
+    assert presets.use(project, "params.yaml", ["dpo.beta=0.2"]) == ["dpo.beta 0.1 → 0.2", "wrote params.yaml from params.yaml"]
     presets.use(project, "sandbox", [])
     assert stages() == config.STAGES_OF["ppo"]
     assert (project / "dvc.yaml").read_bytes() == (REPOSITORY / "dvc.yaml").read_bytes()

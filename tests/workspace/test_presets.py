@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 
 from rlhf import config
 from rlhf.config.data import SandboxSource
@@ -67,6 +68,64 @@ def test_params_file_itself_is_a_preset(workspace: Path) -> None:
     assert (params.seed, params.ppo.steps) == (7, 3)
 
 
+OWN = """\
+# what we train on Mondays
+ppo:
+    # as long as the budget lasts
+    steps: 30   # was 20
+    kl: {coefficient: 0.1, controller: "fixed"}
+    policy_clip: [0.2, 0.2]
+
+    dual_clip: null
+data:
+    sources:
+        - name: mine
+          columns: {prompt: null}
+
+# nothing below
+seed: 1
+"""
+
+
+@pytest.mark.parametrize("preset", presets.names(ROOT))
+def test_presets_have_the_layout_that_dvc_writes(tmp_path: Path, preset: str) -> None:
+    path = Path(shutil.copy(ROOT / f"presets/{preset}.yaml", tmp_path))
+    before = path.read_text(encoding="utf-8").splitlines()
+    apply_overrides(path, ["ppo.steps=5"])
+    after = path.read_text(encoding="utf-8").splitlines()
+    assert [line for line, old in zip(after, before, strict=True) if line != old] == ["  steps: 5"]
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "new", "said"),
+    [
+        ("ppo.steps=5", "steps: 30   #", "steps: 5    #", "ppo.steps 30 → 5"),
+        ("ppo.kl.coefficient=1.0e-2", "coefficient: 0.1", "coefficient: 1.0e-2", "ppo.kl.coefficient 0.1 → 0.01"),
+        ("ppo.policy_clip=[0.1, 0.3]", "[0.2, 0.2]", "[0.1, 0.3]", "ppo.policy_clip [0.2, 0.2] → [0.1, 0.3]"),
+        ("ppo.dual_clip=3.0", "dual_clip: null", "dual_clip: 3.0", "ppo.dual_clip null → 3.0"),
+        ("ppo.steps=null", "steps: 30   #", "steps: null #", "ppo.steps 30 → null"),
+        ("data.sources.0.columns.prompt=text", "prompt: null", "prompt: text", "data.sources.0.columns.prompt null → text"),
+        ("data.sources.0.path=a b", "          columns", "          path: a b\n          columns", "data.sources.0.path null → a b"),
+    ],
+)
+def test_change_leaves_the_rest_of_a_file_as_it_is(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, value: str, old: str, new: str, said: str
+) -> None:
+    (workspace / "params.yaml").write_text(OWN, encoding="utf-8")
+    whole = config.load(ROOT / "params.yaml")
+    monkeypatch.setattr(config, "validate", lambda *_: whole)  # a short file shows the layout better
+    done = presets.use(workspace, "params.yaml", [value])
+    assert (workspace / "params.yaml").read_text(encoding="utf-8") == OWN.replace(old, new, 1)
+    assert said in done
+
+
+def test_section_that_was_null_is_written_in_lines_of_its_own(workspace: Path) -> None:
+    presets.use(workspace, "sandbox", ["sft.lora={rank: 8, alpha: 16, targets: [q_proj, v_proj], learning_rate: 1.0e-4}"])
+    assert "  lora:\n    rank: 8\n    alpha: 16\n    targets:\n    - q_proj\n" in (workspace / "params.yaml").read_text(encoding="utf-8")
+    presets.use(workspace, "params.yaml", ["sft.lora=null"])
+    assert (workspace / "params.yaml").read_bytes() == (ROOT / "presets/sandbox.yaml").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("preset", "value", "words"),
     [
@@ -98,6 +157,7 @@ def test_file_from_elsewhere_is_copied_once(workspace: Path, tmp_path: Path) -> 
     assert copy.read_bytes() == file.read_bytes()
     assert yaml.safe_load((workspace / "params.yaml").read_text())["data"]["sources"][0]["path"] == "data/raw/hh/pairs.jsonl"
     assert first == [
+        "data.sources.0.path null → ../pairs.jsonl",
         "copied ../pairs.jsonl to data/raw/hh/pairs.jsonl",
         "data/raw/hh is not versioned: this folder is no DVC repository (`dvc init`)",
         "wrote params.yaml from presets/hh.yaml",
