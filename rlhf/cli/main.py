@@ -24,7 +24,6 @@ app = typer.Typer(
     help="Scheduled, reproducible RLHF retraining: from raw data to a promoted model.\n\nCommands work on the nearest folder upwards that "
     "holds params.yaml and dvc.yaml. Start with `rlhf use sandbox`, then `rlhf run`.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -36,7 +35,7 @@ def main() -> None:
         os.environ.setdefault(name, "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     try:
-        app()
+        app(prog_name="rlhf")
     except UserError as error:
         message = f"{error.what} — {error.remedy}"
     except OSError as error:
@@ -52,9 +51,37 @@ def main() -> None:
     sys.exit(1)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from rlhf.cli import environment
+
+        print(f"rlhf {environment.version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:
+    pass
+
+
+def _presets() -> list[str]:
+    """What completion offers; outside a workspace nothing."""
+    from rlhf.workspace import presets
+
+    try:
+        return [*presets.names(workspace()), "params.yaml"]
+    except UserError:
+        return []
+
+
 @app.command()
 def use(
-    preset: Annotated[str, typer.Argument(help="Name of a file in presets/ (sandbox, hh, opt-1.3b, …), or the path of a YAML file.")],
+    preset: Annotated[
+        str,
+        typer.Argument(help="Name of a file in presets/ (sandbox, hh, opt-1.3b, …), or the path of a YAML file.", autocompletion=_presets),
+    ],
     values: Annotated[
         list[str] | None,
         typer.Argument(
@@ -162,7 +189,9 @@ def status() -> None:
 
 
 @app.command()
-def launch(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(config.STAGES)}.")]) -> None:
+def launch(
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(config.STAGES)}.", autocompletion=lambda: list(config.STAGES))],
+) -> None:
     """Run one stage by itself, as dvc.yaml does: through the DeepSpeed launcher, going on from its last checkpoint if it has one.
 
     `dvc repro STAGE` is what you want by hand: it brings the stages before it up to date first.
@@ -214,6 +243,15 @@ def _questions() -> Iterator[str]:
 
 for _command in versions.COMMANDS:
     app.command()(_command)
+
+
+@app.command()
+def env() -> None:
+    """Print what a bug report should say: versions, machine, workspace, servers. Passwords are left out."""
+    from rlhf.cli import environment
+
+    for name, value in environment.report():
+        print(f"{name + ':':<12}{value}", flush=True)
 
 
 @app.command()

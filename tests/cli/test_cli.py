@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,7 @@ def test_help_lists_every_command_without_loading_a_framework() -> None:
         "lineage",
         "verify",
         "ingest",
+        "env",
         "reference",
     ):
         assert f"\n  {command} " in out
@@ -132,6 +134,7 @@ def test_help_lists_every_command_without_loading_a_framework() -> None:
         "verify",
         "ingest",
         "serve",
+        "env",
         "reference",
     ],
 )
@@ -196,6 +199,50 @@ def test_unwritable_workspace_is_told_in_one_line(workspace: Path, rlhf: Command
     code, _, err = rlhf("use", "sandbox")
     assert code == 1
     assert err == f"error: {workspace / '.params.yaml.new'}: Is a directory — set its permissions\n"
+
+
+def test_version(rlhf: Command) -> None:
+    assert rlhf("--version") == (0, f"rlhf {metadata.version('rlhf')}\n", "")
+
+
+def test_report_of_the_environment_for_bug_reports(workspace: Path, rlhf: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://us:hidden-word@db/mlflow")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    code, out, err = rlhf("env")
+    found = dict(line.split(":", 1) for line in out.splitlines())
+    assert (code, err) == (0, "")
+    assert {"rlhf", "python", "processor", "cores", "memory", "GPUs", "Prefect", "disk"} <= set(found)
+    assert f"torch {torch.__version__}, transformers" in found["packages"]
+    assert torch.backends.cpu.get_cpu_capability() in found["torch"]
+    assert f"{workspace}, git revision" in found["workspace"]
+    assert "postgresql://us:***@db/mlflow" in found["MLflow"]
+    assert "OMP_NUM_THREADS=3" in found["variables"]
+    assert all(value.strip() and "Error" not in value for name, value in found.items() if name != "GPUs")
+
+
+def test_report_says_what_is_broken_and_goes_on(workspace: Path, rlhf: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    (workspace / "params.yaml").write_text("seed: [1\n", encoding="utf-8")
+    assert "not valid YAML" in rlhf("env")[1].split("MLflow:")[1].splitlines()[0]
+    monkeypatch.chdir("/")
+    code, out, _ = rlhf("env")
+    assert code == 0
+    assert "none at / or above" in out
+
+
+def test_completion_in_bash(workspace: Path, tmp_path: Path) -> None:
+    words = "rlhf --install-completion && source ~/.bash_completions/rlhf.sh && COMP_WORDS=(rlhf {}) COMP_CWORD={} && _rlhf_completion rlhf"
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for typed, place, offered in (("sta", 1, ["status"]), ("use s", 2, ["sandbox"]), ("launch e", 2, ["evaluate"])):
+        command = f'{words.format(typed, place)} && echo "offered: ${{COMPREPLY[@]}}"'
+        out = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True).stdout
+        assert out.splitlines()[-1].split()[1:] == offered
+    assert ".bash_completions/rlhf.sh" in (tmp_path / ".bashrc").read_text(encoding="utf-8")
+
+
+def test_completion_in_zsh(workspace: Path) -> None:
+    environment = os.environ | {"_RLHF_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "rlhf sta"}
+    out = subprocess.run([Path(sys.executable).with_name("rlhf")], env=environment, capture_output=True, text=True, check=True).stdout
+    assert '"status"' in out
 
 
 def test_status_tells_stages_metrics_and_aliases(workspace: Path, rlhf: Command) -> None:
