@@ -39,7 +39,8 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         root: the workspace; None: the current folder.
 
     Returns:
-        What happened: `stages` (name → "up to date" or "done"), `version`, `champion`, `promoted`, `lines` to show.
+        What happened: `stages` (name → "up to date" or "done"), `version`, `champion`, `promoted`, `failed` (a line per
+            gate), `lines` to show.
 
     Raises:
         UserError: params.yaml, an input or the graph is wrong, a stage failed, the data could not be pushed, another version became
@@ -70,6 +71,7 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         "version": version.number,
         "champion": decision.champion,
         "promoted": decision.is_champion,
+        "failed": [gate.line for gate in decision.gates if not gate.passed],
         "lines": decision.lines,
     }
 

@@ -12,6 +12,11 @@ from torch import Tensor
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
 
 
+def shape(parameter: Tensor) -> torch.Size:
+    """The whole parameter's shape: one that ranks share out (rlhf/engine/partition.py) shows itself as empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Numbers made on the CPU, to the device of a model. A GPU is not waited for: it finds them when it comes to what needs them."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)

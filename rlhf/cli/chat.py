@@ -1,36 +1,77 @@
-"""`rlhf chat`: a dialogue with a model in the terminal, token by token. Lines come from anywhere, so a pipe works as well."""
+"""`rlhf chat`: a dialogue with a model in the terminal, token by token. Lines come from anywhere, so a pipe works as well.
+
+Whom one talks to is known at once; the frameworks and the weights are loaded behind the first question.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
-from transformers.utils.logging import disable_progress_bar
-
+from rlhf import config
 from rlhf.errors import UserError
-from rlhf.models.dialogues import encode_prompt
-from rlhf.models.policy import context_tokens, load_policy
-from rlhf.models.tokenizer import load_tokenizer
-from rlhf.rollout.generate import generate
-from rlhf.rollout.sampling import Sampling
+from rlhf.workspace.find import workspace
 
-Write = Callable[[str], Any]
-Message = dict[str, str]
+if TYPE_CHECKING:
+    from rlhf.cli.speaker import Message, Speaker
+    from rlhf.registry import Version
+
+HELP = """\
+/reset   forget the dialogue
+/help    this list
+/quit    end; Ctrl-D as well
+Ctrl-C   cut an answer short
+"""
 
 
-def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Open a model folder for chatting.
+@dataclass(frozen=True)
+class Partner:
+    """A model to talk to: what to call it, and its folder."""
+
+    name: str
+    folder: Path
+
+
+def choose(model: str | None) -> Partner:
+    """Find a model: a folder, models:/…, the number or an alias of a version; by default the champion, or else the candidate.
 
     Raises:
-        UserError: it is not the folder of a language model with a chat template.
+        UserError: there is none, or it is not the folder of a language model.
     """
-    remedy = "name the folder of a language model, for example models/ppo"
+    if model and not model.isdecimal() and not model.startswith("models:/") and (os.sep in model or Path(model).is_dir()):
+        return _checked(Partner(model, Path(model)))
+    from rlhf import registry
+
+    root = workspace()
+    params = config.load(root / "params.yaml")
+    if model and model.startswith("models:/"):
+        return _checked(Partner(model, registry.model_folder(model, root, params)))
+    known = registry.aliases(root, params)
+    if model and not model.isdecimal() and model not in known:
+        what = f"{model}: no such folder, and neither the number of a version of {params.promote.model} nor an alias"
+        raise UserError(what, remedy="`rlhf models` lists the versions; a folder is one of a language model, for example models/ppo")
+    name = model or next((alias for alias in ("champion", "candidate") if alias in known), None)
+    if name is None:
+        what = f"{params.promote.model}: no version is champion or candidate yet"
+        raise UserError(what, remedy="`rlhf run` trains and registers one; `rlhf chat --model models/sft` talks to a folder")
+    version = registry.resolve(root, params, name)
+    title = _title(version) + (": no version is champion" if "champion" not in known and not model else "")
+    return _checked(Partner(title, registry.model_folder(version.uri, root, params)))
+
+
+def _title(version: Version) -> str:
+    said = [*version.aliases, f"gates {version.tags.get('gates', 'not checked')}"]
+    return f"{version.model} version {version.number} ({'; '.join(said)})"
+
+
+def _checked(partner: Partner) -> Partner:
+    """The partner, if it is one: seen from its config.json, before any framework is loaded."""
+    folder, remedy = partner.folder, "name the folder of a language model, for example models/ppo"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder", remedy=remedy)
     try:
@@ -40,79 +81,48 @@ def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     # transformers would open a reward model as well, with a random head for words
     if not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise UserError(f"{folder}: a {', '.join(architectures)} does not write text", remedy=remedy)
-    disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = load_policy(folder, "fp32" if device == "cpu" else "bf16")
-    return model.to(device), load_tokenizer(folder)
+    return partner
 
 
-def converse(folder: Path, lines: Iterable[str], write: Write, temperature: float, max_tokens: int, stop_texts: Sequence[str] = ()) -> None:
-    """Answer each line, remembering the dialogue, until /quit or the end; /reset forgets it.
-
-    At temperature 0 the likeliest answer is given. An answer takes half of the model's context at most, and the rest is for the dialogue.
+def converse(
+    partner: Partner, lines: Iterable[str], write: Callable[[str], Any], temperature: float, max_tokens: int, stop_texts: Sequence[str] = ()
+) -> None:
+    """Answer each line, remembering the dialogue, until /quit or the end; /reset forgets it, /help lists the commands.
 
     Args:
-        stop_texts: an answer ends before the first of them.
+        temperature, max_tokens, stop_texts: of rlhf.cli.speaker.Speaker.
 
     Raises:
-        UserError: the folder is no model to chat with.
+        UserError: the partner's folder holds no model with a chat template.
     """
-    model, tokenizer = load(folder)
-    context = context_tokens(model)
-    sampling = Sampling(temperature, top_k=0, top_p=1.0, max_new_tokens=min(max_tokens, context // 2))
+
+    def opened() -> Speaker:
+        from rlhf.cli.speaker import Speaker
+
+        return Speaker(partner.folder, temperature, max_tokens, stop_texts)
+
     dialogue: list[Message] = []
-    for line in map(str.strip, lines):
-        if line == "/quit":
-            break
-        if line == "/reset":
-            dialogue = []
-            write("(new dialogue)\n")
-        elif line:
-            dialogue.append({"role": "user", "content": line})
-            while dialogue and len(encode_prompt(tokenizer, dialogue)) > context - sampling.max_new_tokens:
-                dialogue = dialogue[2:]  # the oldest exchange goes first
-            if dialogue:
-                answer = _answer(model, tokenizer, dialogue, sampling, stop_texts, write)
-                dialogue.append({"role": "assistant", "content": answer})
-            else:
-                write(f"(too long: the model takes {context - sampling.max_new_tokens} tokens)\n")
+    with ThreadPoolExecutor(1) as behind:
+        opening = behind.submit(opened)
+        for line in map(str.strip, lines):
+            if line == "/quit":
+                break
+            if line == "/help":
+                write(HELP)
+            elif line == "/reset":
+                dialogue = []
+                write("(new dialogue)\n")
+            elif line.startswith("/") and " " not in line:
+                write(f"({line} is no command; /help lists them)\n")
+            elif line:
+                dialogue = _go_on(opening.result(), [*dialogue, {"role": "user", "content": line}], write)
 
 
-def _answer(
-    model: Any, tokenizer: PreTrainedTokenizerBase, dialogue: list[Message], sampling: Sampling, stop_texts: Sequence[str], write: Write
-) -> str:
-    """One answer, written as it comes. Ctrl-C ends it early; what was written stays the answer."""
-    streamer = _Streamer(tokenizer, stop_texts, write)
-    prompt, seed = encode_prompt(tokenizer, dialogue), random.getrandbits(63)
-
-    def stop(_: int, answer: list[int]) -> bool:
-        streamer.put(torch.tensor(answer[-1:]))
-        return streamer.stopped
-
-    with contextlib.suppress(KeyboardInterrupt):
-        generate(model, [prompt], [seed], sampling, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id, slots=1, stop=stop)
-    streamer.end()
-    return streamer.written.strip()
-
-
-class _Streamer(TextStreamer):
-    """Tokens to text, held back until a character is whole and while it may be the beginning of a text to stop at."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_texts: Sequence[str], write: Write) -> None:
-        super().__init__(tokenizer, skip_special_tokens=True)
-        self.stop_texts, self.write = stop_texts, write
-        self.written = self.held = ""
-        self.stopped = False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if not self.stopped:
-            self.held += text
-            ends = [self.held.index(stop) for stop in self.stop_texts if stop in self.held]
-            self.stopped = bool(ends)
-            begun = [i for i in range(len(self.held)) if any(stop.startswith(self.held[i:]) for stop in self.stop_texts)]
-            clear = min(ends) if ends else len(self.held) if stream_end or not begun else begun[0]
-            self.write(self.held[:clear])
-            self.written += self.held[:clear]
-            self.held = self.held[clear:]
-        if stream_end:
-            self.write("\n")
+def _go_on(speaker: Speaker, dialogue: list[Message], write: Callable[[str], Any]) -> list[Message]:
+    """The dialogue with an answer to its last question, without the oldest exchanges where it is too long."""
+    while dialogue and not speaker.fits(dialogue):
+        dialogue = dialogue[2:]
+    if not dialogue:
+        write(f"(too long: the model takes {speaker.room} tokens)\n")
+        return []
+    return [*dialogue, {"role": "assistant", "content": speaker.answer(dialogue, write)}]

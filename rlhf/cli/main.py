@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -103,7 +102,7 @@ def use(
 @app.command()
 def run() -> None:
     """Run the retraining flow: all stages that are not up to date, then registration, gates and promotion."""
-    from rlhf.cli import progress
+    from rlhf.cli import progress, standing
     from rlhf.launcher import processes
 
     root = workspace()
@@ -120,9 +119,11 @@ def run() -> None:
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
-    _print_metrics(root)
+    _print_numbers(root)
     print()
     for line in outcome["lines"]:
+        print(line)
+    for line in standing.after_run(outcome):
         print(line)
     if paths := snapshot.uncommitted(root):
         print(f"\nto commit: `git add {' '.join(paths)}`")
@@ -170,22 +171,25 @@ def serve(
 
 
 @app.command()
-def status() -> None:
-    """Show which stages are up to date, the metrics of the last evaluation, and where the registry's aliases point."""
+def status(
+    every: Annotated[bool, typer.Option("--all", help="Every number of the last evaluation.")] = False,
+) -> None:
+    """Show the champion, what the gates said of the last version, which stages are up to date, and the numbers that decide."""
     from rlhf import registry
+    from rlhf.cli import standing
     from tasks import graph
 
     root = workspace()
     params = config.load(root / "params.yaml")
+    for line in standing.of_registry(params.promote.model, registry.versions(root, params), registry.moves(root, params)):
+        print(line)
+    print()
     table = Table("stage", "state", "what it does", box=None)
     for stage in graph.read(root):
         table.add_row(stage.name, "up to date" if stage.current else "to do", stage.description)
     Console().print(table)
     print()
-    _print_metrics(root)
-    print()
-    for alias, number in sorted(registry.aliases(root, params).items()):
-        print(f"models:/{params.promote.model}@{alias} is version {number}")
+    _print_numbers(root, every=every)
 
 
 @app.command()
@@ -207,7 +211,10 @@ def launch(
 def chat(
     model: Annotated[
         str | None,
-        typer.Option(help="A model folder such as models/ppo, or models:/NAME@ALIAS or models:/NAME/VERSION.  [default: the champion]"),
+        typer.Option(
+            help="Number or alias of a version, a folder such as models/ppo, or models:/NAME/VERSION.  "
+            "[default: the champion, or else the candidate]"
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; at 0 the likeliest answer is given.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="An answer that has not ended by itself is cut off at so many tokens.")] = 256,
@@ -216,15 +223,10 @@ def chat(
     """Talk to a model. It remembers the dialogue; /reset forgets it, /quit or Ctrl-D ends. Questions may be piped in, one a line."""
     from rlhf.cli import chat as dialogue
 
-    if model is None or model.startswith("models:/"):
-        from rlhf import registry
-
-        root = workspace()
-        params = config.load(root / "params.yaml")
-        folder = registry.model_folder(model or f"models:/{params.promote.model}@champion", root, params)
-    else:
-        folder = Path(model)
-    dialogue.converse(folder, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
+    partner = dialogue.choose(model)
+    commands = "; /help lists the commands" if sys.stdin.isatty() else ""
+    print(f"{partner.name}{commands}", file=sys.stderr, flush=True)  # the answers alone are standard output
+    dialogue.converse(partner, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
 
 
 def _questions() -> Iterator[str]:
@@ -262,25 +264,18 @@ def reference() -> None:
     print(markdown(), end="")
 
 
-def _print_metrics(root: Path) -> None:
-    """The numbers of metrics/evaluate.json, one a row under its path in the file."""
-    path = root / "metrics" / "evaluate.json"
-    if not path.is_file():
+def _print_numbers(root: Path, *, every: bool = False) -> None:
+    from rlhf.cli import standing
+
+    found = standing.numbers(root, every=every)
+    if not found:
         print("no evaluation yet")
         return
-    table = Table("metric", "value", title="metrics/evaluate.json", title_justify="left", box=None)
-    for name, value in _flat("", json.loads(path.read_text(encoding="utf-8"))):
-        table.add_row(name, value)
+    more = "" if every else " (`rlhf status --all` has every number)"
+    table = Table("metric", "value", title=f"metrics/evaluate.json{more}", title_justify="left", box=None)
+    for row in found:
+        table.add_row(*row)
     Console().print(table)
-
-
-def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flat(f"{path}.{key}".removeprefix("."), inner)
-    else:
-        numbers = value if isinstance(value, list) else [value]
-        yield path, " … ".join(f"{number:.4g}" if isinstance(number, float) else str(number) for number in numbers)
 
 
 def _tracking_uri(root: Path, params: config.Params) -> str:

@@ -20,11 +20,6 @@ def is_partitioned(module: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in module.parameters())
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
-    """The whole parameter's shape: one that is shared out shows itself as empty."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 @contextmanager
 def born(settings: dict[str, Any]) -> Iterator[None]:
     """Have transformers load models in parts, if these DeepSpeed settings say ZeRO-3: no rank ever holds a whole one."""

@@ -16,9 +16,10 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from rlhf.config.training import Optimizer
-from rlhf.engine.partition import own, shape
+from rlhf.engine.partition import own
 from rlhf.errors import UserError
 from rlhf.job import Job
+from rlhf.tensors import shape
 
 deepspeed_logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # at each call that DeepSpeed makes

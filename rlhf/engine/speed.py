@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from rlhf.engine.partition import shape
+from rlhf.tensors import shape
 
 MATRIX_WIDTH = {"cpu": 1024, "cuda": 8192}
 ROUNDS = 5

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.training import Lora
-from rlhf.engine.partition import born, shape
+from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.models.policy import load_policy
+from rlhf.tensors import shape
 
 # The policy that PPO and DPO stay near, for as long as it is asked.
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.engine.partition import shape
 from rlhf.rollout.cache import SlotCache
 from rlhf.rollout.gpu import attend_at_once
 from rlhf.rollout.sampling import Sampling, sample
+from rlhf.tensors import shape
 
 logger = logging.getLogger(__name__)
 

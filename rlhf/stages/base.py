@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.engine.distributed import layout, start
-from rlhf.engine.partition import born, shape
+from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
@@ -23,6 +23,7 @@ from rlhf.models.dialogues import blocks
 from rlhf.models.policy import ATTENTION, build_policy, load_policy
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 from rlhf.stages.language_model import fit, perplexity
+from rlhf.tensors import shape
 
 if TYPE_CHECKING:
     import torch

@@ -163,7 +163,8 @@ def test_outside_a_workspace(command: str, tmp_path: Path, rlhf: Command, monkey
         ("launch train", "unknown stage 'train' — one of prepare, base, sft, reward, ppo, dpo, evaluate"),
         ("chat --model nowhere", "nowhere: no such folder"),
         ("chat --model presets", "presets: no Hugging Face model"),
-        ("chat", "models:/assistant@champion: "),
+        ("chat", "assistant: no version is champion or candidate yet"),
+        ("chat --model models:/assistant@champion", "models:/assistant@champion: "),
     ],
 )
 def test_mistakes_are_told_in_one_line(command: str, words: str, workspace: Path, rlhf: Command) -> None:
@@ -255,7 +256,7 @@ def test_status_tells_stages_metrics_and_aliases(workspace: Path, rlhf: Command)
     assert "no evaluation yet" in out
     (workspace / "metrics").mkdir()
     (workspace / "metrics/evaluate.json").write_text('{"gold": {"sft": 0.25, "ci95": [0.1, 0.12345678]}}', encoding="utf-8")
-    lines = [line.split() for line in rlhf("status")[1].splitlines()]
+    lines = [line.split() for line in rlhf("status", "--all")[1].splitlines()]
     assert ["gold.sft", "0.25"] in lines
     assert ["gold.ci95", "0.1", "…", "0.1235"] in lines
 
