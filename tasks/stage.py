@@ -134,7 +134,8 @@ def follow(command: list[str], root: Path, environment: dict[str, str], take: Ca
 
 def _start(command: list[str], root: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
     programs = Path(sys.executable).parent
-    quiet = {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "true"}
+    quiet = {"PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    quiet |= {"DVC_NO_ANALYTICS": "true"}
     return subprocess.Popen(
         [str(programs / command[0]), *command[1:]],
         cwd=root,

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rlhf import config
 from rlhf.cli import versions
+from rlhf.cli.streams import say_anything
 from rlhf.errors import UserError, full_disk
 from rlhf.redact import redact
 from rlhf.workspace import snapshot
@@ -33,6 +34,7 @@ def main() -> None:
     for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS"):
         os.environ.setdefault(name, "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    say_anything()
     try:
         app(prog_name="rlhf")
     except UserError as error:
@@ -272,7 +274,8 @@ def _print_numbers(root: Path, *, every: bool = False) -> None:
         print("no evaluation yet")
         return
     more = "" if every else " (`rlhf status --all` has every number)"
-    table = Table("metric", "value", title=f"metrics/evaluate.json{more}", title_justify="left", box=None)
+    print(f"metrics/evaluate.json{more}")
+    table = Table("metric", "value", box=None)
     for row in found:
         table.add_row(*row)
     Console().print(table)

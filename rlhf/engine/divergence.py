@@ -19,7 +19,9 @@ def check(job: Job, step: int, metrics: Mapping[str, float], bounds: Mapping[str
     Raises:
         UserError: names the number, the bound and the step.
     """
-    remedy = f"the last checkpoint is kept in {job.folder / 'checkpoints'}; lower the learning rate of {job.stage}, or look at its data"
+    kept = job.folder / "checkpoints"
+    where = f"the last checkpoint is kept in {kept}" if any(kept.glob("step-*")) else "no checkpoint had been made"
+    remedy = f"{where}; lower the learning rate of {job.stage}, or look at its data"
     for name, value in metrics.items():
         skipped = job.params.launch.precision == "fp16" and name.endswith("grad_norm")
         if not math.isfinite(value) and not skipped:

@@ -148,6 +148,7 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "PYTHONHASHSEED": "0",
+        "PYTHONIOENCODING": "utf-8",  # as the launcher reads it, whatever the terminal shows
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     if not params.launch.hostfile:

@@ -155,7 +155,7 @@ def _over_optimisation(name: str, other: str, rise: float, win_rate: float) -> G
     """The policy has learned to please the reward model and nobody else (arXiv 2210.10760)."""
     even = 0.5
     fooled = rise > 0 and not win_rate > even
-    text = f"against {other}, reward model's score + {rise:.4g} (lower end), judge's win rate {win_rate:.4g}"
+    text = f"against {other}, reward model's score {rise:+.4g} (lower end), judge's win rate {win_rate:.4g}"
     ending = f": more reward, but short of a win rate above {even} by {even - win_rate:.4g}" if fooled else ""
     return Gate(name, win_rate, even, not fooled, text + ending)
 

@@ -177,6 +177,16 @@ def test_mistakes_are_told_in_one_line(command: str, words: str, workspace: Path
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("command", [["reference"], ["chat", "--model", "nowhere/at/all"]])
+def test_a_terminal_without_unicode_is_no_error(command: list[str]) -> None:
+    program = [str(Path(sys.executable).with_name("rlhf")), *command]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, env=environment, capture_output=True, encoding="ascii", check=False)
+    assert "Traceback" not in done.stderr
+    assert (done.stdout.startswith("# "), done.returncode) == ((True, 0) if command == ["reference"] else (False, 1))
+    assert " - " in done.stdout + done.stderr  # where a dash stands
+
+
 def test_params_that_do_not_pass_stop_the_flow_before_it_starts(workspace: Path, rlhf: Command) -> None:
     text = (workspace / "params.yaml").read_text(encoding="utf-8")
     (workspace / "params.yaml").write_text(re.sub(r"(?<=sft:\n  epochs: )\S+", "-2", text), encoding="utf-8")

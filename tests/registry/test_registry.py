@@ -303,6 +303,8 @@ def test_more_reward_and_no_better_answers_is_refused(params: config.Params) -> 
     assert failed(beside("a", wins=60, losses=40, ties=0)) == []
     against_sft = changed("win_rate", {"value": 0.5, "ci95": [0.6, 0.7]})
     assert [gate.name for gate in gates.check(against_sft, params, None) if not gate.passed] == ["over_optimisation"]
+    fallen = gates.check(changed("reward_model.ci95", [-1.6, 0.1]), params, None)[-1]
+    assert fallen.text == "against sft, reward model's score -1.6 (lower end), judge's win rate 0.8"
     # dpo has no reward model
     no_rewards = [replace(pair, new_reward=None, champion_reward=None) for pair in beside("a", wins=60, losses=40, ties=0)]
     assert "over_optimisation_champion" not in {gate.name for gate in gates.against_champion(no_rewards, params)}
