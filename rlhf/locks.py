@@ -41,3 +41,15 @@ def lock(root: Path, name: str, *, refuse: str | None = None) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def held(root: Path, name: str) -> bool:
+    """Whether a process holds the lock `name` of the workspace."""
+    try:
+        with (root / "runs" / "locks" / f"{name}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # lookers do not disturb each other
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

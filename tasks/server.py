@@ -11,17 +11,24 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
 from rlhf.errors import UserError
 from rlhf.launcher import processes
+from rlhf.locks import lock
+from rlhf.redact import redact
 
 HOST = "127.0.0.1"
 SECONDS_TO_STOP = 5
+SECONDS_TO_COME_BACK = 10  # `rlhf serve` starts a server again that has ended
 _temporary: list[str] = []
 
 
@@ -30,17 +37,37 @@ def lasts() -> bool:
     return PREFECT_API_URL.value() not in (None, *_temporary)
 
 
-def ensure() -> None:
+def check() -> None:
+    """See that the server that PREFECT_API_URL names answers.
+
+    Raises:
+        UserError: it does not.
+    """
+    deadline = time.monotonic() + SECONDS_TO_COME_BACK
+    while True:
+        with get_client(sync_client=True) as client:
+            problem = client.api_healthcheck()
+        if problem is None:
+            return
+        if time.monotonic() > deadline:
+            what = f"PREFECT_API_URL is {redact(str(PREFECT_API_URL.value()))}, where no Prefect server answers ({problem})"
+            raise UserError(what, remedy="start that server, or `unset PREFECT_API_URL`: `rlhf run` then finds or starts one for itself")
+        time.sleep(0.5)
+
+
+def ensure(root: Path) -> None:
     """See that there is a server: the one that PREFECT_API_URL names, else one that lives as long as this process.
 
     Raises:
-        UserError: it does not start.
+        UserError: it does not answer, or does not start.
     """
     if PREFECT_API_URL.value():
+        check()
         return
     until_exit = ExitStack()
     # after all that this process still sends as it ends
     atexit.register(until_exit.close)
+    database = until_exit.enter_context(_database(root))
     leader = until_exit.enter_context(processes.group())
     with socket.socket() as free:
         free.bind((HOST, 0))
@@ -49,7 +76,9 @@ def ensure() -> None:
     process = subprocess.Popen(
         [sys.executable, *words, "--host", HOST, "--port", str(port)],
         # as Prefect's own: no pages, and only the services that a flow needs
-        env=os.environ | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        env={"PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}"}
+        | os.environ
+        | {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
         stdin=subprocess.DEVNULL,
         process_group=leader,
     )
@@ -58,6 +87,19 @@ def ensure() -> None:
     _await(address, process)
     _temporary.append(address)
     until_exit.enter_context(temporary_settings({PREFECT_API_URL: address}))
+
+
+@contextmanager
+def _database(root: Path) -> Iterator[Path]:
+    """A database of its own: SQLite locks out a second server. The file is kept, as it takes long to make."""
+    with ExitStack() as to_the_end:
+        try:
+            to_the_end.enter_context(lock(root, "prefect", refuse="another run's server has it"))
+            folder = root / "runs" / "prefect"
+        except UserError:
+            folder = Path(to_the_end.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-prefect-", ignore_cleanup_errors=True)))
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder / "by-hand.db"
 
 
 def _await(address: str, process: subprocess.Popen[bytes]) -> None:

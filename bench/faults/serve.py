@@ -13,6 +13,7 @@ from typing import Any
 from bench.faults.cases import Case, send
 from bench.faults.disturbed import Bench, Inject, Row, Run, disturbed
 from bench.faults.workspace import LONGEST_STOP, Workspace, free_port, until
+from rlhf.workspace.served import deployment as nightly
 
 PARTS = ("worker", "prefect", "mlflow")
 OVER = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
@@ -47,7 +48,7 @@ class Served(Run):
         made: dict[str, Any] = {}
 
         def create() -> bool:
-            if deployment := self.ask("deployments/name/retrain/nightly"):
+            if deployment := self.ask(f"deployments/name/retrain/{nightly(self.place.root)}"):
                 made.update(self.ask(f"deployments/{deployment['id']}/create_flow_run", wanted) or {})
             return bool(made)
 

@@ -17,7 +17,7 @@ from rlhf.cli import versions
 from rlhf.cli.streams import say_anything
 from rlhf.errors import UserError, full_disk
 from rlhf.redact import redact
-from rlhf.workspace import snapshot
+from rlhf.workspace import served, snapshot
 from rlhf.workspace.find import workspace
 
 app = typer.Typer(
@@ -110,13 +110,14 @@ def run() -> None:
     root = workspace()
     os.chdir(root)
     params = config.load(root / "params.yaml")
+    served.enter(root)
     try:
         with processes.stoppable(), progress.shown(Console(stderr=True)):
             from flows.retrain import check, retrain
             from tasks import server
 
             check(root)  # before a server is started for the flow
-            server.ensure()
+            server.ensure(root)
             outcome = retrain(root)
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
@@ -149,20 +150,22 @@ def ingest(
     if not done.parts:
         print("nothing new")
         return
+    served.enter(root)
     from tasks import events
 
-    if events.announce(done.source, done.parts, done.rows):
+    if events.announce(root, done.source, done.parts, done.rows):
         print(f"sent event {events.DATASET_UPDATED}: {done.rows} new rows in {', '.join(done.parts)}")
     else:
         print(
-            f"{done.rows} new rows in {', '.join(done.parts)}; no server was told (PREFECT_API_URL is not set): `rlhf run` trains on them"
+            f"{done.rows} new rows in {', '.join(done.parts)}; no server was told (no `rlhf serve` here, PREFECT_API_URL not set): "
+            "`rlhf run` trains on them"
         )
 
 
 @app.command()
 def serve(
-    prefect_port: Annotated[int, typer.Option(help="Port of Prefect's server.")] = 4200,
-    mlflow_port: Annotated[int, typer.Option(help="Port of MLflow's server.")] = 5000,
+    prefect_port: Annotated[int | None, typer.Option(help="Port of Prefect's server.  [default: 4200, or a free one]")] = None,
+    mlflow_port: Annotated[int | None, typer.Option(help="Port of MLflow's server.  [default: 5000, or a free one]")] = None,
 ) -> None:
     """Start Prefect's server, a worker for the schedule of prefect.yaml and MLflow's pages on this machine, until Ctrl-C."""
     from rlhf.cli import serve as serving

@@ -1,9 +1,13 @@
-"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, and MLflow's pages, all on this machine's loopback."""
+"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, and MLflow's pages, all on this machine's loopback.
+
+Home, names and ports are the workspace's own (rlhf/workspace/served.py), so that several are served side by side.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +26,120 @@ from rlhf.errors import UserError
 from rlhf.launcher import processes
 from rlhf.locks import lock
 from rlhf.redact import redact
+from rlhf.workspace import served
 
 HOST = "127.0.0.1"
-POOL = "rlhf"
+USUAL_PORTS = {"prefect": 4200, "mlflow": 5000}
 SECONDS_TO_START = 600
 SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line that it is known by
 MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
 
-def serve(root: Path, params: config.Params, prefect_port: int, mlflow_port: int, say: Callable[[str], Any]) -> None:
+def serve(root: Path, params: config.Params, prefect_port: int | None, mlflow_port: int | None, say: Callable[[str], Any]) -> None:
     """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
 
     Raises:
-        UserError: a part did not start, or ended again and again; one that ends now and then, however that is, is started again.
+        UserError: the workspace is served already, a port is taken, a part did not start, or ended again and again; one that ends now and
+            then, however that is, is started again.
     """
-    api, pages = f"http://{HOST}:{prefect_port}/api", f"http://{HOST}:{mlflow_port}"
-    environment = _environment(root, api, pages)
-    tracking.initialise(root, params)  # before two processes find no database
-    parts = Parts(root, environment)
-    with lock(root, "serve", refuse=f"{root} is being served already"), processes.stoppable(), processes.group() as parts.group:
+    with ExitStack() as to_the_end:
+        to_the_end.enter_context(lock(root, served.LOCK, refuse=f"{root} is being served already"))
+        served.forget(root)
+        to_the_end.callback(served.forget, root)
+        ports = {name: choose_port(name, port, to_the_end) for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port))}
+        api, pages = (f"http://{HOST}:{port}" for port in ports.values())
+        tracking.initialise(root, params)  # before two processes find no database
+        to_the_end.enter_context(processes.stoppable())
+        parts = Parts(root, _environment(root, f"{api}/api", pages))
+        parts.group = to_the_end.enter_context(processes.group())
         try:
-            parts.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port))
             uri = tracking.tracking_uri(root, params)
-            if not uri.startswith("http"):
-                # in the environment: a command line is for all to see
-                environment["MLFLOW_BACKEND_STORE_URI"] = uri
-                parts.start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
-                parts.await_answer("mlflow", f"{pages}/health")
-            parts.await_answer("prefect", f"{api}/health")
-            _do(root, environment, "prefect", "work-pool", "create", POOL, "--type", "process", "--overwrite")
-            _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
-            end_dead_runs(api)
-            parts.start("worker", "prefect", "worker", "start", "--pool", POOL)
-            say(f"Prefect   http://{HOST}:{prefect_port}")
+            start(root, parts, ports, uri)
+            served.write(root, f"{api}/api", pages)
+            say(f"Prefect   {api}")
             say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
-            say(f"worker    of pool {POOL}; logs in {parts.logs.relative_to(root)}")
-            say(f"to see `rlhf run` and `rlhf ingest` there: export PREFECT_API_URL={api}")
+            say(f"worker    of pool {served.name(root)}; logs in {parts.logs.relative_to(root)}")
+            say("`rlhf run` and `rlhf ingest` in this workspace are seen there, and the nightly run is started by hand with:")
+            say(f"PREFECT_API_URL={api}/api prefect deployment run retrain/{served.deployment(root)}")
             while True:
                 time.sleep(1)
                 for name in parts.ended():
-                    if name != "worker" or end_dead_runs(api):
+                    if name != "worker" or end_dead_runs(f"{api}/api"):
                         parts.start_again(name, say)
         except processes.Stopped:
+            served.forget(root)
             say("stopped")
     parts.wait()
+
+
+def start(root: Path, parts: Parts, ports: Mapping[str, int], uri: str) -> None:
+    """Start the parts, and deploy what prefect.yaml describes.
+
+    Args:
+        root: the workspace.
+        parts: to start.
+        ports: of Prefect's server and of MLflow's.
+        uri: of MLflow; an own server for its pages is started where that is a database.
+
+    Raises:
+        UserError: one does not start, or prefect.yaml is wrong.
+    """
+    environment, pool = parts.environment, served.name(root)
+    parts.start("prefect", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"]))
+    if not uri.startswith("http"):
+        # in the environment: a command line is for all to see
+        environment["MLFLOW_BACKEND_STORE_URI"] = uri
+        parts.start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1")
+        parts.await_answer("mlflow", f"{environment['RLHF_MLFLOW_PAGES']}/health")
+    api = environment["PREFECT_API_URL"]
+    parts.await_answer("prefect", f"{api}/health")
+    _do(root, environment, "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
+    _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+    forget_other_places(root, api)
+    end_dead_runs(api)
+    parts.start("worker", "prefect", "worker", "start", "--pool", pool)
+
+
+def choose_port(part: str, port: int | None, to_the_end: ExitStack) -> int:
+    """A port for a part: the one that is given, else the usual one, else any that is free.
+
+    Two that start at the same time do not choose the same one: a name that the system knows is taken until `to_the_end`.
+
+    Raises:
+        UserError: the one that is given is taken.
+    """
+    for candidate in (port,) if port else (USUAL_PORTS[part], *[0] * 20):
+        with socket.socket() as listener, suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((HOST, candidate))
+            found = listener.getsockname()[1]
+            name = socket.socket(socket.AF_UNIX)
+            to_the_end.callback(name.close)
+            name.bind(f"\0rlhf-port-{found}")
+            return found
+    raise UserError(f"--{part}-port {port}: the port is taken", remedy="give another one, or none to have a free one chosen")
+
+
+def forget_other_places(root: Path, api: str) -> None:
+    """Delete deployments that a workspace brought along as it was moved or copied: they lead to where it was before.
+
+    In a home that the user names, they may be other workspaces'.
+    """
+    if served.home(root) == str(root / "runs" / "prefect"):
+        for found in _ask(f"{api}/deployments/filter", {}):
+            pool = found["work_pool_name"]
+            if pool != served.name(root) and found["name"] == f"nightly-{pool}":
+                request = urllib.request.Request(f"{api}/deployments/{found['id']}", method="DELETE")
+                urllib.request.urlopen(request, timeout=30).close()
 
 
 def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
     return os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PREFECT_HOME": served.home(root),
         "PREFECT_API_URL": api,
         "RLHF_ROOT": str(root),
+        "RLHF_WORKSPACE": served.name(root),
         "RLHF_MLFLOW_PAGES": pages,
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -85,7 +152,7 @@ def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
 class Parts:
     """The servers and the worker, each a process with a log of its own, all in one process group."""
 
-    def __init__(self, root: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, environment: dict[str, str]) -> None:
         """Make the folder of logs.
 
         Args:
@@ -94,7 +161,7 @@ class Parts:
         self.logs = root / "runs" / "serve"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.group = 0
-        self._root, self._environment = root, environment
+        self._root, self.environment = root, environment
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, tuple[str, ...]] = {}
         self._ends: dict[str, deque[float]] = {}
@@ -106,7 +173,7 @@ class Parts:
             self._running[name] = subprocess.Popen(
                 [program, *words[1:]],
                 cwd=self._root,
-                env=self._environment,
+                env=self.environment,
                 process_group=self.group,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -152,7 +219,7 @@ class Parts:
     def _check(self) -> None:
         for name in self.ended():
             what = f"{name} ended with exit code {self._running[name].returncode}"
-            raise UserError(what, remedy=f"see {self.logs / name}.log; is the port taken? (--help)")
+            raise UserError(what, remedy=f"see {self.logs / name}.log")
 
 
 def end_dead_runs(api: str) -> bool:

@@ -1,0 +1,133 @@
+"""`rlhf serve` in two workspaces side by side, with runs in both: nothing crosses over."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import serve
+from rlhf.errors import UserError
+from rlhf.locks import lock
+from rlhf.workspace import served
+from tests.flows.test_flow import whole_pipeline
+
+PROJECT = Path(__file__).parents[2]
+PROGRAMS = Path(sys.executable).parent
+SECONDS = 400  # they only bound a failing test
+
+
+class Workspace:
+    """A workspace with a small pipeline, as a user has it who has set nothing."""
+
+    def __init__(self, root: Path, home: Path) -> None:
+        self.root, self.log = root, root.with_suffix(".log")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "RLHF_"))}
+        self.environment = kept | {"HOME": str(home), "PYTHONPATH": str(PROJECT), "DO_NOT_TRACK": "true"}
+        root.mkdir(parents=True)
+        subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+        subprocess.run([PROGRAMS / "dvc", "init", "--quiet"], cwd=root, env=self.environment, check=True)
+        whole_pipeline(root)
+        shutil.copytree(PROJECT / "flows", root / "flows")
+        shutil.copy(PROJECT / "prefect.yaml", root)
+
+    def serve(self) -> subprocess.Popen[bytes]:
+        with self.log.open("wb") as log:
+            return subprocess.Popen([PROGRAMS / "rlhf", "serve"], cwd=self.root, env=self.environment, stdout=log, stderr=log)
+
+    def ask(self, path: str, content: Any = None) -> Any:
+        body = None if content is None else json.dumps(content).encode()
+        servers = served.find(self.root)
+        assert servers
+        request = urllib.request.Request(f"{servers.api}/{path}", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def runs(self) -> list[Any]:
+        """Flow runs that have begun; the others are of nights to come."""
+        return [run for run in self.ask("flow_runs/filter", {}) if run["start_time"]]
+
+    def await_runs(self, count: int) -> list[str]:
+        """The states of so many runs, once they are over."""
+        deadline = time.monotonic() + SECONDS
+        while len(over := [run for run in self.runs() if run["end_time"]]) < count:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.5)
+        return [run["state_type"] for run in over]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Workspace]]:
+    """Two workspaces of one user, in folders of the same name, both served."""
+    place = tmp_path_factory.mktemp("two")
+    (place / "home").mkdir()
+    first, second = (Workspace(place / name / "work", place / "home") for name in ("one", "other"))
+    with ExitStack() as to_the_end:
+        for workspace in (first, second):
+            process = workspace.serve()
+            to_the_end.callback(process.wait)
+            to_the_end.callback(process.send_signal, signal.SIGTERM)
+        deadline = time.monotonic() + SECONDS
+        for workspace in (first, second):
+            while "worker    of pool" not in workspace.log.read_text():
+                assert time.monotonic() < deadline, workspace.log.read_text()
+                time.sleep(0.2)
+        yield first, second
+
+
+def test_a_run_in_each_of_two_served_workspaces(two: tuple[Workspace, Workspace]) -> None:
+    first, second = two
+    (one,), (other,) = (workspace.ask("deployments/filter", {}) for workspace in two)
+    assert (one["name"], other["name"]) == (served.deployment(first.root), served.deployment(second.root))
+    assert one["name"] != other["name"]
+    assert one["name"].startswith("nightly-work-")
+
+    second.ask(f"deployments/{other['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+    # beside the first one's servers, which it finds
+    run = subprocess.run([PROGRAMS / "rlhf", "run"], cwd=first.root, env=first.environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "version 1 is champion, the one before is none" in run.stdout
+    assert first.await_runs(1) == second.await_runs(1) == ["COMPLETED"]
+    assert [run["deployment_id"] for run in first.runs() + second.runs()] == [None, other["id"]]
+    assert all((workspace.root / "dvc.lock").exists() and (workspace.root / "mlruns/mlflow.db").exists() for workspace in two)
+    assert not (first.root.parents[1] / "home" / ".prefect").exists()
+
+
+def test_a_copy_does_not_take_the_servers_for_its_own(two: tuple[Workspace, Workspace], tmp_path: Path) -> None:
+    root = two[0].root
+    shutil.copytree(root / "runs" / "serve", tmp_path / "runs" / "serve")
+    assert served.find(root)
+    assert served.find(tmp_path) is None
+    assert served.name(tmp_path) != served.name(root)
+    with lock(tmp_path, served.LOCK), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "SECONDS_TO_START", 0.2)
+        assert served.find(tmp_path) is None
+
+
+def test_a_port_is_free_or_refused_if_it_was_asked_for() -> None:
+    with ExitStack() as stack:
+        chosen = {serve.choose_port("prefect", None, stack) for _ in range(3)}
+        assert len(chosen) == 3
+        with pytest.raises(UserError, match=f"--mlflow-port {(port := chosen.pop())}: the port is taken"):
+            serve.choose_port("mlflow", port, stack)
+
+
+def test_a_server_that_is_gone_is_told_in_one_line(tmp_path: Path) -> None:
+    root = Workspace(tmp_path / "work", tmp_path)
+    environment = root.environment | {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    run = subprocess.run([PROGRAMS / "rlhf", "run"], cwd=root.root, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    (line,) = (run.stdout + run.stderr).splitlines()
+    assert line.startswith("error: PREFECT_API_URL is http://127.0.0.1:1/api, where no Prefect server answers")
+    assert line.endswith("`unset PREFECT_API_URL`: `rlhf run` then finds or starts one for itself")
