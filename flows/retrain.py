@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prefect import flow, get_run_logger, runtime
 from prefect.futures import PrefectFuture, wait
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import tasks.registry
@@ -33,7 +34,7 @@ REMEDY = "the stage's log has the whole story; a new run goes on from the last c
 
 @flow(name="retrain", log_prints=True, task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]  # Prefect names a narrower type than it takes
 def retrain(root: Path | None = None) -> dict[str, Any]:
-    """Retrain, register and decide.
+    """Retrain, register and decide. The run's final state is named for what came of it: promoted, refused, champion already, …
 
     Args:
         root: the workspace; None: the current folder.
@@ -66,7 +67,8 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
             word = ask(verdict, params.promote.approval)
         decision = tasks.registry.carry_out(verdict, root, params, by=word.by, why=word.why, declined=word.declined)
         tasks.report.publish(decision, verdict, word, evidence, root, params, flow_run_id, run)
-    return {
+        outcome = tasks.report.announce(decision, verdict.champion)
+    happened = {
         "stages": stages,
         "version": version.number,
         "champion": decision.champion,
@@ -74,6 +76,8 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         "failed": [gate.line for gate in decision.gates if not gate.passed],
         "lines": decision.lines,
     }
+    # Prefect hands the caller what is in the state
+    return cast(dict[str, Any], Completed(name=outcome, message=tasks.report.summary(decision), data=happened))
 
 
 def check(root: Path) -> config.Params:
@@ -108,7 +112,7 @@ def run_stages(root: Path, params: config.Params) -> dict[str, str]:
             if stage.name == FIRST_TRAINED and not all(other.current for other in stages):
                 futures["champion"] = tasks.registry.check_champion.submit(root, params, return_state=False, wait_for=before)
                 before = [futures["champion"]]
-            one = run_stage.with_options(retries=stage.retries)
+            one = run_stage.with_options(name=stage.name, retries=stage.retries)
             futures[stage.name] = one.submit(stage, root, environment, return_state=False, wait_for=before)
         wait(list(futures.values()))
     finally:

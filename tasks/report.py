@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import task
+from prefect import runtime, task
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 
 from rlhf import registry, tracking
 from rlhf.config import Params
@@ -19,7 +20,7 @@ from tasks.origin import starter
 REPORT = "report.html"
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, name="evidence", task_run_name="evidence")
 def collect(root: Path, params: Params, verdict: registry.Verdict, results: Path) -> Evidence:
     """What the report shows of the workspace; numbers, tables and pictures also go to `results`."""
     compared = verdict.champion not in (None, verdict.version.number) and "promoted" not in verdict.version.tags
@@ -27,7 +28,7 @@ def collect(root: Path, params: Params, verdict: registry.Verdict, results: Path
     return report.collect(root, verdict, champion, results)
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, name="report", task_run_name="report")
 def publish(
     decision: registry.Decision,
     verdict: registry.Verdict,
@@ -51,9 +52,35 @@ def publish(
     if "report" not in decision.version.tags or "promoted" not in verdict.version.tags:
         registry.tag(decision.version, root, params, "report", f"runs:/{own}/{REPORT}")
     said = decision.lines[-1]
-    create_markdown_artifact(key="evaluation", markdown=page, description=said)
-    create_table_artifact(key="metrics", table=evidence.numbers, description=f"{title}: {evidence.note}")
+    # Prefect shows the newest first
     for name, picture in evidence.pictures.items():
         create_image_artifact(key=f"plot-{name.replace('_', '-')}", image_url=report.data_uri(picture), description=name)
     create_link_artifact(key="mlflow", link=course.page, link_text="MLflow run of this flow run", description=said)
+    create_table_artifact(key="metrics", table=evidence.numbers, description=f"{title}: {evidence.note}")
+    create_markdown_artifact(key="evaluation", markdown=page, description=said)
     return page
+
+
+def announce(decision: registry.Decision, before: int | None) -> str:
+    """Say on the flow run's own page what was decided: an artifact that stands above its tasks', and tags. The outcome, in a word or two.
+
+    Args:
+        decision: of the run.
+        before: the champion before.
+    """
+    version, outcome = decision.version, report.outcome(decision, before)
+    parts = [f"# {outcome}", report.text(decision.lines[-1])]
+    for title, passed in (("Failed", False), ("Passed", True)):
+        if lines := [f"- **{gate.name}**: {report.text(gate.text)}" for gate in decision.gates if gate.passed is passed]:
+            parts += [f"## {title}", "\n".join(lines)]
+    create_markdown_artifact(key="decision", markdown="\n\n".join(parts) + "\n", description=outcome)
+    tags = {*runtime.flow_run.tags, outcome, version.tags["algorithm"], f"{version.model}-v{version.number}"}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(runtime.flow_run.id, tags=sorted(tags))
+    return outcome
+
+
+def summary(decision: registry.Decision) -> str:
+    """The decision in a line, with what each gate that failed has measured."""
+    failed = [f"{gate.name}: {gate.text}" for gate in decision.gates if not gate.passed]
+    return "; ".join([decision.lines[-1].partition("; failed:")[0], *failed])

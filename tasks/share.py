@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from tasks.stage import LAST_LINES, follow
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=10)
+@task(cache_policy=NO_CACHE, task_run_name="push", retries=2, retry_delay_seconds=10)
 def push(root: Path) -> bool:
     """Push data, models and the run cache; whether there is a remote to push to.
 

@@ -79,7 +79,13 @@ def _worth_retrying(_task: object, _task_run: object, state: State[Any]) -> bool
     return not getattr(state.result(raise_on_failure=False), "lasting", False)
 
 
-@task(cache_policy=NO_CACHE, task_run_name="{stage.name}", retry_delay_seconds=RETRY_DELAY_SECONDS, retry_condition_fn=_worth_retrying)
+@task(
+    cache_policy=NO_CACHE,
+    task_run_name="{stage.name}",
+    tags={"stage"},
+    retry_delay_seconds=RETRY_DELAY_SECONDS,
+    retry_condition_fn=_worth_retrying,
+)
 def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[Any] | None:
     """Bring one stage up to date.
 

@@ -110,7 +110,7 @@ def numbers(version: Version, champion: Version | None) -> list[dict[str, str]]:
 
 def tags(decision: Decision, before: int | None, by: str, why: str) -> dict[str, str]:
     """The decision as tags of the flow's run; its description there is what MLflow shows first."""
-    version, kind = decision.version, _kind(decision, before)
+    version, kind = decision.version, outcome(decision, before)
     failed = [gate.name for gate in decision.gates if not gate.passed]
     described = [f"**{text(decision.lines[-1])}**", *(f"- {text(gate.line)}" for gate in decision.gates)]
     return {
@@ -125,6 +125,15 @@ def tags(decision: Decision, before: int | None, by: str, why: str) -> dict[str,
         **{f"gate.{gate.name}": gate.line for gate in decision.gates},
         **{name: run for name, run in version.tags.items() if name.startswith("run.")},
     }
+
+
+def outcome(decision: Decision, before: int | None) -> str:
+    """What came of a version, in a word or two; `before` is the champion before."""
+    if decision.is_champion:
+        return "champion already" if before == decision.version.number else "promoted"
+    if "promoted" in decision.version.tags:
+        return "champion before"
+    return "declined" if all(gate.passed for gate in decision.gates) else "refused"
 
 
 def markdown(decision: Decision, evidence: Evidence, course: Course) -> str:
@@ -203,12 +212,6 @@ def data_uri(picture: bytes) -> str:
 def text(value: str) -> str:
     """What models and people wrote, with nothing in it that Markdown or HTML would take for its own."""
     return MARKUP.sub(r"\\\g<0>", value)
-
-
-def _kind(decision: Decision, before: int | None) -> str:
-    if not decision.is_champion:
-        return "not promoted"
-    return "champion already" if before == decision.version.number else "promoted"
 
 
 def _measured(version: Version) -> dict[str, float | str]:

@@ -23,6 +23,7 @@ from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
     FlowRunFilter,
+    FlowRunFilterId,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
@@ -253,12 +254,15 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     [version] = registry.versions(root, params)
     assert version.tags["md5.models/ppo"].endswith(".dir")
     page, again = (str(found.data) for found in artifacts("evaluation"))
-    assert "**version 1 is champion, the one before is none**" in page
     assert "**version 1 is champion already**" in again
-    assert "| user: a\\|b\\<i\\> | x | y |" in page
-    assert "| min_win_rate | yes |" in page
-    assert f"by {person()}, by hand; it took" in page
-    assert "- `rlhf verify 1`" in page
+    for line in (
+        "**version 1 is champion, the one before is none**",
+        "| user: a\\|b\\<i\\> | x | y |",
+        "| min_win_rate | yes |",
+        f"by {person()}, by hand; it took",
+        "- `rlhf verify 1`",
+    ):
+        assert line in page
     [table, _] = artifacts("metrics")
     rows = {row["metric"]: row for row in json.loads(str(table.data))}
     assert rows["win_rate.value"] == {"metric": "win_rate.value", "this version": "0.8", "champion": "—", "difference": "—"}
@@ -281,6 +285,39 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
 
     with lock(root, "flow"), pytest.raises(UserError, match="another retraining flow is running"):
         retrain(root)
+
+    # what Prefect's pages show
+    with get_client(sync_client=True) as reader:
+        made = {run.id: run for run in reader.read_flow_runs() if run.name in (web_name(client, one) for one in (first_run, second_run))}
+        names = {run.name for run in reader.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=list(made))))}
+    states = {(run.state_name, run.state.message) for run in made.values() if run.state}
+    assert states == {
+        ("promoted", "version 1 is champion, the one before is none"),
+        ("champion already", "version 1 is champion already"),
+    }
+    assert {"ppo", "evaluate", "register", "gates", "push", "evidence", "promote", "report"} == names
+    assert sorted(tag for run in made.values() if run.state_name == "promoted" for tag in run.tags) == ["assistant-v1", "ppo", "promoted"]
+
+
+def web_name(client: Any, run: str) -> str:
+    """What Prefect called the flow run of an MLflow run."""
+    return str(client.get_run(run).info.run_name)
+
+
+def test_a_refused_run_says_first_which_gates_failed(root: Path) -> None:
+    whole_pipeline(root)
+    params = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(params.replace("min_reward_accuracy: 0.85", "min_reward_accuracy: 0.95"))
+    state: Any = retrain(root, return_state=True)
+    assert (state.is_completed(), state.name) == (True, "refused")
+    measured = "reward model's accuracy: 0.9, short of 0.95 by 0.05"
+    assert state.message == f"version 1 is candidate, champion is none; min_reward_accuracy: {measured}"
+    decision = artifacts("decision")[-1]
+    # Prefect shows what is the flow run's own before what is its tasks'
+    assert decision.task_run_id is None
+    page = str(decision.data)
+    assert page.startswith("# refused\n\nversion 1 is candidate")
+    assert f"## Failed\n\n- **min_reward_accuracy**: {measured}\n\n## Passed\n\n- **min_win_rate**: " in page
 
 
 def test_nothing_is_trained_that_could_not_be_compared_with_the_champion(root: Path, told: list[stage.Progress]) -> None:
