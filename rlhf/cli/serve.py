@@ -95,6 +95,7 @@ def start(root: Path, parts: Parts, ports: Mapping[str, int], uri: str) -> None:
     parts.await_answer("prefect", f"{api}/health")
     _do(root, environment, "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
     _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
+    _do(root, environment, "python", "-m", "tasks.notice")
     forget_other_places(root, api)
     end_dead_runs(api)
     parts.start("worker", "prefect", "worker", "start", "--pool", pool)
@@ -262,4 +263,4 @@ def _do(root: Path, environment: Mapping[str, str], *words: str) -> None:
     )
     if done.returncode:
         what = " ".join((done.stderr or done.stdout).split())[-600:]
-        raise UserError(f"`{' '.join(words)}` failed: {what}", remedy="correct prefect.yaml")
+        raise UserError(f"`{' '.join(words)}` failed: {what}", remedy="correct prefect.yaml, or what it names")

@@ -52,6 +52,17 @@ class Operations(Section):
     spare_gib: NonNegative = Field(
         description="a stage starts only if what it writes at most (docs/team.md says how it is estimated) leaves so much of the disk free"
     )
+    notify: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = Field(
+        description="web address that a server of `rlhf serve` tells of runs that failed or were refused (JSON, by POST); RLHF_NOTIFY_URL "
+        "in the environment goes first; null: nobody is told"
+    )
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # params.yaml is committed, and stored with each version
+        if self.notify is not None and holds_password(self.notify):
+            raise ValueError("notify holds a password: give such an address in the environment, as RLHF_NOTIFY_URL")
+        return self
 
 
 class JobLayout(Section):

@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rlhf.errors import UserError
 from rlhf.locks import held
 
 LOCK = "serve"
@@ -30,8 +31,15 @@ class Served:
 
 
 def name(root: Path) -> str:
-    """What tells a workspace from others on a server that several use: RLHF_WORKSPACE, else its folder's name with a hash of its path."""
-    return os.environ.get("RLHF_WORKSPACE") or _derived(root)
+    """What tells a workspace from others on a server that several use: RLHF_WORKSPACE, else its folder's name with a hash of its path.
+
+    Raises:
+        UserError: RLHF_WORKSPACE holds other characters than Prefect takes.
+    """
+    given = os.environ.get("RLHF_WORKSPACE")
+    if given and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", given):
+        raise UserError(f"RLHF_WORKSPACE is '{given}'", remedy="give it lowercase letters, digits and hyphens alone")
+    return given or _derived(root)
 
 
 def _derived(root: Path) -> str:

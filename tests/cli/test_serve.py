@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -42,6 +44,11 @@ class Workspace:
         shutil.copytree(PROJECT / "flows", root / "flows")
         shutil.copy(PROJECT / "prefect.yaml", root)
 
+    def change(self, before: str, after: str) -> None:
+        params = (self.root / "params.yaml").read_text()
+        assert before in params
+        (self.root / "params.yaml").write_text(params.replace(before, after))
+
     def serve(self) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as log:
             return subprocess.Popen([PROGRAMS / "rlhf", "serve"], cwd=self.root, env=self.environment, stdout=log, stderr=log)
@@ -67,6 +74,37 @@ class Workspace:
         return [run["state_type"] for run in over]
 
 
+class Receiver(BaseHTTPRequestHandler):
+    """Takes notices."""
+
+    notices: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def do_POST(self) -> None:
+        assert self.headers["Content-Type"] == "application/json"
+        self.notices.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def receiving() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def await_notices(count: int) -> list[tuple[str, dict[str, Any]]]:
+    deadline = time.monotonic() + SECONDS
+    while len(Receiver.notices) < count:
+        assert time.monotonic() < deadline, Receiver.notices
+        time.sleep(0.2)
+    return Receiver.notices
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, Workspace]]:
     """Two workspaces of one user, in folders of the same name, both served."""
@@ -74,6 +112,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, W
     (place / "home").mkdir()
     first, second = (Workspace(place / name / "work", place / "home") for name in ("one", "other"))
     with ExitStack() as to_the_end:
+        # both are to be told of: one by params.yaml, the other, whose gates refuse, by the environment
+        receiver = to_the_end.enter_context(receiving())
+        first.change("notify: null", f"notify: {receiver}/one")
+        second.environment["RLHF_NOTIFY_URL"] = f"{receiver}/other"
+        second.change("min_reward_accuracy: 0.85", "min_reward_accuracy: 0.95")
         for workspace in (first, second):
             process = workspace.serve()
             to_the_end.callback(process.wait)
@@ -102,6 +145,28 @@ def test_a_run_in_each_of_two_served_workspaces(two: tuple[Workspace, Workspace]
     assert [run["deployment_id"] for run in first.runs() + second.runs()] == [None, other["id"]]
     assert all((workspace.root / "dvc.lock").exists() and (workspace.root / "mlruns/mlflow.db").exists() for workspace in two)
     assert not (first.root.parents[1] / "home" / ".prefect").exists()
+
+
+def test_who_is_to_be_told_is_told_of_refused_failed_and_crashed_runs(two: tuple[Workspace, Workspace]) -> None:
+    second = two[1]
+    path, notice = await_notices(1)[0]
+    assert path == "/other"
+    assert (notice["workspace"], notice["state"]) == (served.name(second.root), "refused")
+    assert "min_reward_accuracy: reward model's accuracy: 0.9, short of 0.95 by 0.05" in notice["message"]
+    assert notice["text"].startswith(f"{notice['workspace']}: run {notice['run']} is refused: version 1 is candidate, champion is none; ")
+    assert notice["page"].startswith("http://127.0.0.1:")
+
+    second.change("algorithm: ppo", "algorithm: none")
+    (deployment,) = second.ask("deployments/filter", {})
+    second.ask(f"deployments/{deployment['id']}/create_flow_run", {"state": {"type": "SCHEDULED"}})
+    failed = await_notices(2)[1]
+    assert (failed[0], failed[1]["state"]) == ("/other", "Failed")
+    assert "algorithm: Input should be 'ppo' or 'dpo', got 'none'" in failed[1]["message"]
+
+    # as when its worker has ended with it
+    run = second.ask(f"deployments/{deployment['id']}/create_flow_run", {"state": {"type": "PENDING"}})
+    second.ask(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED"}, "force": True})
+    assert {path: notice["state"] for path, notice in await_notices(3)[2:]} == {"/other": "Crashed"}
 
 
 def test_a_copy_does_not_take_the_servers_for_its_own(two: tuple[Workspace, Workspace], tmp_path: Path) -> None:
