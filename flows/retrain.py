@@ -24,6 +24,7 @@ from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.registry.history import person
 from rlhf.workspace import fingerprint
+from rlhf.workspace.find import refuse_experiment
 from tasks import graph
 from tasks.approval import Word, ask
 from tasks.stage import StageError, run_stage, stop_all
@@ -81,11 +82,12 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
 
 
 def check(root: Path) -> config.Params:
-    """Params.yaml, the files that it names, and that dvc.yaml is the graph of its algorithm, before anything is started.
+    """Params.yaml, the files that it names, that dvc.yaml is the graph of its algorithm, and the place, before anything is started.
 
     Raises:
         UserError: naming what is wrong.
     """
+    refuse_experiment(root)
     params = config.load(root / "params.yaml")
     fingerprint.check_algorithm(fingerprint.read_graph(root), params)
     for number, source in enumerate(params.data.sources):

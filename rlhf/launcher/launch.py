@@ -23,6 +23,7 @@ from rlhf.launcher.console import Console
 from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.workspace import fingerprint
+from rlhf.workspace.find import home
 
 
 class StageError(Exception):
@@ -209,7 +210,7 @@ def _held(run: Run, gpus: list[int]) -> AbstractContextManager[list[int]]:
     # a hostfile says itself which devices it means
     if not gpus or run.params.launch.hostfile:
         return nullcontext(gpus)
-    return command.hold_gpus(run.root, run.node.name, gpus, getattr(run.params.launch.jobs, run.node.name).processes)
+    return command.hold_gpus(home(run.root), run.node.name, gpus, getattr(run.params.launch.jobs, run.node.name).processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- after

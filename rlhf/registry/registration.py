@@ -26,6 +26,7 @@ from rlhf.locks import lock
 from rlhf.registry import gates, serving
 from rlhf.registry.versions import Version, connect, find
 from rlhf.workspace import fingerprint, snapshot
+from rlhf.workspace.find import refuse_experiment
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
@@ -36,8 +37,9 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
     """Register the trained policy with its evaluation. The same model with the same evaluation keeps its version.
 
     Raises:
-        UserError: the model, its metrics or dvc.lock is missing, or MLflow is away.
+        UserError: the model, its metrics or dvc.lock is missing, MLflow is away, or the workspace is a temporary one of DVC's.
     """
+    refuse_experiment(root)
     metrics = gates.read_metrics(root)
     weights = weights_hash(root / _model(params))
     evaluation = hashlib.sha256((root / gates.METRICS).read_bytes()).hexdigest()

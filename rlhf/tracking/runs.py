@@ -28,6 +28,7 @@ from rlhf.tracking.record import FLOWS, NAME, Record, read
 from rlhf.tracking.sending import Sender, leaves
 from rlhf.tracking.store import client, initialise
 from rlhf.workspace import snapshot
+from rlhf.workspace.find import home
 from rlhf.workspace.fingerprint import Node
 
 SECONDS_BETWEEN_BATCHES = 2
@@ -50,6 +51,8 @@ def of_stage(root: Path, params: config.Params, node: Node, fingerprint: str, fo
     """Follows a stage under way, with the load of the machine. Where a flow runs it (RLHF_FLOW_RUN_ID), its run is below the flow's."""
     flow = os.environ.get("RLHF_FLOW_RUN_ID")
     tags = {"stage": node.name, "fingerprint": fingerprint} | ({"flow_run_id": flow} if flow else {}) | _revision(root)
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.experiment"] = experiment
     start = {
         "name": node.name,
         "tags": tags,
@@ -106,6 +109,9 @@ class Tracker:
         """
         self._root, self._params = root, params
         self._record = Record(root, folder, wait=True)
+        place = home(root)
+        # where what MLflow lacks at the end waits for it: not in a folder that DVC is about to delete
+        self._waiting = folder if place == root else place / "runs" / folder.parent.name / f"{folder.name}-{uuid.uuid4().hex[:8]}"
         first = {"record": uuid.uuid4().hex, "started": _now(), "run": None, "steps": {}}
         self._record.update(**(first | self._record.values | start | {"status": "RUNNING", "ended": None, "sent": False}))
         self._sampler: AbstractContextManager[Any] = Sampler(folder / "system.jsonl") if sampled else nullcontext()
@@ -131,11 +137,14 @@ class Tracker:
             self._record.update(status=status, ended=_now())
         except OSError as problem:
             # a full disk, most likely, of which the stage has told; what is not recorded counts as killed, and is sent later
-            _warn(self._record.folder, str(problem))
+            _warn(self._waiting, str(problem))
         self._ending.set()
         self._thread.join(SECONDS_AT_THE_END)
         if self._thread.is_alive():
-            _warn(self._record.folder, "no answer yet")
+            _warn(self._waiting, "no answer yet")
+        if not self._record.values["sent"] and self._waiting != self._record.folder:
+            besides = ("out", "checkpoints", "hidden", "tracking.lock", "PUBLISHED")
+            shutil.copytree(self._record.folder, self._waiting, ignore=shutil.ignore_patterns(*besides))
         self._record.release()
 
     def _follow(self) -> None:
@@ -157,7 +166,7 @@ class Tracker:
             # whatever goes wrong here, training goes on
             except Exception as error:
                 if not warned:
-                    _warn(self._record.folder, " ".join(str(error).split())[:200])
+                    _warn(self._waiting, " ".join(str(error).split())[:200])
                 warned = True
             if ending:
                 return

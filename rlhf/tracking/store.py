@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from rlhf import config
 from rlhf.locks import lock
+from rlhf.workspace.find import home
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -55,7 +56,7 @@ def initialise(root: Path, params: config.Params) -> str:
     uri, own = tracking_uri(root, params), _database(root)
     own.parent.mkdir(exist_ok=True)
     # two stages that start side by side would both create the database
-    with lock(root, "mlflow"):
+    with lock(home(root), "mlflow"):
         if uri == own_uri(root) and not own.exists():
             # beside and renamed: a launcher that ends half-way through would leave tables that MLflow cannot mend
             beside = own.with_suffix(".new")
@@ -68,13 +69,13 @@ def initialise(root: Path, params: config.Params) -> str:
         if found:
             return found.experiment_id
         # as an address: of a bare path, MLflow would take `%25` for an escaped `%`
-        artifacts = (root / "mlruns" / "artifacts").as_uri() if uri.startswith("sqlite:") else None
+        artifacts = (home(root) / "mlruns" / "artifacts").as_uri() if uri.startswith("sqlite:") else None
         return _client(uri).create_experiment(params.tracking.experiment, artifact_location=artifacts)
 
 
 def _bring_home(root: Path) -> None:
     """Let every place in the own database that is in some workspace's mlruns be in this one's: it was moved or copied, if they differ."""
-    own = (root / "mlruns").as_uri()
+    own = (home(root) / "mlruns").as_uri()
 
     def here(place: str | None) -> str | None:
         if place is None or not place.startswith(("/", "file:")):
@@ -91,7 +92,7 @@ def _bring_home(root: Path) -> None:
 
 
 def _database(root: Path) -> Path:
-    return root / "mlruns" / "mlflow.db"
+    return home(root) / "mlruns" / "mlflow.db"
 
 
 def _client(uri: str) -> MlflowClient:

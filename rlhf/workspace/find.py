@@ -1,4 +1,4 @@
-"""Where the command line works."""
+"""Where the command line works, and where a workspace keeps what outlives it."""
 
 from __future__ import annotations
 
@@ -18,3 +18,23 @@ def workspace() -> Path:
         if (folder / "dvc.yaml").is_file() and ((folder / "params.yaml").is_file() or (folder / "presets").is_dir()):
             return folder
     raise UserError(f"{here}: no workspace (a folder with params.yaml and dvc.yaml) here or above", remedy="change to the project's folder")
+
+
+def home(root: Path) -> Path:
+    """The workspace itself; of a folder that DVC makes for a queued or temporary experiment, and deletes, the one that it is made of."""
+    for place in root.parents:
+        if place.parts[-3:] == (".dvc", "tmp", "exps"):
+            top = next(folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir())
+            return place.parents[2] / root.relative_to(top)
+    return root
+
+
+def refuse_experiment(root: Path) -> None:
+    """Check that the workspace is none of DVC's temporary folders: a version that is registered there would be of files that go.
+
+    Raises:
+        UserError: it is.
+    """
+    if home(root) != root:
+        what = f"{root}: the temporary folder of a DVC experiment, from which nothing is registered"
+        raise UserError(what, remedy=f"in {home(root)}: `dvc exp apply NAME`, then `rlhf run`")
