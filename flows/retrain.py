@@ -27,7 +27,7 @@ from rlhf.workspace import fingerprint
 from rlhf.workspace.find import refuse_experiment
 from tasks import graph
 from tasks.approval import Word, ask
-from tasks.stage import StageError, run_stage, stop_all
+from tasks.stage import StageError, announce, run_stage, stop_all
 
 FIRST_TRAINED = "base"  # every stage but prepare depends on it
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
@@ -106,6 +106,7 @@ def run_stages(root: Path, params: config.Params) -> dict[str, str]:
     """
     graph.mend(root)
     stages = [stage for stage in graph.read(root) if not (stage.is_data and stage.current)]
+    announce(stages)
     environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}
     futures: dict[str, PrefectFuture[Any]] = {}
     try:

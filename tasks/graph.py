@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from dvc.repo import Repo
 from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
 from rlhf.errors import UserError
+
+# its bars would stand between those of `rlhf run`
+for _bars in ("dvc.progress", "dvc_data.callbacks"):
+    logging.getLogger(_bars).setLevel(logging.CRITICAL)
 
 SECONDS_TO_WRITE = 5  # which DVC needs for its bookkeeping at most
 

@@ -13,7 +13,7 @@ from rlhf import registry, tracking
 from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.registry import comparison
-from tasks.stage import LAST_LINES, follow
+from tasks.stage import LAST_LINES, follow, reason
 
 SECONDS_TO_COME_BACK = 120
 SECONDS_BETWEEN_LOOKS = 5
@@ -94,7 +94,7 @@ def _compare(root: Path, champion: int) -> None:
     # in a process of its own: it takes signals and forks, which threads of a flow must not
     lines: deque[str] = deque(maxlen=LAST_LINES)
     if follow(["rlhf", "compare", str(champion)], root, {}, lines.append):
-        what = f"the comparison with version {champion} failed: {' | '.join(lines)}"
+        what = f"the comparison with version {champion} failed: {reason(list(lines))}"
         raise UserError(what, remedy="mend that, then run again: no stage is repeated")
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -55,14 +55,18 @@ def check() -> None:
         time.sleep(0.5)
 
 
-def ensure(root: Path) -> None:
+def ensure(root: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
     """See that there is a server: the one that PREFECT_API_URL names, else one that lives as long as this process.
+
+    Args:
+        meanwhile: what is done while it starts, which takes some seconds.
 
     Raises:
         UserError: it does not answer, or does not start.
     """
     if PREFECT_API_URL.value():
         check()
+        meanwhile()
         return
     until_exit = ExitStack()
     # after all that this process still sends as it ends
@@ -83,6 +87,7 @@ def ensure(root: Path) -> None:
         process_group=leader,
     )
     until_exit.callback(_stop, process)
+    meanwhile()
     address = f"http://{HOST}:{port}/api"
     _await(address, process)
     _temporary.append(address)

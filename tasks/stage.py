@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,9 @@ from tasks.progress import Bar
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
+# what Python writes last of an error, and what the launcher says of a stage that did not explain itself
+RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b.*")
+LOG = "; its log: "
 RETRY_DELAY_SECONDS = 2
 SECONDS_TO_STOP = processes.GRACE_SECONDS + 5
 
@@ -36,7 +39,7 @@ class Progress:
     """Something that happened to a stage. `step` and `total` stand still at 0 until it has logged its first step."""
 
     stage: str
-    state: str  # running, up to date, done, failed
+    state: str  # waiting, running, up to date, done, stopped, failed
     text: str = ""
     step: int = 0
     total: int = 0
@@ -51,18 +54,40 @@ class StageError(UserError):
     """A stage ended with an exit code other than 0.
 
     `lasting`: it would fail again, as it said itself what the user has to mend, the disk is full, or it was stopped from outside.
+    `stopped`: it was told to end, by a signal.
     """
 
     def __init__(self, stage: str, code: int, lines: list[str]) -> None:
-        starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-        self.lasting = bool(starts) or code < 0 or any("No space left on device" in line for line in lines)
-        cause = lines[starts[-1] :][:2] if starts else lines
-        super().__init__(f"stage {stage} failed with exit code {code}: " + " | ".join(cause), remedy="see its log")
+        explained = any(line.startswith("error: ") for line in lines)
+        self.lasting = explained or code < 0 or any("No space left on device" in line for line in lines)
+        self.stopped = -code in processes.STOPPING or any(line.startswith(f"{stage}: stopped by ") for line in lines)
+        said = f"stage {stage} was stopped" if self.stopped else f"stage {stage} failed with exit code {code}: {reason(lines)}"
+        super().__init__(said, remedy="see its log")
+
+
+def reason(lines: list[str]) -> str:
+    """Why a command ended, of its last lines: its own `error:` with the remedy; else its last exception, and where its log is."""
+    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if starts:
+        return " | ".join(lines[starts[-1] :][:2])
+    raised = [line for line in lines if RAISED.fullmatch(line)]
+    ended = [line for line in lines if LOG in line]
+    if ended:
+        said, _, log = ended[-1].partition(LOG)
+        return f"{raised[-1] if raised else said}{LOG}{log}"
+    return (raised or lines or ["it said nothing"])[-1]
 
 
 def watch(watcher: Watcher) -> None:
     """Call `watcher` with each Progress of each stage from now on, from the stages' threads."""
     _watchers.append(watcher)
+
+
+def announce(stages: Sequence[Stage]) -> None:
+    """Tell the watchers which stages a flow has before it."""
+    for stage in stages:
+        for watcher in _watchers:
+            watcher(Progress(stage.name, "waiting"))
 
 
 def stop_all() -> None:
@@ -115,7 +140,7 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
         code = follow(["dvc", "--wait-for-lock", "repro", "--single-item", stage.name], root, environment, take)
         if code:
             failure = StageError(stage.name, code, list(lines))
-            tell(Progress(stage.name, "failed", failure.what))
+            tell(Progress(stage.name, "stopped" if failure.stopped else "failed", failure.what))
             raise failure
         tell(Progress(stage.name, "done"))
         return None

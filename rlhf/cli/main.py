@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -110,14 +111,15 @@ def run() -> None:
     root = workspace()
     os.chdir(root)
     params = config.load(root / "params.yaml")
+    print(f"{root}: starting (Ctrl-C stops it; a later run goes on from there)", file=sys.stderr, flush=True)
     served.enter(root)
     try:
-        with processes.stoppable(), progress.shown(Console(stderr=True)):
-            from flows.retrain import check, retrain
+        with processes.stoppable(), progress.shown(Console(stderr=True), root):
             from tasks import server
 
-            check(root)  # before a server is started for the flow
-            server.ensure(root)
+            server.ensure(root, meanwhile=lambda: _get_ready(root, params))
+            from flows.retrain import retrain
+
             outcome = retrain(root)
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
@@ -133,6 +135,18 @@ def run() -> None:
     uri = redact(_tracking_uri(root, params))
     pages = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
     print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, {pages}")
+
+
+def _get_ready(root: Path, params: config.Params) -> None:
+    """Check the workspace, and load what the flow imports now and later: seconds, in which its server starts."""
+    from flows.retrain import check
+
+    check(root)
+    if _tracking_uri(root, params).startswith("sqlite:"):
+        from rlhf import registry
+
+        with suppress(UserError):  # the flow tells of it, after it has waited for MLflow
+            registry.aliases(root, params)
 
 
 @app.command()

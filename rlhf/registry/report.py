@@ -63,10 +63,8 @@ def collect(root: Path, verdict: Verdict, champion: Version | None, results: Pat
     for path in (str(gates.METRICS), *plots):
         (results / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, results / path)
-    drawn = {}
-    for path, axes in plots.items():
-        pictures.draw(results / path, axes)
-        drawn[Path(path).stem] = (results / path).with_suffix(".png").read_bytes()
+    pictures.draw_all({results / path: axes for path, axes in plots.items()}, root / "runs" / "pictures")
+    drawn = {Path(path).stem: (results / path).with_suffix(".png").read_bytes() for path in plots}
     version = verdict.version
     worse = {"sft": regressions(read_lines(root / ANSWERS), version.tags["algorithm"], "sft")}
     if champion:

@@ -185,18 +185,17 @@ def advantages(e: Experience, params: Ppo, beta: float) -> tuple[Targets, dict[s
     valid = e.mask.bool()
     residual = (returns - e.values)[valid]
     stats = {
-        "score": e.scores.mean(),
         "reward": final.mean(),
-        "total_reward": rewards.sum(-1).mean(),
         "kl": answer_kl(e).mean(),
+        "score": e.scores.mean(),
+        "total_reward": rewards.sum(-1).mean(),
         "eos_rate": e.ended.float().mean(),
         "answer_tokens": e.mask.sum(-1).mean(),
         "advantage_std": raw[valid].std(correction=0),
         "explained_variance": 1 - residual.var(correction=0) / returns[valid].var(correction=0).clamp(min=1e-8),
     }
-    return Targets(ppo.whiten(raw, e.mask) if params.whiten_advantages else raw, returns), {"beta": beta} | {
-        name: value.item() for name, value in stats.items()
-    }
+    told = {name: value.item() for name, value in stats.items()}  # in this order on the terminal: what decides first
+    return Targets(ppo.whiten(raw, e.mask) if params.whiten_advantages else raw, returns), told | {"beta": beta}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +21,35 @@ POINTS_TO_SMOOTH = 16
 
 def draw(table: Path, axes: Mapping[str, Any]) -> None:
     """Draw a CSV file as a PNG beside it: every column against dvc.yaml's x, as points where its template is scatter."""
-    if not table.exists():
-        return
+    if table.exists():
+        _draw(table, axes)
+
+
+def draw_all(tables: Mapping[Path, Mapping[str, Any]], kept: Path) -> None:
+    """Draw tables, or take the pictures of the same ones from a folder that keeps the last: a run with nothing to do draws nothing.
+
+    Args:
+        tables: that are there, with the axes of each.
+        kept: the folder; what is not among these tables is removed from it.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+    wanted = set()
+    for table, axes in tables.items():
+        what = table.read_bytes() + json.dumps(axes, sort_keys=True).encode()
+        picture = kept / f"{hashlib.sha256(what).hexdigest()[:16]}.png"
+        wanted.add(picture)
+        if picture.exists():
+            shutil.copyfile(picture, table.with_suffix(".png"))
+            continue
+        _draw(table, axes)
+        beside = picture.with_suffix(".new")
+        shutil.copyfile(table.with_suffix(".png"), beside)
+        beside.rename(picture)
+    for path in set(kept.iterdir()) - wanted:
+        path.unlink()
+
+
+def _draw(table: Path, axes: Mapping[str, Any]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -323,10 +323,10 @@ def test_reward_model_is_no_partner(model: Path, tmp_path: Path, rlhf: Command) 
 
 
 @pytest.mark.parametrize(("terminal", "parts"), [(True, ("up to date", "3/12", "loss=2.5")), (False, ())])
-def test_bars_on_a_terminal_only(terminal: bool, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_on_a_terminal_only(terminal: bool, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "_watchers", [])
     written = io.StringIO()
-    with progress.shown(Console(file=written, force_terminal=terminal, width=120)):
+    with progress.shown(Console(file=written, force_terminal=terminal, width=120), tmp_path):
         for watcher in stage._watchers:
             watcher(stage.Progress("base", "up to date"))
             watcher(stage.Progress("sft", "running", "loss=2.5", 3, 12))

@@ -1,10 +1,13 @@
 """Reading the DVC graph of real, tiny workspaces."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from dvc.progress import Tqdm
+from dvc_data.callbacks import TqdmCallback
 
 from rlhf.errors import UserError
 from tasks import graph
@@ -76,3 +79,15 @@ def test_a_wrong_graph_is_named(workspace: Path) -> None:
     (workspace / "dvc.yaml").write_text("stages:\n  join: {cmmd: 'true'}\n")
     with pytest.raises(UserError, match=r"dvc\.yaml"):
         graph.read(workspace)
+
+
+def test_no_bars_of_dvc_stand_between_ours() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for make in (Tqdm, TqdmCallback):
+        terminal = Terminal()
+        bar = make(total=3, desc="Checking graph", file=terminal) if make is Tqdm else make(size=3, desc="Checking", file=terminal)
+        bar.close()
+        assert terminal.getvalue() == ""
