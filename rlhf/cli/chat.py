@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,8 +99,8 @@ def converse(
     """
 
     def opened() -> Speaker:
-        from rlhf.cli.speaker import Speaker
-
+        with _hidden("sklearn"):  # transformers would load it, for a second or two, and not need it
+            from rlhf.cli.speaker import Speaker
         return Speaker(partner.folder, temperature, max_tokens, stop_texts)
 
     dialogue: list[Message] = []
@@ -116,6 +118,20 @@ def converse(
                 write(f"({line} is no command; /help lists them)\n")
             elif line:
                 dialogue = _go_on(opening.result(), [*dialogue, {"role": "user", "content": line}], write)
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Have a package count as not installed inside the block, unless it is loaded already."""
+    if package in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    modules[package] = None
+    try:
+        yield
+    finally:
+        del modules[package]
 
 
 def _go_on(speaker: Speaker, dialogue: list[Message], write: Callable[[str], Any]) -> list[Message]:
