@@ -13,6 +13,7 @@ from typing import Any
 import networkx
 from dvc.dvcfile import Lockfile
 from dvc.exceptions import DvcException
+from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.utils.strictyaml import YAMLSyntaxError, YAMLValidationError
 
@@ -23,6 +24,10 @@ for _bars in ("dvc.progress", "dvc_data.callbacks"):
     logging.getLogger(_bars).setLevel(logging.CRITICAL)
 
 SECONDS_TO_WRITE = 5  # which DVC needs for its bookkeeping at most
+
+
+class BusyError(UserError):
+    """DVC is at work in the workspace: what is up to date cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def read(root: Path) -> list[Stage]:
     """All stages, each after those that it depends on.
 
     Raises:
+        BusyError: a stage is being run.
         UserError: there is no DVC repository, or dvc.yaml or a .dvc file is wrong.
     """
     try:
@@ -53,6 +59,8 @@ def read(root: Path) -> list[Stage]:
             graph = repo.index.graph
             changed = repo.status()
             nodes = list(networkx.topological_sort(graph.reverse()))
+    except LockError:
+        raise BusyError(f"{root}: a stage is being run there just now", remedy="wait until it has ended, then try again") from None
     except DvcException as error:
         remedy = "run `git init` and `dvc init` there once" if not (root / ".dvc").is_dir() else "correct the file that the message names"
         raise UserError(f"{root}: {' '.join(str(error).split())}", remedy=remedy) from None

@@ -204,9 +204,12 @@ def status(
         print(line)
     print()
     table = Table("stage", "state", "what it does", box=None)
-    for stage in graph.read(root):
-        table.add_row(stage.name, "up to date" if stage.current else "to do", stage.description)
-    Console().print(table)
+    try:
+        for stage in graph.read(root):
+            table.add_row(stage.name, "up to date" if stage.current else "to do", stage.description)
+        Console().print(table)
+    except graph.BusyError as busy:
+        print(f"stages: {busy.what}")
     print()
     _print_numbers(root, every=every)
 

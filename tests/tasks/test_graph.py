@@ -1,8 +1,11 @@
 """Reading the DVC graph of real, tiny workspaces."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,15 @@ def test_no_bars_of_dvc_stand_between_ours() -> None:
         bar = make(total=3, desc="Checking graph", file=terminal) if make is Tqdm else make(size=3, desc="Checking", file=terminal)
         bar.close()
         assert terminal.getvalue() == ""
+
+
+def test_a_stage_that_is_being_run_is_told_of(workspace: Path) -> None:
+    (workspace / "dvc.yaml").write_text("stages:\n  slow:\n    cmd: touch here; sleep 300\n    deps: [raw.txt]\n    outs: [out]\n")
+    with subprocess.Popen([DVC, "repro", "--quiet"], cwd=workspace, start_new_session=True) as run:
+        while not (workspace / "here").exists():
+            time.sleep(0.1)
+        try:
+            with pytest.raises(graph.BusyError, match="a stage is being run there just now"):
+                graph.read(workspace)
+        finally:
+            os.killpg(run.pid, signal.SIGKILL)
