@@ -10,11 +10,13 @@ ALIKE = {"—": "-", "–": "-", "−": "-", "…": "...", "≥": ">=", "≤": "
 
 
 def say_anything() -> None:
-    """Have standard output and standard error write what their encoding lacks in characters that it has."""
+    """Have standard output and standard error write what their encoding lacks in characters that it has; and any input be read."""
     codecs.register_error("alike", _alike)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="alike")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
 
 
 def _alike(error: UnicodeError) -> tuple[str, int]:
