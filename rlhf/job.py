@@ -87,9 +87,9 @@ class Job:
         if self.is_main:
             print(f"{self.stage}: {text}", flush=True)
 
-    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write metrics/STAGE.json. Nothing in it may differ between two runs of the same inputs."""
-        self.output(f"metrics/{self.stage}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    def write_metrics(self, metrics: Mapping[str, Any], name: str | None = None) -> None:
+        """Write metrics/STAGE.json, or one of another name. Nothing in it may differ between two runs of the same inputs."""
+        self.output(f"metrics/{name or self.stage}.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
     def write_plot(self, path: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a table that DVC and MLflow draw."""

@@ -187,6 +187,7 @@ def test_the_evaluation_holds_what_gates_and_people_read(flow_clone: Clone) -> N
     found = flow_clone.read("metrics/evaluate.json")
     gold, wins = found["gold"], found["win_rate"]
     assert gold["difference"] == pytest.approx(gold["ppo"] - gold["sft"])
+    assert list(flow_clone.read("metrics/summary.json").values())[:3] == [gold["ppo"], gold["difference"], gold["ci95"][0]]
     assert gold["ci95"][0] <= gold["difference"] <= gold["ci95"][1]
     assert wins["ci95"][0] <= wins["value"] <= wins["ci95"][1]
     assert wins["judge"] == "gold score"

@@ -135,6 +135,7 @@ def run() -> None:
     uri = redact(_tracking_uri(root, params))
     pages = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
     print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, {pages}")
+    print("`dvc plots show` draws with code from the internet; without it: report.html of the flow's run in MLflow has the same pictures")
 
 
 def _get_ready(root: Path, params: config.Params) -> None:

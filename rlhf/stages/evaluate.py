@@ -82,6 +82,7 @@ def main(job: Job) -> None:
     fingerprint = judge.save(job, tokenizer)
     if job.is_main:
         job.write_metrics({**metrics, "judge": fingerprint})
+        job.write_metrics(summary(metrics, new), "summary")
         write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards))
         write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
         if new == "ppo":
@@ -268,6 +269,21 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs
+
+
+def summary(metrics: dict[str, Any], new: str) -> dict[str, float]:
+    """What decides, as `dvc metrics` and `dvc exp` show it: the numbers that the gates look at, on one level."""
+    gold = metrics["gold"]
+    return {
+        **({"gold": gold[new], "gold_difference": gold["difference"], "gold_difference_low": gold["ci95"][0]} if gold else {}),
+        "win_rate": metrics["win_rate"]["value"],
+        "win_rate_low": metrics["win_rate"]["ci95"][0],
+        "reward_accuracy": metrics["reward_model"]["accuracy"],
+        "kl": metrics["kl"],
+        "perplexity_ratio": metrics["perplexity"]["ratio"],
+        "eos_rate": metrics["eos_rate"][new],
+        "answer_tokens": metrics["answer_tokens"][new],
+    }
 
 
 def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:

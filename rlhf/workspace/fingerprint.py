@@ -69,7 +69,10 @@ def _node(name: str, entry: Mapping[str, Any]) -> Node:
     def paths(key: str) -> tuple[str, ...]:
         return tuple(_options(entry.get(key, [])))
 
-    node = Node(name, paths("deps"), paths("outs"), paths("metrics"), _options(entry.get("plots", [])))
+    # numbers are metrics whether DVC lists them or not
+    numbers = [path for path in paths("outs") if path.startswith("metrics/")]
+    outputs = tuple(path for path in paths("outs") if path not in numbers)
+    node = Node(name, paths("deps"), outputs, (*numbers, *paths("metrics")), _options(entry.get("plots", [])))
     for path in (*node.inputs, *node.written):
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"dvc.yaml: stage {name}: {path} leads out of the workspace", remedy="give a path below the folder of dvc.yaml")

@@ -13,6 +13,7 @@ from rlhf import config
 from rlhf.cli import reference
 from rlhf.errors import UserError
 from rlhf.workspace import presets
+from rlhf.workspace.fingerprint import read_graph
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8"))
@@ -128,6 +129,18 @@ def test_stage_depends_on_its_own_sections_alone() -> None:
         assert tuple(graph) == stages
         for stage in stages:
             assert list(params.of_stage(stage)) == graph[stage]["params"]
+
+
+def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path) -> None:
+    for algorithm, stages in config.STAGES_OF.items():
+        (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, algorithm), encoding="utf-8")
+        listed = yaml.safe_load((tmp_path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        assert {stage: entry["metrics"] for stage, entry in listed.items() if "metrics" in entry} == {
+            "evaluate": [{"metrics/summary.json": {"cache": False}}]
+        }
+        nodes = read_graph(tmp_path)
+        assert all(f"metrics/{stage}.json" in nodes[stage].metrics for stage in stages)
+        assert not any(path.startswith("metrics/") for node in nodes.values() for path in node.outputs)
 
 
 def test_reference_is_current() -> None:

@@ -90,6 +90,11 @@ def test_data_without_a_gold_score_is_judged_by_a_second_reward_model(unbroken: 
     assert found["win_rate"]["judge"] == f"second reward model, trained on {judged} held-out pairs"
     assert found["win_rate"]["ci95"][0] <= found["win_rate"]["value"] <= found["win_rate"]["ci95"][1]
     assert found["prompts"] == len(read_lines(unbroken / "data/prepared/heldout_prompts.jsonl"))
+    # what dvc lists: the numbers that decide, without a gold score here
+    short = json.loads((unbroken / "metrics/summary.json").read_text(encoding="utf-8"))
+    assert (short["win_rate_low"], short["kl"]) == (found["win_rate"]["ci95"][0], found["kl"])
+    assert (short["eos_rate"], short["reward_accuracy"]) == (found["eos_rate"]["ppo"], found["reward_model"]["accuracy"])
+    assert len(short) == 7
     course = table(unbroken / "plots/gold_against_kl.csv")
     assert [row["step"] for row in course] == ["1", "2", "3", "4"]
 
