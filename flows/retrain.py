@@ -27,6 +27,7 @@ from rlhf.workspace import fingerprint
 from rlhf.workspace.find import refuse_experiment
 from tasks import graph
 from tasks.approval import Word, ask
+from tasks.origin import starter
 from tasks.stage import StageError, announce, run_stage, stop_all
 
 FIRST_TRAINED = "base"  # every stage but prepare depends on it
@@ -51,13 +52,12 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
     root = (root or Path.cwd()).resolve()
     params = check(root)
     busy = None if params.operations.when_busy == "queue" else f"{root}: another retraining flow is running in this workspace"
-    flow_run_id = str(runtime.flow_run.id)
+    flow_run_id, by = str(runtime.flow_run.id), starter()
     with ExitStack() as to_the_end:
         with lock(root, "flow", refuse=busy):
             params = check(root)  # again: a run that waited finds what is there now
-            run = to_the_end.enter_context(tracking.of_flow(root, params, flow_run_id, str(runtime.flow_run.name)))
+            run = to_the_end.enter_context(tracking.of_flow(root, params, flow_run_id, str(runtime.flow_run.name), by))
             stages = run_stages(root, params)
-            run.tag({f"stage.{name}": state for name, state in stages.items()})
             version = tasks.registry.register(root, params, flow_run_id)
             verdict = tasks.registry.check(version, root, params)
             tasks.share.push(root)
@@ -67,7 +67,7 @@ def retrain(root: Path | None = None) -> dict[str, Any]:
         if verdict.may_be_promoted and params.promote.approval.required:
             word = ask(verdict, params.promote.approval)
         decision = tasks.registry.carry_out(verdict, root, params, by=word.by, why=word.why, declined=word.declined)
-        tasks.report.publish(decision, verdict, word, evidence, root, params, flow_run_id, run)
+        tasks.report.publish(decision, verdict, word, evidence, root, params, flow_run_id, by, run)
         outcome = tasks.report.announce(decision, verdict.champion)
     happened = {
         "stages": stages,

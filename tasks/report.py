@@ -15,7 +15,6 @@ from rlhf.registry import report
 from rlhf.registry.course import of_flow
 from rlhf.registry.report import Evidence
 from tasks.approval import Word
-from tasks.origin import starter
 
 REPORT = "report.html"
 
@@ -37,17 +36,18 @@ def publish(
     root: Path,
     params: Params,
     flow_run_id: str,
+    by: str,
     run: tracking.Tracker,
 ) -> str:
     """Leave the report, as artifacts of Prefect and as page and tags of the flow's MLflow run; returns it."""
     own = tracking.run_of_flow(flow_run_id, root, params)
     assert own  # this flow's tracker keeps a record, by which it is found or opened
-    course = of_flow(own, decision.version.tags, starter(), root, params)
+    course = of_flow(own, decision.version.tags, by, root, params)
     page = report.markdown(decision, evidence, course)
     run.results.mkdir(parents=True, exist_ok=True)
     title = f"{decision.version.model}, version {decision.version.number}"
     (run.results / REPORT).write_text(report.html(page, title), encoding="utf-8")
-    run.tag(report.tags(decision, verdict.champion, word.by, word.why))
+    run.tag(report.tags(decision, verdict.champion, course, word.by, word.why))
     # one that was in service before keeps the report of its promotion
     if "report" not in decision.version.tags or "promoted" not in verdict.version.tags:
         registry.tag(decision.version, root, params, "report", f"runs:/{own}/{REPORT}")

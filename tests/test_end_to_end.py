@@ -48,12 +48,14 @@ runs = [run for run in found if "stage" in run.data.tags]
 base = next(run for run in runs if run.info.run_name == "base")
 print(json.dumps({
     "versions": [version.tags for version in client.search_model_versions()],
+    "scores": [{one.key: one.value for one in client.get_logged_model(version.source.rpartition("/")[2]).metrics}
+               for version in client.search_model_versions()],
     "champion": client.get_model_version_by_alias("assistant", "champion").tags,
     "runs": {run.info.run_id: run.info.run_name for run in runs},
     "flows": {run.info.run_id: run.data.tags for run in found if "flow" in run.data.tags},
     "above": sorted({run.data.tags["mlflow.parentRunId"] for run in runs}),
     "data": {run.info.run_name: {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs} for run in runs},
-    "base_steps": [metric.step for metric in client.get_metric_history(base.info.run_id, "loss")],
+    "base_steps": [metric.step for metric in client.get_metric_history(base.info.run_id, "curves/loss")],
     "answers": mlflow.pyfunc.load_model("models:/assistant@champion").predict(QUESTIONS),
 }))
 """
@@ -217,8 +219,12 @@ def test_a_second_run_trains_nothing_and_registers_nothing(flow_clone: Clone) ->
     assert seen["base_steps"] == [int(row["step"]) for row in flow_clone.plot("plots/base.csv")]
     (tags,) = seen["versions"]
     assert seen["champion"] == tags
+    # MLflow's page of models sorts by these
+    (scores,) = seen["scores"]
+    assert scores["win_rate.value"] == flow_clone.read("metrics/evaluate.json")["win_rate"]["value"]
+    assert {"gold.difference", "gold.policy", "reward_model.accuracy", "kl"} <= scores.keys()
     assert tags["sha256"] == weights["ppo"]
-    assert tags["md5.models/ppo"] in json.dumps(lock["stages"]["ppo"]["outs"])
+    assert json.loads(tags["md5"])["models/ppo"] in json.dumps(lock["stages"]["ppo"]["outs"])
     assert {seen["runs"][tags[f"run.{stage}"]] for stage in STAGES} == set(STAGES)
     assert flow_clone.call("git", "rev-parse", "HEAD").strip() in tags.values()
     # the stages are below the flow that trained them, which the version points at; the one that trained nothing names their runs

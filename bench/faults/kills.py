@@ -187,7 +187,7 @@ def steps_once(clone: Clone, stage: str) -> bool:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     run = client.search_runs(experiments, f"tags.stage = '{stage}'", order_by=["attributes.start_time DESC"], max_results=1)[0]
     total = json.loads(next(clone.root.glob(f"runs/{stage}/*/metrics.jsonl")).read_text(encoding="utf-8").splitlines()[-1])["total"]
-    name = "loss" if stage != "ppo" else "reward"
+    name = "curves/loss" if stage != "ppo" else "curves/reward"
     return [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, total + 1))
 
 

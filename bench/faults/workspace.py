@@ -206,7 +206,9 @@ class Workspace(Clone):
                 continue
             trained[f"run.{stage}"] = runs[0].info.run_id
             for run in runs:
-                steps = [point.step for point in client.get_metric_history(run.info.run_id, "loss" if stage == "sft" else "reward")]
+                steps = [
+                    point.step for point in client.get_metric_history(run.info.run_id, f"curves/{'loss' if stage == 'sft' else 'reward'}")
+                ]
                 if steps != list(range(1, self.steps(stage)[1] + 1)):
                     found.append(f"MLflow has not each step of {stage} once")
         versions = [version.version for version in client.search_model_versions("name = 'assistant'")]

@@ -25,7 +25,6 @@ from rlhf import config, tracking
 from rlhf.errors import UserError
 from rlhf.launcher import processes
 from rlhf.locks import lock
-from rlhf.redact import redact
 from rlhf.workspace import served
 
 HOST = "127.0.0.1"
@@ -57,7 +56,7 @@ def serve(root: Path, params: config.Params, prefect_port: int | None, mlflow_po
             start(root, parts, ports, uri)
             served.write(root, f"{api}/api", pages)
             say(f"Prefect   {api}")
-            say(f"MLflow    {redact(uri) if uri.startswith('http') else pages}")
+            say(f"MLflow    {tracking.page(None, root, params, pages)}")
             say(f"worker    of pool {served.name(root)}; logs in {parts.logs.relative_to(root)}")
             say("`rlhf run` and `rlhf ingest` in this workspace are seen there, and the nightly run is started by hand with:")
             say(f"PREFECT_API_URL={api}/api prefect deployment run retrain/{served.deployment(root)}")

@@ -17,7 +17,7 @@ from rlhf.locks import lock
 from rlhf.registry import gates, history
 from rlhf.registry.gates import Pair
 from rlhf.registry.history import Move
-from rlhf.registry.versions import Version, aliases, connect, find, model_folder
+from rlhf.registry.versions import Version, aliases, connect, find, fold, model_folder
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ def check(version: Version, root: Path, params: Params, pairs: Sequence[Pair] | 
     verdict = Verdict(version, checked, champion)
     # one that was in service keeps what it was promoted for
     if "promoted" not in version.tags:
-        for gate in checked:
-            client.set_model_version_tag(version.model, str(version.number), f"gate.{gate.name}", gate.line)
+        for name, value in fold({f"gate.{gate.name}": gate.line for gate in checked}).items():
+            client.set_model_version_tag(version.model, str(version.number), name, value)
         if pairs is not None:
             client.set_model_version_tag(version.model, str(version.number), "compared_with", str(champion))
         said = f"failed: {', '.join(verdict.failed)}" if verdict.failed else "passed"
+        described = "\n".join([f"Gates {said}", "", *(f"- {gate.line}" for gate in checked)])
+        client.update_model_version(version.model, str(version.number), description=described)
         client.set_model_version_tag(version.model, str(version.number), "gates", said)
     return verdict
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -16,21 +17,28 @@ from urllib.parse import urlparse
 import mlflow
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.models import Model
 from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from rlhf import tracking
 from rlhf.config import STAGES, Params
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry import gates, serving
-from rlhf.registry.versions import Version, connect, find
+from rlhf.registry.versions import Version, connect, find, fold
 from rlhf.workspace import fingerprint, snapshot
 from rlhf.workspace.find import refuse_experiment
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
 EVALUATED = ("gold", "win_rate", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
+# what the page of models sorts by
+SCORES = (
+    *("gold.difference", "gold.{policy}", "win_rate.value", "reward_model.accuracy"),
+    *("kl", "perplexity.ratio", "eos_rate.{policy}", "answer_tokens.{policy}"),
+)
 
 
 def register(root: Path, params: Params, flow_run_id: str | None = None) -> Version:
@@ -81,12 +89,32 @@ def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str
             listed = _write_folder(Path(temporary) / "model", *made, logged.model_id)
             client.log_model_artifacts(logged.model_id, str(Path(temporary) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
+    _log_scores(client, tags, logged.model_id)
     if not client.search_registered_models(f"name = '{params.promote.model}'"):
         client.create_registered_model(params.promote.model)
     # the tags go in with the version: nobody sees one without its lineage
     source = f"models:/{logged.model_id}"
-    tags = tags | {"sha256.files": listed}
-    return int(client.create_model_version(params.promote.model, source, run_id=run_id, tags=tags, model_id=logged.model_id).version)
+    tags = fold(tags | {"sha256.files": listed})
+    version = client.create_model_version(params.promote.model, source, run_id=run_id, tags=tags, model_id=logged.model_id)
+    # as mlflow.register_model does, for the page of models
+    named = json.dumps([{"name": version.name, "version": int(version.version)}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: named})
+    return int(version.version)
+
+
+def _log_scores(client: MlflowClient, tags: Mapping[str, str], model_id: str) -> None:
+    """The numbers that decide as metrics of the model, so that MLflow's page of models sorts by them."""
+    run_id = tags.get("run.evaluate")
+    if run_id is None:  # metrics belong to a run, and MLflow has none where the evaluation was made elsewhere
+        return
+    named = {name: tags.get(f"evaluate.{name.format(policy=tags['algorithm'])}") for name in SCORES}
+    at = int(time.time() * 1000)
+    scores = [
+        Metric(name.format(policy="policy"), float(value), at, 0, model_id=model_id, run_id=run_id)
+        for name, value in named.items()
+        if value is not None
+    ]
+    client.log_batch(run_id, metrics=scores)
 
 
 def _write_folder(place: Path, root: Path, model: Path, model_id: str) -> str:

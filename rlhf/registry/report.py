@@ -106,21 +106,27 @@ def numbers(version: Version, champion: Version | None) -> list[dict[str, str]]:
     return rows
 
 
-def tags(decision: Decision, before: int | None, by: str, why: str) -> dict[str, str]:
-    """The decision as tags of the flow's run; its description there is what MLflow shows first."""
+def tags(decision: Decision, before: int | None, course: Course, by: str, why: str) -> dict[str, str]:
+    """The decision as tags of the flow's run; its description there is what MLflow shows first.
+
+    Args:
+        decision: what was done.
+        before: the champion until then.
+        course: of the run.
+        by: who decided.
+        why: the reason given.
+    """
     version, kind = decision.version, outcome(decision, before)
     failed = [gate.name for gate in decision.gates if not gate.passed]
-    described = [f"**{text(decision.lines[-1])}**", *(f"- {text(gate.line)}" for gate in decision.gates)]
+    described = [f"**{text(decision.lines[-1])}**", *_run(course), "\n".join(f"- {text(gate.line)}" for gate in decision.gates)]
     return {
         "decision": kind,
-        "decision.outcome": decision.lines[-1],
         **({"decision.by": by, "decision.why": why} if kind == "promoted" else {}),
         "version": str(version.number),
         "champion": str(decision.champion or "none"),
         "champion.before": str(before or "none"),
         "gates": f"failed: {', '.join(failed)}" if failed else "passed",
-        "mlflow.note.content": "\n".join(described),
-        **{f"gate.{gate.name}": gate.line for gate in decision.gates},
+        "mlflow.note.content": "\n\n".join(described),
         **{name: run for name, run in version.tags.items() if name.startswith("run.")},
     }
 
@@ -243,13 +249,14 @@ def _number(value: float | str) -> str:
 
 
 def _run(course: Course) -> list[str]:
-    began = f"Started {moment(course.started)} by {text(course.by)}; it took {duration(course.ended - course.started)}."
+    took = duration(course.ended - course.started)
+    began = f"Started {moment(course.started)} by {text(course.by)}; it took {took}. [Its MLflow run]({course.page})"
     rows = []
     for stage in course.stages:
         took = duration(stage.ended - stage.started) if stage.ended else "—"
         state = "trained in this run" if stage.now else f"up to date since {moment(stage.started)}"
         rows.append((f"[{stage.name}]({stage.page})", state, took))
-    return [f"{began} [MLflow run]({course.page})", *([_table(("stage", "state", "took"), rows, markup=True)] if rows else [])]
+    return [began, *([_table(("stage", "state", "took"), rows, markup=True)] if rows else [])]
 
 
 def _changes(found: Changes) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -25,9 +26,13 @@ from rlhf.registry import serving
 ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>.+)|/(?P<number>\d+))")
 
 
+# many facts of a kind are kept as one tag of JSON: MLflow's page shows all tags of a version side by side
+FOLDED = ("data", "evaluate", "fingerprint", "gate", "md5")
+
+
 @dataclass(frozen=True)
 class Version:
-    """One version of the registered model."""
+    """One version of the registered model; its tags with those of FOLDED taken apart, as `evaluate.kl`."""
 
     model: str
     number: int
@@ -143,4 +148,22 @@ def _unknown(what: str, error: MlflowException) -> UserError:
 
 def _version(entry: ModelVersion, aliased: tuple[str, ...]) -> Version:
     created = datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC)
-    return Version(entry.name, int(entry.version), created, tuple(sorted(aliased)), dict(entry.tags))
+    return Version(entry.name, int(entry.version), created, tuple(sorted(aliased)), unfold(entry.tags))
+
+
+def fold(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as the registry keeps them."""
+    plain = {name: value for name, value in tags.items() if name.partition(".")[0] not in FOLDED}
+    groups: dict[str, dict[str, str]] = {}
+    for name in tags.keys() - plain.keys():
+        group, _, rest = name.partition(".")
+        groups.setdefault(group, {})[rest] = tags[name]
+    return plain | {group: json.dumps(facts, sort_keys=True, ensure_ascii=False) for group, facts in groups.items()}
+
+
+def unfold(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as the rest of the code reads them."""
+    found = {name: value for name, value in tags.items() if name not in FOLDED}
+    for group in tags.keys() & {*FOLDED}:
+        found |= {f"{group}.{name}": value for name, value in json.loads(tags[group]).items()}
+    return found

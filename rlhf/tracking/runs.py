@@ -7,6 +7,7 @@ but not noted is sent twice: MLflow keeps one of equals.
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import sys
@@ -33,6 +34,8 @@ from rlhf.workspace.fingerprint import Node
 
 SECONDS_BETWEEN_BATCHES = 2
 SECONDS_AT_THE_END = 10
+NOTE = "mlflow.note.content"  # what MLflow's pages show as the description of a run
+LONGEST_REASON = 1000  # characters
 
 
 def run_of(fingerprint: str, root: Path, params: config.Params) -> str | None:
@@ -50,9 +53,12 @@ def run_of(fingerprint: str, root: Path, params: config.Params) -> str | None:
 def of_stage(root: Path, params: config.Params, node: Node, fingerprint: str, folder: Path) -> Tracker:
     """Follows a stage under way, with the load of the machine. Where a flow runs it (RLHF_FLOW_RUN_ID), its run is below the flow's."""
     flow = os.environ.get("RLHF_FLOW_RUN_ID")
-    tags = {"stage": node.name, "fingerprint": fingerprint} | ({"flow_run_id": flow} if flow else {}) | _revision(root)
+    below = f"of flow run {flow}" if flow else "by itself, without a flow"
+    what = f"Stage **{node.name}**, {below}: {node.description or 'see dvc.yaml'}."
+    tags = {"stage": node.name, "fingerprint": fingerprint} | ({"flow_run_id": flow} if flow else {})
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc.experiment"] = experiment
+    tags |= _origin(root, f"rlhf launch {node.name}", what)
     start = {
         "name": node.name,
         "tags": tags,
@@ -64,8 +70,8 @@ def of_stage(root: Path, params: config.Params, node: Node, fingerprint: str, fo
     return Tracker(root, params, folder, start, sampled=True)
 
 
-def of_flow(root: Path, params: config.Params, flow_run_id: str, name: str) -> Tracker:
-    """Follows a flow run. What earlier ones left in runs/flow is deleted, once MLflow has it."""
+def of_flow(root: Path, params: config.Params, flow_run_id: str, name: str, by: str) -> Tracker:
+    """Follows a flow run, which `by` started. What earlier ones left in runs/flow is deleted, once MLflow has it."""
     for folder in sorted((root / FLOWS).glob("*")):
         if folder.name != flow_run_id and folder not in waiting(root, FLOWS.name):
             shutil.rmtree(folder)
@@ -73,7 +79,7 @@ def of_flow(root: Path, params: config.Params, flow_run_id: str, name: str) -> T
     start: dict[str, Any] = {
         "record": flow_run_id,
         "name": name,
-        "tags": {"flow": "retrain", "flow_run_id": flow_run_id} | _revision(root),
+        "tags": {"flow": "retrain", "flow_run_id": flow_run_id} | _origin(root, by, f"Retraining, started by {by}."),
         "params": {name: str(value) for name, value in leaves(shown, ".")},
         "plots": {},
         "datasets": [],
@@ -133,8 +139,11 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
+        tags = dict(self._record.values["tags"])
+        if error is not None:
+            tags[NOTE] = f"**{status.capitalize()}**: {redact(' '.join(str(error).split()))[:LONGEST_REASON]}\n\n{tags.get(NOTE, '')}"
         try:
-            self._record.update(status=status, ended=_now())
+            self._record.update(status=status, ended=_now(), tags=tags)
         except OSError as problem:
             # a full disk, most likely, of which the stage has told; what is not recorded counts as killed, and is sent later
             _warn(self._waiting, str(problem))
@@ -207,11 +216,19 @@ def _sender(root: Path, params: config.Params, record: Record) -> Sender:
     return Sender(root, client(root, params), experiment, record)
 
 
-def _revision(root: Path) -> dict[str, str]:
-    revision = snapshot.head(root)
-    # what a run itself writes (dvc.lock, metrics) does not count
-    dirty = revision and snapshot.changed(root, "rlhf", "params.yaml", "dvc.yaml")
-    return {"git_revision": revision + ("+dirty" if dirty else "")} if revision else {}
+def _origin(root: Path, source: str, what: str) -> dict[str, str]:
+    """Whose run it is, what started it and from which commit, in the fields that MLflow's pages have for these, and what it is in words."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # one of a container's, without a name
+        user = str(os.getuid())
+    tags = {"mlflow.user": user, "mlflow.source.name": source, "mlflow.source.type": "LOCAL", NOTE: what}
+    if revision := snapshot.head(root):
+        tags["mlflow.source.git.commit"] = revision
+        # what a run itself writes (dvc.lock, metrics) does not count
+        if snapshot.changed(root, "rlhf", "params.yaml", "dvc.yaml"):
+            tags[NOTE] += f"\n\nCode or params differ from commit {revision[:8]}."
+    return tags
 
 
 def _now() -> int:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 METRICS_PER_BATCH = 1000
+# MLflow's pages group charts by what stands before the slash, in the order of the alphabet: the curves that decide, details, final numbers
+CURVES = ("reward", "kl", "score", "accuracy", "heldout_accuracy", "loss", "eos_rate", "answer_tokens")
+COST = ("seconds", "share", "per_second", "utilisation", "memory_gib", "tokens_seen", "learning_rate")
 PARAMS_PER_BATCH = 100
 
 
@@ -96,7 +99,7 @@ class Sender:
         self._send_tags()
         for path in sorted(results.glob("metrics/*.json")):
             at = int(path.stat().st_mtime * 1000)
-            found = leaves(json.loads(path.read_text(encoding="utf-8")), "/")
+            found = leaves(json.loads(path.read_text(encoding="utf-8")), ".")
             numbers = [Metric(f"final/{name}", float(value), at, step) for name, value in found if isinstance(value, int | float)]
             self._client.log_batch(values["run"], metrics=numbers)
         for path, axes in values["plots"].items():
@@ -137,7 +140,14 @@ def _logged(folder: Path) -> Iterator[tuple[int, int, str, float]]:
             with suppress(json.JSONDecodeError):
                 if line.endswith("\n"):
                     entry = json.loads(line)
-                    yield from ((entry["step"], entry["at"], name, float(value)) for name, value in entry["metrics"].items())
+                    yield from ((entry["step"], entry["at"], charted(name), float(value)) for name, value in entry["metrics"].items())
+
+
+def charted(name: str) -> str:
+    """A step's metric as it is called in MLflow: with the section of charts that it belongs to."""
+    if "/" in name:
+        return name
+    return f"{'curves' if name in CURVES else 'speed' if name.endswith(COST) else 'details'}/{name}"
 
 
 def leaves(value: Any, separator: str, name: str = "") -> Iterator[tuple[str, Any]]:

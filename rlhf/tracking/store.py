@@ -21,6 +21,9 @@ ENVIRONMENT = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETR
 SECONDS_TO_WRITE = 60  # somebody else's transaction is waited for as long
 # where `rlhf serve` and `mlflow ui` show a database, unless told otherwise
 PAGES = "http://127.0.0.1:5000"
+# MLflow's pages open on runs, and not on the traces of an application: the tag says so to some of its versions, the address to others
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+AS_TRAINING = "?workflowType=machine_learning"
 # where MLflow's database says, absolutely, in which folder the files of something lie
 PLACES = {
     "experiments": "artifact_location",
@@ -67,10 +70,12 @@ def initialise(root: Path, params: config.Params) -> str:
             _bring_home(root)
         found = _client(uri).get_experiment_by_name(params.tracking.experiment)
         if found:
+            for name, value in KIND.items() - found.tags.items():
+                _client(uri).set_experiment_tag(found.experiment_id, name, value)
             return found.experiment_id
         # as an address: of a bare path, MLflow would take `%25` for an escaped `%`
         artifacts = (home(root) / "mlruns" / "artifacts").as_uri() if uri.startswith("sqlite:") else None
-        return _client(uri).create_experiment(params.tracking.experiment, artifact_location=artifacts)
+        return _client(uri).create_experiment(params.tracking.experiment, artifact_location=artifacts, tags=KIND)
 
 
 def _bring_home(root: Path) -> None:
@@ -106,14 +111,20 @@ def _client(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def page(run: str, root: Path, params: config.Params) -> str:
-    """The address of a run's page: on the server, or where `rlhf serve` (RLHF_MLFLOW_PAGES) or `mlflow ui` shows the database.
+def page(run: str | None, root: Path, params: config.Params, pages: str | None = None) -> str:
+    """The address of a run's page, or of that of all runs.
+
+    Args:
+        run: its id; None: all runs.
+        root: the workspace.
+        params: of the workspace.
+        pages: where a database is shown; None: where `rlhf serve` says (RLHF_MLFLOW_PAGES), or as `mlflow ui` does.
 
     Raises:
         mlflow.exceptions.MlflowException: MLflow is away.
     """
     uri = tracking_uri(root, params)
-    server = urlsplit(uri if uri.startswith("http") else os.environ.get("RLHF_MLFLOW_PAGES", PAGES))
+    server = urlsplit(uri if uri.startswith("http") else pages or os.environ.get("RLHF_MLFLOW_PAGES", PAGES))
     # without a password that may stand in it
     place = server._replace(netloc=server.netloc.rpartition("@")[2], path=server.path.rstrip("/") + "/")
-    return f"{place.geturl()}#/experiments/{initialise(root, params)}/runs/{run}"
+    return f"{place.geturl()}#/experiments/{initialise(root, params)}/runs{f'/{run}' if run else ''}{AS_TRAINING}"

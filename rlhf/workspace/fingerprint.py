@@ -27,6 +27,7 @@ class Node:
     outputs: tuple[str, ...]
     metrics: tuple[str, ...]
     plots: Mapping[str, Mapping[str, Any]]
+    description: str = ""
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -72,7 +73,8 @@ def _node(name: str, entry: Mapping[str, Any]) -> Node:
     # numbers are metrics whether DVC lists them or not
     numbers = [path for path in paths("outs") if path.startswith("metrics/")]
     outputs = tuple(path for path in paths("outs") if path not in numbers)
-    node = Node(name, paths("deps"), outputs, (*numbers, *paths("metrics")), _options(entry.get("plots", [])))
+    metrics = (*numbers, *paths("metrics"))
+    node = Node(name, paths("deps"), outputs, metrics, _options(entry.get("plots", [])), entry.get("desc", ""))
     for path in (*node.inputs, *node.written):
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"dvc.yaml: stage {name}: {path} leads out of the workspace", remedy="give a path below the folder of dvc.yaml")

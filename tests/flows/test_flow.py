@@ -269,15 +269,16 @@ def test_the_whole_flow_registers_and_decides_once(root: Path) -> None:
     assert rows["eos_rate.policy"]["this version"] == "0.99"
     assert str(artifacts("plot-gold-against-kl")[0].data).startswith("data:image/png;base64,iVBOR")
 
-    first_run, second_run = (str(found.data).rpartition("/")[2].rstrip(")") for found in artifacts("mlflow"))
+    first_run, second_run = (str(found.data).rpartition("/")[2].partition("?")[0] for found in artifacts("mlflow"))
     assert f"/runs/{first_run}" in page
     assert version.tags["report"] == f"runs:/{first_run}/report.html"
     client = tracking.client(root, params)
     tags = client.get_run(first_run).data.tags
     assert (tags["decision"], tags["version"], tags["champion.before"], tags["gates"]) == ("promoted", "1", "none", "passed")
-    assert tags["stage.ppo"] == "done"
+    assert f"by {person()}, by hand; it took" in tags["mlflow.note.content"]
+    assert tags["mlflow.source.name"] == f"{person()}, by hand"
     assert client.get_run(second_run).data.tags["decision"] == "champion already"
-    assert client.get_run(second_run).data.metrics["final/win_rate/value"] == 0.8
+    assert client.get_run(second_run).data.metrics["final/win_rate.value"] == 0.8
     assert {artifact.path for artifact in client.list_artifacts(first_run)} == {"metrics", "plots", "report.html"}
     web = Path(client.download_artifacts(first_run, "report.html")).read_text()
     assert "<td>user: a|b&lt;i&gt;</td>" in web

@@ -135,6 +135,13 @@ def test_a_version_that_passes_is_in_service_and_answers(root: Path, params: con
     assert tags["fingerprint.ppo"] == "f00d"
     assert tags["flow_run"] == "flow-1"
     assert tags["evaluate.gold.ppo"] == "0.7"
+    # on MLflow's page few, with many facts in one
+    entry = mlflow.MlflowClient().get_model_version(params.promote.model, "1")
+    assert str(entry.description).startswith("Gates passed\n\n- pass min_gold_difference")
+    kept = entry.tags
+    assert json.loads(kept["evaluate"])["gold.ppo"] == "0.7"
+    assert json.loads(kept["gate"]).keys() == {gate.name for gate in decision.gates}
+    assert len(kept) <= 20
     assert tags["git.revision"] == tags["git.head"] == "none"
     assert tags["gates"] == "passed"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
@@ -20,11 +21,13 @@ import pytest
 from rlhf import config, tracking
 from rlhf.launcher.processes import Stopped
 from rlhf.tracking import machine, runs
+from rlhf.tracking.sending import charted
 from rlhf.workspace.fingerprint import Node
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARAMS = config.load(REPOSITORY / "params.yaml")
-NODE = Node("sft", (), ("models/sft",), ("metrics/sft.json",), {"plots/sft.csv": {"x": "step", "y": "loss"}})
+PLOTS = {"plots/sft.csv": {"x": "step", "y": "loss"}}
+NODE = Node("sft", (), ("models/sft",), ("metrics/sft.json",), PLOTS, "supervised fine-tuning")
 MOMENTS = count(1_700_000_000_000)
 AWAY = "http://127.0.0.1:9"
 
@@ -78,7 +81,7 @@ def test_a_run_that_went_on_from_a_checkpoint_has_each_step_once(root: Path, tra
     assert tracking.client(root, PARAMS).get_run(first).info.status == "KILLED"
     tracked("resumed", 2, 3, 4)
     assert state(folder)["run"] == first
-    assert history(root, first, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
+    assert history(root, first, "curves/loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3), (4, 1 / 4)]
     assert tracking.client(root, PARAMS).get_run(first).info.status == "FINISHED"
 
 
@@ -90,10 +93,28 @@ def test_a_run_says_what_it_was(root: Path, tracked: Callable[..., Path]) -> Non
     assert run.data.tags["fingerprint"] == "said"
     # no flow ran it
     assert not {"flow_run_id", "mlflow.parentRunId"} & run.data.tags.keys()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    assert run.data.tags["mlflow.source.git.commit"] == head
+    assert run.data.tags["mlflow.source.name"] == "rlhf launch sft"
+    what = "Stage **sft**, by itself, without a flow: supervised fine-tuning."
     # params.yaml is not in the commit
-    assert run.data.tags["git_revision"].endswith("+dirty")
+    assert run.data.tags["mlflow.note.content"] == f"{what}\n\nCode or params differ from commit {head[:8]}."
+    # of our own: what code finds it by
+    assert {name for name in run.data.tags if not name.startswith("mlflow.")} == {"stage", "fingerprint", "record"}
     assert run.data.params["sft.optimizer.learning_rate"] == str(PARAMS.sft.optimizer.learning_rate)
     assert run.data.params["seed"] == str(PARAMS.seed)
+
+
+def test_what_went_wrong_comes_first_in_the_description(root: Path, tracked: Callable[..., Path]) -> None:
+    run = tracking.client(root, PARAMS).get_run(state(tracked("wrong", 1, error=ValueError("rows\nare missing")))["run"])
+    assert run.data.tags["mlflow.note.content"].startswith("**Failed**: rows are missing\n\nStage **sft**")
+
+
+def test_curves_that_decide_come_first_among_the_charts() -> None:
+    sections = {name: charted(name).partition("/")[0] for name in ("kl", "heldout_accuracy", "grad_norm", "pairs_per_second", "system/cpu")}
+    assert list(sections.values()) == ["curves", "curves", "details", "speed", "system"]
+    # MLflow shows sections by the alphabet
+    assert sorted([*sections.values(), "final"])[0] == "curves"
 
 
 def test_what_waited_for_mlflow_is_sent_whole(
@@ -114,8 +135,8 @@ def test_what_waited_for_mlflow_is_sent_whole(
     assert tracking.waiting(root) == []
     run = state(folder)["run"]
     assert tracking.run_of("waited", root, PARAMS) == run
-    assert history(root, run, "loss") == [(1, 1.0), (2, 0.5)]
-    assert [history(root, run, f"final/rate/{name}") for name in ("value", "ci95/0", "ci95/1")] == [[(2, 0.5)], [(2, 0.4)], [(2, 0.6)]]
+    assert history(root, run, "curves/loss") == [(1, 1.0), (2, 0.5)]
+    assert [history(root, run, f"final/rate.{name}") for name in ("value", "ci95.0", "ci95.1")] == [[(2, 0.5)], [(2, 0.4)], [(2, 0.6)]]
     artifacts = tracking.client(root, PARAMS).list_artifacts(run, "plots")
     assert {Path(artifact.path).name for artifact in artifacts} == {"sft.csv", "sft.png"}
 
@@ -130,7 +151,7 @@ def test_what_is_sent_twice_is_there_once(root: Path, tracked: Callable[..., Pat
     (folder / "tracking.json").write_text(json.dumps(state(folder) | {"sent": False, "run": None, "steps": {}}))
     tracked("twice", 2)
     assert state(folder)["run"] == run
-    assert history(root, run, "loss") == [(1, 1.0), (2, 1 / 2)]
+    assert history(root, run, "curves/loss") == [(1, 1.0), (2, 1 / 2)]
     assert history(root, run, "final/rate") == [(2, 0.5)]
     client = tracking.client(root, PARAMS)
     assert len(client.search_runs([tracking.initialise(root, PARAMS)], "tags.fingerprint = 'twice'")) == 1
@@ -141,7 +162,7 @@ def test_the_stages_of_a_flow_are_below_its_run(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", AWAY)
     monkeypatch.setenv("RLHF_FLOW_RUN_ID", "flow-7")
-    with tracking.of_flow(root, PARAMS, "flow-7", "calm-fox") as flow:
+    with tracking.of_flow(root, PARAMS, "flow-7", "calm-fox", "ada@host, by hand") as flow:
         tracked("first", 1)
         # MLflow is back: the stage is the first to reach it, and the flow's run is opened once all the same
         monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
@@ -161,10 +182,15 @@ def test_the_stages_of_a_flow_are_below_its_run(
     below = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{own}'")
     assert {found.data.tags["fingerprint"] for found in below} == {"first", "second"}
     assert len(client.search_runs([experiment], "tags.flow_run_id = 'flow-7' and tags.flow = 'retrain'")) == 1
-    assert tracking.page(own, root, PARAMS) == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{own}"
+    assert tracking.page(own, root, PARAMS) == f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{own}?workflowType=machine_learning"
+    everything = tracking.page(None, root, PARAMS, "http://host:1")
+    assert everything == f"http://host:1/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (run.data.tags["mlflow.source.name"], run.data.tags["mlflow.user"]) == ("ada@host, by hand", getpass.getuser())
+    assert run.data.tags["mlflow.note.content"] == "Retraining, started by ada@host, by hand."
 
     # what was sent goes as the next flow begins
-    with tracking.of_flow(root, PARAMS, "flow-8", "dry-owl"):
+    with tracking.of_flow(root, PARAMS, "flow-8", "dry-owl", "ada@host, by hand"):
         assert [folder.name for folder in (root / "runs/flow").iterdir()] == ["flow-8"]
     # a stage that goes on under another flow is that one's
     monkeypatch.setenv("RLHF_FLOW_RUN_ID", "flow-8")
@@ -235,7 +261,7 @@ def test_a_line_under_way_waits_for_its_end(root: Path, tracked: Callable[..., P
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "total": 9, "metr')
     tracked("partial")
-    assert history(root, state(folder)["run"], "loss") == [(1, 1.0)]
+    assert history(root, state(folder)["run"], "curves/loss") == [(1, 1.0)]
 
 
 def test_a_run_that_mlflow_has_lost_is_sent_anew(root: Path, tracked: Callable[..., Path]) -> None:
@@ -244,7 +270,7 @@ def test_a_run_that_mlflow_has_lost_is_sent_anew(root: Path, tracked: Callable[.
     tracking.client(root, PARAMS).delete_run(first)
     tracked("lost", 2)
     assert state(folder)["run"] != first
-    assert history(root, state(folder)["run"], "loss") == [(1, 1.0), (2, 0.5)]
+    assert history(root, state(folder)["run"], "curves/loss") == [(1, 1.0), (2, 0.5)]
 
 
 def test_run_of_finds_the_latest_finished_run(root: Path, tracked: Callable[..., Path]) -> None:
