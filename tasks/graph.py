@@ -47,8 +47,8 @@ class Stage:
     current: bool
 
 
-def read(root: Path) -> list[Stage]:
-    """All stages, each after those that it depends on.
+def read(root: Path, until: str | None = None) -> list[Stage]:
+    """All stages, or one with those that it needs, each after those that it depends on.
 
     Raises:
         BusyError: a stage is being run.
@@ -77,7 +77,11 @@ def read(root: Path) -> list[Stage]:
             is_data=node.cmd is None,
             current=node.addressing not in changed and all(stages[name].current for name in after),
         )
-    return list(stages.values())
+    wanted = {until} if until else stages.keys()
+    for stage in reversed(stages.values()):
+        if stage.name in wanted:
+            wanted |= set(stage.after)
+    return [stage for stage in stages.values() if stage.name in wanted]
 
 
 def mend(root: Path) -> None:

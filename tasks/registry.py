@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -20,8 +21,14 @@ SECONDS_BETWEEN_LOOKS = 5
 
 
 @task(cache_policy=NO_CACHE, name="register", task_run_name="register", tags={"decision"})
-def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
+def register(root: Path, params: Params, flow_run_id: str, asked: Mapping[str, str]) -> registry.Version:
     """Register the policy that was trained, with its evaluation; the same model with the same evaluation keeps its version.
+
+    Args:
+        root: the workspace.
+        params: of the run.
+        flow_run_id: of the run.
+        asked: what whoever started it has asked for, as tags of a new version.
 
     Raises:
         UserError: MLflow is away, and does not come back within two minutes.
@@ -30,6 +37,8 @@ def register(root: Path, params: Params, flow_run_id: str) -> registry.Version:
     tracking.send_waiting(root)  # first: a version's lineage names its stages' runs
     version = registry.register(root, params, flow_run_id)
     new = version.tags["flow_run"] == flow_run_id
+    for name, value in asked.items() if new else ():
+        registry.tag(version, root, params, name, value)
     get_run_logger().info("%s is version %d%s", version.model, version.number, "" if new else ", registered before")
     return version
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import runtime, task
@@ -61,15 +62,17 @@ def publish(
     return page
 
 
-def announce(decision: registry.Decision, before: int | None) -> str:
+def announce(decision: registry.Decision, before: int | None, asked: Mapping[str, str]) -> str:
     """Say on the flow run's own page what was decided: an artifact that stands above its tasks', and tags. The outcome, in a word or two.
 
     Args:
         decision: of the run.
         before: the champion before.
+        asked: what whoever started it has asked for.
     """
     version, outcome = decision.version, report.outcome(decision, before)
     parts = [f"# {outcome}", report.text(decision.lines[-1])]
+    parts += [f"{name}: {report.text(value)}" for name, value in asked.items()]
     for title, passed in (("Failed", False), ("Passed", True)):
         if lines := [f"- **{gate.name}**: {report.text(gate.text)}" for gate in decision.gates if gate.passed is passed]:
             parts += [f"## {title}", "\n".join(lines)]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -103,7 +103,13 @@ def use(
 
 
 @app.command()
-def run() -> None:
+def run(
+    values: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values of params.yaml for this run alone, such as ppo.steps=100.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why it is run, kept with the version.")] = None,
+    until: Annotated[str | None, typer.Option(help="The last stage to run; nothing is registered then.")] = None,
+) -> None:
     """Run the retraining flow: all stages that are not up to date, then registration, gates and promotion."""
     from rlhf.cli import progress, standing
     from rlhf.launcher import processes
@@ -117,19 +123,21 @@ def run() -> None:
         with processes.stoppable(), progress.shown(Console(stderr=True), root):
             from tasks import server
 
-            server.ensure(root, meanwhile=lambda: _get_ready(root, params))
+            server.ensure(root, meanwhile=lambda: _get_ready(root, params, reason, until))
             from flows.retrain import retrain
 
-            outcome = retrain(root)
+            outcome = retrain(root, values, reason, cast(Any, until))
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
-    _print_numbers(root)
-    print()
+    if not until:
+        _print_numbers(root)
+        print()
     for line in outcome["lines"]:
         print(line)
-    for line in standing.after_run(outcome):
-        print(line)
+    if not until:
+        for line in standing.after_run(outcome):
+            print(line)
     if paths := snapshot.uncommitted(root):
         print(f"\nto commit: `git add {' '.join(paths)}`")
     uri = redact(_tracking_uri(root, params))
@@ -138,11 +146,11 @@ def run() -> None:
     print("`dvc plots show` draws with code from the internet; without it: report.html of the flow's run in MLflow has the same pictures")
 
 
-def _get_ready(root: Path, params: config.Params) -> None:
+def _get_ready(root: Path, params: config.Params, reason: str | None, until: str | None) -> None:
     """Check the workspace, and load what the flow imports now and later: seconds, in which its server starts."""
     from flows.retrain import check
 
-    check(root)
+    check(root, reason, until)
     if _tracking_uri(root, params).startswith("sqlite:"):
         from rlhf import registry
 

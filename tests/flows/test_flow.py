@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +31,6 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Running
-from prefect.testing.utilities import prefect_test_harness
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flows.retrain import retrain, run_stages
@@ -59,21 +57,6 @@ METRICS = {
     "answer_tokens": {"sft": 20.0, "ppo": 22.0},
     "heldout": "abc",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def prefect() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "true")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
-    subprocess.run([DVC, "init", "--quiet"], cwd=tmp_path, check=True)
-    return tmp_path
 
 
 @pytest.fixture

@@ -193,13 +193,13 @@ def test_a_server_that_is_away_is_waited_for_and_told_first_of_the_stages(
         with monkeypatch.context() as patch:
             patch.setattr(registering, "SECONDS_TO_COME_BACK", 0.5)
             with pytest.raises(UserError, match=f"MLflow at http://127.0.0.1:{port}: "):
-                registering.register.fn(root, params, "flow-1")
+                registering.register.fn(root, params, "flow-1", {})
         stores = ("--backend-store-uri", tracking.own_uri(root), "--artifacts-destination", str(tmp_path / "artifacts"))
         words: list[str | Path] = [Path(sys.executable).with_name("mlflow"), "server", *stores, "--port", port, "--workers", "1"]
         # it answers after some seconds
         server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            version = registering.register.fn(root, params, "flow-1")
+            version = registering.register.fn(root, params, "flow-1", {})
             assert (version.number, version.tags["run.ppo"]) == (1, tracking.run_of("waited", root, params))
         finally:
             os.killpg(server.pid, signal.SIGKILL)
