@@ -142,6 +142,7 @@ def tiny_params() -> dict[str, Any]:
     raw["base"] |= {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1}
     raw["base"] |= {"epochs": 1, "batch_size": 8, "checkpoint_every": 2}
     raw["sft"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2, "group_by_length": True}
+    raw["sft"]["optimizer"] |= {"learning_rate": 3e-4}
     raw["reward"] |= {"epochs": 1.0, "batch_size": 8, "checkpoint_every": 2, "group_by_length": True}
     raw["evaluate"]["judge"] |= {"epochs": 1.0, "checkpoint_every": 1000}
     raw["evaluate"] |= {"bootstrap_samples": 50, "shown": 2, "texts": 5}

@@ -193,6 +193,7 @@ def test_a_server_that_is_gone_is_told_in_one_line(tmp_path: Path) -> None:
     environment = root.environment | {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
     run = subprocess.run([PROGRAMS / "rlhf", "run"], cwd=root.root, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    (line,) = (run.stdout + run.stderr).splitlines()
+    assert run.stdout == ""
+    _starting, line = run.stderr.splitlines()
     assert line.startswith("error: PREFECT_API_URL is http://127.0.0.1:1/api, where no Prefect server answers")
     assert line.endswith("`unset PREFECT_API_URL`: `rlhf run` then finds or starts one for itself")
