@@ -114,7 +114,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, W
     with ExitStack() as to_the_end:
         # both are to be told of: one by params.yaml, the other, whose gates refuse, by the environment
         receiver = to_the_end.enter_context(receiving())
-        first.change("notify: null", f"notify: {receiver}/one")
+        first.change("notify:\n", f"notify: {receiver}/one\n")
         second.environment["RLHF_NOTIFY_URL"] = f"{receiver}/other"
         second.change("min_reward_accuracy: 0.85", "min_reward_accuracy: 0.95")
         for workspace in (first, second):
