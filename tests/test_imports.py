@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # from the ground up: a part (a package, or a module that stands by itself) imports parts of lower layers, and none of its own layer
 LAYERS = (
-    ("rlhf.redact", "rlhf.tensors"),
+    ("rlhf.redact", "rlhf.tensors", "rlhf.documents"),
     ("rlhf.errors",),
     ("rlhf.paths", "rlhf.locks", "rlhf.algorithms"),
     ("rlhf.config",),
@@ -28,7 +28,21 @@ LAYERS = (
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 # what runs in a stage's process
-TRAINING = ("algorithms", "config", "data", "engine", "models", "rollout", "stages", "errors", "job", "paths", "redact", "tensors")
+TRAINING = (
+    "algorithms",
+    "config",
+    "data",
+    "documents",
+    "engine",
+    "models",
+    "rollout",
+    "stages",
+    "errors",
+    "job",
+    "paths",
+    "redact",
+    "tensors",
+)
 
 
 def modules(*places: str) -> Iterator[Path]:

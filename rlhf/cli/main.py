@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def main() -> None:
         os.environ.setdefault(name, "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     say_anything()
+    gc.set_threshold(100_000)  # else a sixth of the time in which Prefect, MLflow and DVC are loaded goes into a search for garbage
     try:
         app(prog_name="rlhf")
     except UserError as error:

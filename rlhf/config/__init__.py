@@ -9,13 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.section import Section
 from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
+from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 
 STAGES = ("prepare", "base", "sft", "reward", "ppo", "dpo", "evaluate")
@@ -118,10 +118,10 @@ def read(path: Path) -> Any:
         UserError: the file is missing or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", remedy="write it with `rlhf use sandbox`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", remedy=f"correct {path}, or `rlhf use PRESET`") from None
 
 

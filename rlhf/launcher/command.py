@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
 import sys
@@ -113,23 +115,23 @@ def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> 
     hostfile = settings.hostfile
     if hostfile and not Path(hostfile).is_file():
         raise UserError(f"params.yaml: launch.hostfile {hostfile}: no such file", remedy="write it, or set launch.hostfile to null")
-    if gpus and not hostfile:
-        layout = ["--include", f"localhost:{','.join(map(str, gpus))}"]
-    else:
-        layout = ["--num_gpus", str(getattr(settings.jobs, stage).processes)]
-    return [
-        str(Path(sys.executable).with_name("deepspeed")),
-        *("--hostfile", hostfile or os.devnull),  # else DeepSpeed takes /job/hostfile, where there is one
-        *layout,
-        *("--master_port", str(choose_port(settings.port))),
-        *("--log_level", "critical"),  # the launcher's own lines: the exit code and the stage's lines say it all
-        *("--no_local_rank", "--module", module),
-    ]
+    processes = getattr(settings.jobs, stage).processes
+    port = choose_port(settings.port)
+    if hostfile:
+        start = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", hostfile, "--num_gpus", str(processes)]
+    else:  # what `deepspeed` itself runs on each node: without it, a process less loads all of torch
+        layout = base64.urlsafe_b64encode(json.dumps({"localhost": gpus or list(range(processes))}).encode()).decode()
+        start = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--world_info", layout, "--master_addr", "127.0.0.1"]
+    # the launcher's own lines are not needed: the exit code and the stage's lines say it all
+    return [*start, "--master_port", str(port), "--log_level", "critical", "--no_local_rank", "--module", module]
 
 
 # Threads wait a moment for the next operation before they sleep: small models have thousands of short ones. ACTIVE: also where a process
 # has made more threads than there are cores, as the libraries each make their own. The count keeps the wait from being minutes.
 OPENMP = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000"}
+
+
+HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None)\ngc.set_threshold(100_000)\n"
 
 
 def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
@@ -156,10 +158,11 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
     # the workspace's params.yaml may be edited while the stage runs, and before its ranks have read it
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece;
-    # Python runs this file as it starts: what stands as None in sys.modules counts as not installed
+    # Python runs this file as it starts: what stands as None in sys.modules counts as not installed. Else a tenth of the time goes into
+    # a search for garbage among what is loaded; rlhf.job.run puts that right again
     hidden = folder / "hidden"
     hidden.mkdir(exist_ok=True)
-    (hidden / "sitecustomize.py").write_text("import sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None)\n")
+    (hidden / "sitecustomize.py").write_text(HIDDEN, encoding="utf-8")
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(hidden), str(root), os.environ.get("PYTHONPATH")]))
     # DeepSpeed passes these on to the other nodes of a hostfile
     exported = folder / "environment"

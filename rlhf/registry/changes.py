@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-import yaml
 from mlflow.exceptions import MlflowException
 
+from rlhf.documents import load_yaml
 from rlhf.registry.versions import Version
 from rlhf.tracking.sending import leaves
 from rlhf.workspace import snapshot
@@ -34,9 +34,7 @@ def between(before: Version, now: Version, root: Path) -> Changes:
 
 def _params(before: Version, now: Version) -> list[tuple[str, str, str]]:
     try:
-        old, new = (
-            dict(leaves(yaml.safe_load(mlflow.artifacts.load_text(f"{version.uri}/params.yaml")), ".")) for version in (before, now)
-        )
+        old, new = (dict(leaves(load_yaml(mlflow.artifacts.load_text(f"{version.uri}/params.yaml")), ".")) for version in (before, now))
     except (MlflowException, OSError) as error:
         return [("not to be had", " ".join(str(error).split())[:200], "")]
     names = dict.fromkeys([*old, *new])

@@ -15,7 +15,6 @@ from typing import Any
 from urllib.parse import urlparse
 
 import mlflow
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.models import Model
@@ -24,6 +23,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from rlhf import tracking
 from rlhf.config import STAGES, Params
+from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry import gates, serving
@@ -183,13 +183,13 @@ def _lineage(root: Path, params: Params) -> dict[str, str]:
     tags = {"params": hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()}
     tags["git.head"] = snapshot.head(root) or "none"
     try:
-        locked = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+        locked = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     except FileNotFoundError:
         raise UserError("dvc.lock: no such file", remedy="run `rlhf run` or `dvc repro`, which write it") from None
     graph = fingerprint.read_graph(root)
     # dvc.lock also remembers stages that dvc.yaml no longer has
     for place in sorted((root / "data" / "raw").rglob("*.dvc")):
-        for part in yaml.safe_load(place.read_text(encoding="utf-8"))["outs"]:
+        for part in load_yaml(place.read_text(encoding="utf-8"))["outs"]:
             tags[f"data.{(place.parent / part['path']).relative_to(root).as_posix()}"] = part["md5"]
     tags |= {f"md5.{output['path']}": output["md5"] for name in graph if name in locked for output in locked[name].get("outs", [])}
     for stage in STAGES:

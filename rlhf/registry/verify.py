@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from rlhf.config import Params
+from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry.registration import weights_hash
@@ -113,11 +113,11 @@ def _repro(fresh: Path, scratch: Path, *options: str) -> str:
 def _outputs(folder: Path) -> tuple[Files, Files]:
     """What the revision names, by path: outputs and raw data in the DVC cache; metrics and plots, which are in git."""
     graph = fingerprint.read_graph(folder)
-    locked = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    locked = load_yaml((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     entries = {out["path"]: out["md5"] for name in graph if name in locked for out in locked[name].get("outs", [])}
     plain = {path: entries.pop(path) for node in graph.values() for path in (*node.metrics, *node.plots) if path in entries}
     for place in sorted((folder / "data" / "raw").rglob("*.dvc")):
-        for out in yaml.safe_load(place.read_text(encoding="utf-8"))["outs"]:
+        for out in load_yaml(place.read_text(encoding="utf-8"))["outs"]:
             entries[(place.parent / out["path"]).relative_to(folder).as_posix()] = out["md5"]
     return entries, plain
 

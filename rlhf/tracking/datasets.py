@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rlhf.documents import load_yaml
 
 FOLDER = "data/"
 BLOCK_BYTES = 1 << 20
@@ -33,7 +33,7 @@ def read(root: Path, inputs: Iterable[str]) -> list[dict[str, Any]]:
             found.append(_file(path, name))
         else:
             for pointer in sorted(path.rglob("*.dvc")):
-                for part in yaml.safe_load(pointer.read_text(encoding="utf-8"))["outs"]:
+                for part in load_yaml(pointer.read_text(encoding="utf-8"))["outs"]:
                     place = (pointer.parent / part["path"]).relative_to(root).as_posix()
                     found.append({"name": place, "digest": part["md5"], "profile": {"bytes": part.get("size")}})
     return found

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf.config import STAGES, STAGES_OF, Params
+from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import inside
 
@@ -43,11 +42,11 @@ def read_graph(root: Path) -> dict[str, Node]:
     """
     path = root / "dvc.yaml"
     try:
-        stages = yaml.safe_load(path.read_text(encoding="utf-8"))["stages"]
+        stages = load_yaml(path.read_text(encoding="utf-8"))["stages"]
         return {name: _node(name, entry) for name, entry in stages.items()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", remedy="run in the folder of the project") from None
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (YAMLError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a DVC graph with a map `stages`: {reason}", remedy=f"restore it: git checkout {path.name}") from None
 
@@ -132,9 +131,9 @@ def check_models(root: Path, folders: Iterable[str], hashes: Mapping[str, str]) 
 def locked(root: Path, stage: str) -> dict[str, str]:
     """The MD5 of each output of a stage, by path, as dvc.lock has them; none where it does not know the stage, or is being written."""
     try:
-        entry = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
+        entry = load_yaml((root / "dvc.lock").read_text(encoding="utf-8"))["stages"][stage]
         return {out["path"]: out["md5"] for out in entry["outs"]}
-    except (FileNotFoundError, yaml.YAMLError, TypeError, KeyError):
+    except (FileNotFoundError, YAMLError, TypeError, KeyError):
         return {}
 
 

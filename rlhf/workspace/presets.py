@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -27,6 +26,7 @@ from ruamel.yaml.util import load_yaml_guess_indent
 
 from rlhf import config
 from rlhf.config.data import FileSource
+from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import check_links, inside
 
@@ -65,7 +65,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
             raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
         done.append(_set(raw, key, _parse(value), origin))
     try:
-        params = config.validate(yaml.safe_load(_text(raw, editor)), origin)
+        params = config.validate(load_yaml(_text(raw, editor)), origin)
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     dag = graph(root, params.algorithm)

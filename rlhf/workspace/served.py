@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def enter(root: Path) -> None:
     if os.environ.get("PREFECT_API_URL"):
         return
     os.environ["PREFECT_HOME"] = home(root)
+    with suppress(OSError):  # Prefect warns of a home that it cannot make, and does not make runs/
+        Path(home(root)).mkdir(parents=True, exist_ok=True)
     if servers := find(root):
         os.environ["PREFECT_API_URL"] = servers.api
         os.environ.setdefault("RLHF_MLFLOW_PAGES", servers.mlflow)
