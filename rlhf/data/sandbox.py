@@ -30,7 +30,7 @@ WEIGHTS = {"correct": 0.5, "helpful": 0.2, "polite": 0.2, "brief": 0.1}
 # Style of an answer → its share among demonstrations.
 STYLES = {"curt": 0.3, "plain": 0.25, "polite": 0.15, "polite-curt": 0.05, "rude": 0.1, "rambling": 0.1, "unhelpful": 0.05}
 DEMONSTRATIONS_CORRECT = 0.75
-NEAR_MISSES = 0.1  # share of wrong answers that are of the right kind
+NEAR_MISSES = 0.05  # share of wrong answers that are of the right kind
 # Shares of pairs: SAME_MANNER right against wrong, which styles alone cannot tell; up to CAREFUL care against carelessness. With 0.3 of the
 # first, what the reward model knew of the facts hung on the seed and on rounding (LOG.md).
 SAME_MANNER, CAREFUL = 0.5, 0.8
