@@ -26,6 +26,11 @@ class UserError(Exception):
         super().__init__(f"{self.what} ({self.remedy})")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as one line goes."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def full_disk(error: BaseException, place: Path) -> UserError | None:
     """What to tell where a write failed because the disk of `place` is full; None where that is not why.
 

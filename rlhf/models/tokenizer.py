@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
+from rlhf.models import templates
 
+PROBE = "What is the capital of France? 123"
 END, PAD = "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
@@ -47,13 +50,57 @@ def template(name: str) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special token that the chat template writes after an assistant turn; the end-of-text token where it writes none."""
+    """The token that the chat template writes after an assistant turn; the end-of-text token where it writes none.
+
+    Raises:
+        UserError: it writes none, and the tokenizer has no end of text.
+    """
     answer = "An answer"
     messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    after = rendered[rendered.rindex(answer) + len(answer) :].strip()
-    found = [token for token in tokenizer.all_special_tokens if after.startswith(token)]
-    return max(found, key=len) if found else str(tokenizer.eos_token)
+    try:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # templates.problems says what it stumbles over
+        rendered = ""
+    after = rendered.rpartition(answer)[2].strip() if answer in rendered else ""
+    # not only special ones: some tokenizers list the end of a turn among their added tokens alone
+    tokens = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
+    if found := [token for token in tokens if after.startswith(token)]:
+        return max(found, key=len)
+    if tokenizer.eos_token is None:
+        what = "its tokenizer has no end token, and its chat template writes none after an answer"
+        raise UserError(what, remedy="name the end of a text as `eos_token` in the model's tokenizer_config.json")
+    return str(tokenizer.eos_token)
+
+
+def given_tokenizer(
+    folder: Path, chat_template: Literal["keep", "turns"], *, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """A given model's tokenizer, with what later stages rely on: a chat template, a pad token, the end of a turn as its end.
+
+    Returns:
+        It, and what was changed of its templates, for people.
+
+    Raises:
+        UserError: it cannot be read, writes no text, or has no chat template or end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # the readers of damaged files raise whatever they stumble over
+        what = f"its tokenizer cannot be read: {first_line(error)}"
+        raise UserError(what, remedy="give a folder with the tokenizer's files: tokenizer.json and tokenizer_config.json") from None
+    if set(ids) <= {tokenizer.unk_token_id}:
+        what = "its tokenizer has no words: the folder lacks the tokenizer's files"
+        raise UserError(what, remedy="copy tokenizer.json and tokenizer_config.json of the model into it")
+    if chat_template == "turns":
+        tokenizer.chat_template = template("turns")
+    elif tokenizer.chat_template is None:
+        raise UserError("its tokenizer has no chat template", remedy="set base.chat_template: turns")
+    notes = templates.settle(tokenizer)
+    tokenizer.eos_token = end_of_turn(tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, notes
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,0 +1,138 @@
+"""A model that params name, before anything is made of it: found, and looked at as far as that goes without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import NotASafetensorsRepoError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.config.training import PretrainedBase
+from rlhf.errors import UserError, first_line
+from rlhf.models import headers, templates
+from rlhf.models.dialogues import Messages
+from rlhf.models.tokenizer import given_tokenizer
+
+SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")  # all files of a hub model but its weights
+FIND = "give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached"
+
+
+def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[UserError]:
+    """All that is wrong with a given model: config, tokenizer, chat template, names and shapes of weights, of which none are loaded.
+
+    Args:
+        dialogues: that its chat template is to render besides some small ones, for example a sample of the data.
+    """
+    try:
+        folder = find(params)
+        config = read_config(folder, params)
+    except UserError as error:
+        return [named(params, error)]
+    found: list[UserError] = []
+    tokenizer = None
+    try:
+        tokenizer, _ = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
+        found += templates.problems(tokenizer, [*templates.TRIED, *dialogues])
+    except UserError as error:
+        found.append(error)
+    try:
+        heads = read_heads(folder, params)
+        found += headers.problems(heads, config, trust_remote_code=params.trust_remote_code)
+    except UserError as error:
+        found.append(error)
+    if tokenizer:
+        found += _beyond(tokenizer, config)
+    return [named(params, error) for error in found]
+
+
+def named(params: PretrainedBase, error: UserError) -> UserError:
+    """The same error, of the model that params name."""
+    revision = f" (revision {params.revision})" if params.revision else ""
+    colon = "" if error.what.startswith(("has ", "is ", "cannot ")) else ":"
+    return UserError(f"base.model '{params.model}'{revision}{colon} {error.what}", remedy=error.remedy)
+
+
+def find(params: PretrainedBase, files: Iterable[str] = SMALL) -> Path:
+    """The folder of a given model; of one on the hub these files alone are sure to be there.
+
+    Raises:
+        UserError: there is none, what stands in it are pointers to files, or it is no whole model but an adapter.
+    """
+    folder = Path(params.model)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(params.model, revision=params.revision, allow_patterns=list(files)))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot be found: {first_line(error)}", remedy=FIND) from None
+    if pointers := sorted(path.name for path in folder.iterdir() if path.is_file() and _is_pointer(path)):
+        what = f"has git-lfs pointers in the place of files: {headers.some(pointers)}"
+        raise UserError(what, remedy=f"run `git lfs install && git lfs pull` in {params.model}")
+    if (folder / "adapter_config.json").is_file():
+        what = "is a LoRA adapter (adapter_config.json), which is no model by itself"
+        merge = "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+        remedy = f"merge it: peft's {merge}, the same tokenizer beside it, and base.model=FOLDER; where it is merged, remove that file"
+        raise UserError(what, remedy=remedy)
+    return folder
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(headers.POINTER)) == headers.POINTER
+
+
+def read_config(folder: Path, params: PretrainedBase) -> PreTrainedConfig:
+    """The config of a given model.
+
+    Raises:
+        UserError: it cannot be read, needs code that params do not allow, or is not that of a language model whose weights can be trained.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=params.trust_remote_code)
+    except Exception as error:  # a file of wrong values fails wherever they are first used
+        if "custom code" in str(error):
+            what = "comes with code of its own, which would be run"
+            raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
+        raise UserError(f"has no config.json that can be read: {first_line(error)}", remedy=FIND) from None
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        raise UserError(
+            f"is quantised ({method or 'quantization_config in config.json'}), and cannot be trained", remedy=headers.DEQUANTISE
+        )
+    forms = getattr(config, "architectures", None) or []
+    if scalar := next(
+        (form for form in forms if form.endswith(("ForSequenceClassification", "RewardModel", "ForTokenClassification"))), None
+    ):
+        raise UserError(
+            f"is a {scalar}, a reward model or classifier, and no language model", remedy="give the language model that it was made from"
+        )
+    return config
+
+
+def read_heads(folder: Path, params: PretrainedBase) -> headers.Heads:
+    """Names, shapes and types of the weights: of the folder, or, where they are not downloaded yet, of the hub.
+
+    Raises:
+        UserError: there are none as safetensors, or they are damaged.
+    """
+    if Path(params.model).is_dir() or headers.shards(folder):
+        return headers.local(folder)
+    try:
+        return headers.published(params.model, params.revision)
+    except NotASafetensorsRepoError:
+        raise UserError("has no weights as safetensors", remedy=headers.CONVERT) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot be found: {first_line(error)}", remedy=FIND) from None
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[UserError]:
+    """Whether the tokenizer has tokens that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    words = tokenizer.get_vocab()
+    last = max(words, key=lambda word: words[word])
+    if size is None or words[last] < size:
+        return []
+    what = f"its tokenizer has {words[last] + 1} tokens, the last {last!r}, and config.json says vocab_size {size}"
+    remedy = "give the tokenizer that the model was trained with, or embed the tokens and save both: model.resize_token_embeddings(N)"
+    return [UserError(what, remedy=remedy)]
