@@ -40,17 +40,17 @@ def given(folder: Path, *, trust: bool = False) -> PretrainedBase:
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     import torch
 
+    from rlhf.models.given import check
     from rlhf.models.policy import load_policy
-    from rlhf.stages.base import pin
 
     llama.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert pin(given(tmp_path))
+    assert check(given(tmp_path)) == []
     (tmp_path / "model.safetensors").unlink()
     torch.save(llama.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="has no weights as safetensors") as caught:
-        pin(given(tmp_path))
-    assert "save_pretrained" in caught.value.remedy
+    (error,) = check(given(tmp_path))
+    assert "has no weights as safetensors, but pytorch_model.bin" in error.what
+    assert "save_pretrained" in error.remedy
     with pytest.raises(UserError, match="cannot be a causal language model"):
         load_policy(tmp_path, "fp32")
 
@@ -58,7 +58,7 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, llama: Llam
 def test_code_of_a_model_runs_only_where_params_allow_it(
     tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf.stages.base import pin
+    from rlhf.models.given import pin
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, marker = tmp_path / "model", tmp_path / "ran"
@@ -71,9 +71,10 @@ def test_code_of_a_model_runs_only_where_params_allow_it(
     code += "class Model(LlamaForCausalLM):\n    config_class = Mine\n\n\n"
     (folder / "mine.py").write_text(f"{code}open({str(marker)!r}, 'w').close()\n", encoding="utf-8")
     with pytest.raises(UserError, match="trust_remote_code"):
-        pin(given(folder))
+        pin(given(folder), tmp_path / "to")
     assert not marker.exists()
-    pin(given(folder, trust=True))
+    with pytest.raises(UserError, match="is of type 'mine', which code of its own alone knows"):
+        pin(given(folder, trust=True), tmp_path / "to")
     assert marker.exists()
 
 

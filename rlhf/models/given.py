@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError, first_line
-from rlhf.models import headers, templates
+from rlhf.models import headers, saving, templates
 from rlhf.models.dialogues import Messages
 from rlhf.models.tokenizer import given_tokenizer
 
@@ -31,20 +31,42 @@ def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[Us
     except UserError as error:
         return [named(params, error)]
     found: list[UserError] = []
-    tokenizer = None
+    # a pad token beyond the embedding fails in a model's making, and those of the tokenizer are looked at by themselves
+    config.pad_token_id = None
     try:
         tokenizer, _ = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
         found += templates.problems(tokenizer, [*templates.TRIED, *dialogues])
+        found += _beyond(tokenizer, config)
     except UserError as error:
         found.append(error)
     try:
         heads = read_heads(folder, params)
-        found += headers.problems(heads, config, trust_remote_code=params.trust_remote_code)
+        found += headers.problems(heads, config)
     except UserError as error:
         found.append(error)
-    if tokenizer:
-        found += _beyond(tokenizer, config)
     return [named(params, error) for error in found]
+
+
+def pin(params: PretrainedBase, to: Path) -> list[str]:
+    """Write the given model to a folder, with what later stages rely on: chat template, pad token, end of turn; its weights as they are.
+
+    Returns:
+        What was changed, for people.
+
+    Raises:
+        UserError: something is wrong with it.
+    """
+    for error in check(params):
+        raise error
+    names = headers.shards(find(params)) or [headers.SINGLE]
+    folder = find(params, [*SMALL, *names])
+    names += [headers.INDEX] if names != [headers.SINGLE] else []
+    config = read_config(folder, params)
+    tokenizer, notes = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    vars(config).pop("auto_map", None)  # transformers knows the type, and would ask whether to run the model's own code
+    saving.copy_model(folder, names, config, tokenizer, to)
+    return notes
 
 
 def named(params: PretrainedBase, error: UserError) -> UserError:
@@ -89,12 +111,17 @@ def read_config(folder: Path, params: PretrainedBase) -> PreTrainedConfig:
         UserError: it cannot be read, needs code that params do not allow, or is not that of a language model whose weights can be trained.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=params.trust_remote_code)
+        # where transformers knows the type, all stages run its code, not that beside the model
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file of wrong values fails wherever they are first used
-        if "custom code" in str(error):
+        if "custom code" not in str(error):
+            raise UserError(f"has no config.json that can be read: {first_line(error)}", remedy=FIND) from None
+        if not params.trust_remote_code:
             what = "comes with code of its own, which would be run"
             raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
-        raise UserError(f"has no config.json that can be read: {first_line(error)}", remedy=FIND) from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        what = f"is of type '{config.model_type}', which code of its own alone knows how to compute, and no stage runs that code"
+        raise UserError(what, remedy="choose a model of a type that transformers knows (docs/own-model.md)") from None
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise UserError(
@@ -116,7 +143,7 @@ def read_heads(folder: Path, params: PretrainedBase) -> headers.Heads:
     Raises:
         UserError: there are none as safetensors, or they are damaged.
     """
-    if Path(params.model).is_dir() or headers.shards(folder):
+    if Path(params.model).is_dir() or (headers.shards(folder) and not headers.absent(folder)):
         return headers.local(folder)
     try:
         return headers.published(params.model, params.revision)

@@ -21,6 +21,7 @@ from rlhf.models.policy import ATTENTION
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 WHOLE = "give a folder with a whole model, as AutoModelForCausalLM's save_pretrained writes it"
 AGAIN = "download it again, and compare its size with the publisher's"
 CONVERT = (
@@ -35,10 +36,10 @@ Heads = dict[str, torch.Tensor]  # by name, without data
 
 
 def shards(folder: Path) -> list[str]:
-    """Names of the files of weights that transformers reads; none where there are no safetensors.
+    """Names of the files of weights that transformers reads, by the index where there is one; none where there are no safetensors.
 
     Raises:
-        UserError: the index cannot be read, or names files that are not there.
+        UserError: the index cannot be read.
     """
     if (folder / SINGLE).is_file():
         return [SINGLE]
@@ -47,26 +48,35 @@ def shards(folder: Path) -> list[str]:
         return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # one with a folder in it would be read, and written, elsewhere
+        if strange := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"'{strange[0]}' is no name of a file")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{INDEX} cannot be read: {first_line(error)}", remedy=AGAIN) from None
-    # a name with a folder in it would be read, and written, elsewhere
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if absent:
-        what = f"{INDEX} names {len(absent)} of {len(names)} files that are not there: {some(absent)}"
-        raise UserError(what, remedy="bring the missing files from where the model was published")
+        raise UserError(f"has an index that cannot be read, {INDEX}: {first_line(error)}", remedy=AGAIN) from None
     return names
+
+
+def absent(folder: Path) -> list[str]:
+    """Those of them that are not there."""
+    return [name for name in shards(folder) if not (folder / name).is_file()]
 
 
 def local(folder: Path) -> Heads:
     """The heads of all weights in a folder.
 
     Raises:
-        UserError: there are none, or a file is damaged.
+        UserError: there are none, some are absent, or a file is damaged.
     """
     names = shards(folder)
     if not names:
         there = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5"})
+        if parts := [name for name in there if name.endswith(".safetensors")]:
+            what = f"has neither {SINGLE} nor {INDEX}, which would say what stands in {some(parts)}"
+            raise UserError(what, remedy="bring the index from where the model was published")
         raise UserError(f"has no weights as safetensors{f', but {some(there)}' if there else ''}", remedy=CONVERT)
+    if lacking := absent(folder):
+        what = f"lacks files of its weights: {INDEX} names {len(names)}, and {some(lacking)} {'are' if lacking[1:] else 'is'} not there"
+        raise UserError(what, remedy="bring the missing files from where the model was published")
     heads: Heads = {}
     for name in names:
         try:
@@ -82,12 +92,11 @@ def damage(path: Path, otherwise: str) -> str:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         try:
-            tensors = json.loads(file.read(length)) if length < size else {}
-        except ValueError:
-            return f"{path.name} is no safetensors file ({otherwise})"
-    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
-    whole = 8 + length + max(ends, default=0)
-    return f"{path.name} is cut off or damaged: {size:,} bytes{f' of {whole:,}' if ends and whole > size else ''} ({otherwise})"
+            tensors = json.loads(file.read(min(length, size)))
+            whole = 8 + length + max(head["data_offsets"][1] for name, head in tensors.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"has {path.name}, which is cut off at {size:,} bytes, or no safetensors file ({otherwise})"
+    return f"has {path.name}, which is {f'cut off: {size:,} of {whole:,} bytes' if size < whole else f'damaged ({otherwise})'}"
 
 
 def published(model: str, revision: str | None) -> Heads:
@@ -104,21 +113,26 @@ def published(model: str, revision: str | None) -> Heads:
     }
 
 
-def problems(heads: Heads, config: PreTrainedConfig, *, trust_remote_code: bool) -> list[UserError]:
+def problems(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
     """What is wrong with weights for a language model of a config: transformers' own loader is asked, on a device without memory."""
-    if packed := sorted(name for name, head in heads.items() if name.endswith((".qweight", ".weight_packed", "_blocks"))):
-        return [UserError(f"its weights are quantised: {some(packed)}", remedy=DEQUANTISE)]
     try:
         with silence(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+            own = dict(model.named_parameters())
+            # names of gptq and awq, of compressed tensors, and of mxfp4; or a weight that stands there in other numbers
+            forms = (".qweight", ".weight_packed", "_blocks")
+            if packed := sorted(n for n, head in heads.items() if n.endswith(forms) or (n in own and head.dtype not in FLOATS)):
+                return [UserError(f"has quantised weights, which cannot be trained: {some(packed)}", remedy=DEQUANTISE)]
             model, report = type(model).from_pretrained(
                 None, config=config, state_dict=heads, device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
             )
             attend_to_pieces(model)
-        return [*_differences(report, heads, config, type(model).__name__), *_scalar(config)]
+        return [*_differences(report, heads, type(model).__name__), *_scalar(config)]
     except UserError as error:
         return [error]
     except Exception as error:  # a config of wrong values fails wherever they are first used
+        if "conversion" in str(error):  # transformers puts experts together, and says no more than that it failed
+            return [UserError("has weights that cannot be put together, as of experts that are not all there", remedy=WHOLE)]
         return [UserError(f"cannot be loaded as a language model: {first_line(error)}", remedy=WHOLE)]
 
 
@@ -136,12 +150,12 @@ def silence() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _differences(report: dict[str, Any], heads: Heads, config: PreTrainedConfig, form: str) -> list[UserError]:
+def _differences(report: dict[str, Any], heads: Heads, form: str) -> list[UserError]:
     """What the files hold otherwise than the config says."""
     missing, spare = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     # buffers that older versions saved are no weights
     spare = [name for name in spare if heads[name].is_floating_point() and heads[name].ndim]
-    if missing and (prefix := _prefix(missing[0], spare)):
+    if missing and (prefix := _prefix(set(missing), spare)):
         what = f"before the names of its weights stands '{prefix}', as torch.compile, DDP and FSDP put it: {some(spare)}"
         rename = "save_file({name.replace(PREFIX, ''): w for name, w in load_file(FILE).items()}, FILE, metadata={'format': 'pt'})"
         return [UserError(what, remedy=f"save the model inside the wrapper, or rename with safetensors.torch: {rename}")]
@@ -158,14 +172,17 @@ def _differences(report: dict[str, Any], heads: Heads, config: PreTrainedConfig,
     return found
 
 
-def _prefix(missing: str, spare: Iterable[str]) -> str | None:
-    return next((name.removesuffix(missing) for name in spare if name.endswith(f".{missing}")), None)
+def _prefix(missing: set[str], spare: Iterable[str]) -> str | None:
+    """What stands before the name of a missing weight in the files, if one does."""
+    for name in spare:
+        for place in (i for i, letter in enumerate(name) if letter == "."):
+            if name[place + 1 :] in missing:
+                return name[: place + 1]
+    return None
 
 
 def _scalar(config: PreTrainedConfig) -> list[UserError]:
     """A reward model is made of the same config."""
-    if getattr(config, "auto_map", None):
-        return []
     what = f"a model of type {config.model_type} cannot be made a reward model: transformers has no such form with a head `score`"
     refused = UserError(what, remedy="choose a model of another family (docs/own-model.md)")
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engine.partition import whole_weights
 from rlhf.job import Job
@@ -35,9 +37,27 @@ def save_model(
     """
     model.config.use_cache = True
     if model.can_generate():
-        model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-        )
+        model.generation_config = _generation(tokenizer)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     model.config.use_cache = False
+
+
+def copy_model(source: Path, names: Iterable[str], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder with files of weights as they are: none is held in memory, and none is read twice.
+
+    Args:
+        source: the folder of the files.
+        names: of the files; a link is followed, as DVC would change what it leads to.
+    """
+    config.use_cache = True
+    config.save_pretrained(folder)
+    _generation(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+
+
+def _generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id}
+    return GenerationConfig(do_sample=False, **ends)

@@ -7,10 +7,10 @@ later stage reads one local copy with safe weights, a chat template and a known 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.training import BuiltBase, PretrainedBase
 from rlhf.engine.distributed import layout, start
@@ -18,10 +18,10 @@ from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import saving
+from rlhf.models import given, saving
 from rlhf.models.dialogues import blocks
-from rlhf.models.policy import ATTENTION, build_policy, load_policy
-from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
+from rlhf.models.policy import build_policy, load_policy
+from rlhf.models.tokenizer import build_tokenizer, load_tokenizer
 from rlhf.stages.language_model import fit, perplexity
 from rlhf.tensors import shape
 
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASE = "models/base"
-
-
-CONVERT = (
-    "other formats can run code when they are opened: find a revision with safetensors, or, where you trust the model, convert it: "
-    "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(FOLDER), the same for the tokenizer, and base.model=FOLDER"
-)
 
 
 def main(job: Job) -> None:
@@ -81,47 +75,12 @@ def pin_once(job: Job, params: PretrainedBase, device: torch.device) -> tuple[Pr
     """Have rank 0 write the given model as stage output; all ranks then hold it as launch.engines.reference says."""
     folder = job.output(BASE)
     if job.is_main:
-        saving.save_model(*pin(params), folder)
+        for note in given.pin(params, folder):
+            job.say(note)
     dist.barrier()
     with born(settings(job, "reference")):
         model = load_policy(folder, job.params.launch.precision)
     return frozen(model, job, "reference", device), load_tokenizer(folder)
-
-
-def pin(params: PretrainedBase) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The given model and tokenizer, with what later stages rely on: chat template, pad token, end of turn.
-
-    Raises:
-        UserError: it cannot be found or read, has no safetensors, comes with code that base.trust_remote_code does not allow, or lacks a
-            chat template that base.chat_template says to keep.
-    """
-    options: dict[str, Any] = {"revision": params.revision or "main", "trust_remote_code": params.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(params.model, **options)
-        # other formats than safetensors are pickles: opening one may run whatever its author wrote
-        options |= {"use_safetensors": True}
-        model = AutoModelForCausalLM.from_pretrained(params.model, dtype="auto", attn_implementation=ATTENTION, **options)
-    except (OSError, ValueError) as error:
-        if "safetensors" in str(error):
-            what = f"base.model '{params.model}' (revision {params.revision}) has no weights as safetensors"
-            raise UserError(what, remedy=CONVERT) from None
-        if "custom code" in str(error):
-            what = f"base.model '{params.model}' (revision {params.revision}) comes with code of its own, which would be run"
-            raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
-        raise UserError(
-            f"base.model '{params.model}' (revision {params.revision}): {str(error).splitlines()[0]}",
-            remedy="give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached",
-        ) from None
-    if params.chat_template == "turns":
-        tokenizer.chat_template = template("turns")
-    elif tokenizer.chat_template is None:
-        raise UserError(f"base.model '{params.model}': its tokenizer has no chat template", remedy="set base.chat_template: turns")
-    tokenizer.eos_token = end_of_turn(tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 if __name__ == "__main__":

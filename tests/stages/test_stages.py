@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
-from rlhf.config.training import Optimizer, PretrainedBase
+from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models.dialogues import encode_prompt
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages.base import pin
 from rlhf.stages.ppo_setup import read_prompts
 from rlhf.stages.reward import read_pairs
 from rlhf.stages.sft import read_rows
@@ -203,34 +201,19 @@ def test_ranks_that_share_models_out_evaluate_the_same(unbroken: Path, tmp_path:
 # ---------------------------------------------------------------------------------------------------------- the given model
 
 
-def test_a_given_model_is_pinned_with_what_later_stages_need(
-    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_a_given_model_is_pinned_by_its_stage(
+    workspace: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    llama.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    given = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(given | {"pad_token": None}))
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|user|>{% endfor %}")
-
-    def pinned(**changes: Any) -> PretrainedBase:
-        values = {"source": "pretrained", "model": str(tmp_path), "revision": None, "trust_remote_code": False, "chat_template": "keep"}
-        return PretrainedBase.model_validate(values | changes)
-
-    model, kept = pin(pinned())
-    # this template ends a turn with another token than the end of text
-    assert kept.eos_token == kept.pad_token == "<|user|>"
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (kept.eos_token_id, kept.pad_token_id)
-    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], llama.state_dict()["model.embed_tokens.weight"])
-    _, plain = pin(pinned(chat_template="turns"))
-    assert plain.eos_token == "<|end|>"
-    asked = [{"role": "user", "content": "Hi"}]
-    assert plain.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == "Human: Hi\n\nAssistant:"
-
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"its tokenizer has no chat template .*base\.chat_template: turns"):
-        pin(pinned())
-    with pytest.raises(UserError, match=r"base\.model '.*nowhere' .*give a folder with config\.json"):
-        pin(pinned(model=str(tmp_path / "nowhere")))
+    root, folder = tmp_path / "root", tmp_path / "model"
+    shutil.copytree(workspace, root)
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    raw = tiny_params()
+    raw["base"] = {"source": "pretrained", "model": str(folder), "revision": None, "trust_remote_code": False, "chat_template": "keep"}
+    set_params(root, raw)
+    run(root, "base")
+    assert (root / "models/base/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert json.loads((root / "metrics/base.json").read_text())["parameters"] == llama.num_parameters()
 
 
 # ------------------------------------------------------------------------------------------------- what the engine derives
