@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError, first_line
 
 Messages = Sequence[dict[str, str]]
 Frozen = tuple[tuple[tuple[str, str], ...], ...]  # messages that can be looked up
 Encoded = tuple[list[int], list[int]]  # token ids and mask
+MEND = "set base.chat_template: turns, which takes any dialogue, or mend the model's chat template"
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Encoded:
@@ -55,8 +59,27 @@ def _after_answers(messages: Frozen) -> list[Frozen]:
 def _render(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Frozen], *, answer_follows: bool) -> dict[Frozen, str]:
     distinct = list(dict.fromkeys(dialogues))
     plain = [list(map(dict, messages)) for messages in distinct]
-    texts = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_follows) if plain else []
+    try:
+        texts = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_follows) if plain else []
+    except Exception:  # of one among them, which is named
+        texts = [render(tokenizer, messages, answer_follows=answer_follows) for messages in plain]
     return dict(zip(distinct, texts, strict=True))
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool) -> str:
+    """One dialogue as text.
+
+    Raises:
+        UserError: the chat template has a slip, or refuses the dialogue.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows))
+    except TemplateSyntaxError as error:
+        what = f"has a slip in line {error.lineno}: {error.message}"
+    except Exception as error:  # what the template raises, or stumbles over
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        what = f"refuses a dialogue of {roles}: {first_line(error)}"
+    raise UserError(f"the chat template {what}", remedy=MEND)
 
 
 def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after: dict[Frozen, str], end: str) -> list[tuple[str, int]]:
@@ -70,6 +93,8 @@ def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after
             # a template that rewrites earlier turns: only the last answer can be learnt as it will be sampled
             pieces, done = [], ""
         answer = after[len(before) :] if after.startswith(before) else dict(messages[i])["content"] + end
+        if end not in answer:
+            raise UserError(f"the chat template writes no end token ({end}) after an answer", remedy=MEND)
         answer = answer[: answer.rindex(end) + len(end)]
         pieces += [(before[len(done) :], 0), (answer, 1)]
         done = before + answer

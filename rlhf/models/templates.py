@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 
-from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import UserError, first_line
-from rlhf.models.dialogues import Messages, encode_dialogue
+from rlhf.errors import UserError
+from rlhf.models.dialogues import MEND, Messages, encode_dialogue, render
 
 # the day that a template is told which asks for today's; Llama 3.1's own template names it where it may not ask
 DATE = datetime(2024, 7, 26)
@@ -22,7 +21,6 @@ PARTS = (
 )
 QUESTION, ANSWER = {"role": "user", "content": "A question"}, {"role": "assistant", "content": "An answer"}
 TRIED: tuple[Messages, ...] = ([QUESTION], [QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION, ANSWER])
-REMEDY = "set base.chat_template: turns, which takes any dialogue, or mend the model's chat template"
 
 
 def settle(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -45,10 +43,10 @@ def settle(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _settled(tokenizer: PreTrainedTokenizerBase, text: str, notes: list[str]) -> str:
     if "strftime_now" in text:
         text = _clock(text) + text
-        notes.append(f"its chat template asks for the date: pinned, it says {DATE:%d %B %Y} for good")
+        notes.append(f"the chat template asks for the date: pinned, it says {DATE:%d %B %Y} for good")
     if not _shows(tokenizer, text) and _shows(tokenizer, PARTS + text):
         text = PARTS + text
-        notes.append("its chat template takes contents in parts: pinned, it takes texts as well")
+        notes.append("the chat template takes contents in parts: pinned, it takes texts as well")
     return text
 
 
@@ -68,29 +66,34 @@ def _shows(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
     return QUESTION["content"] in text and ANSWER["content"] in text
 
 
-def problems(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Messages]) -> list[UserError]:
-    """What is wrong with a tokenizer's chat template on some dialogues, each thing once."""
-    found = dict.fromkeys(what for messages in dialogues if (what := _problem(tokenizer, messages)))
-    return [UserError(f"its chat template {what}", remedy=REMEDY) for what in found]
+def problems(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Messages] = ()) -> list[UserError]:
+    """What is wrong with a tokenizer's chat template.
+
+    Args:
+        dialogues: that it is to render besides some small ones, for example a sample of the data; of each kind of fault the first is told.
+    """
+    for messages in TRIED:
+        if error := _problem(tokenizer, messages):
+            return [error]
+    found: dict[str, UserError] = {}
+    for messages in dialogues:
+        if error := _problem(tokenizer, messages):
+            found.setdefault(error.what.rpartition(": ")[2], error)
+    return list(found.values())
 
 
-def _problem(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> str | None:
-    asks = messages[-1]["role"] != "assistant"
+def _problem(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> UserError | None:
     try:
-        text = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks))
-    except TemplateSyntaxError as error:
-        return f"has a slip in line {error.lineno}: {error.message}"
-    except Exception as error:  # what the template raises, or stumbles over
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        return f"refuses a dialogue of {roles}: {first_line(error)}"
-    for message in messages:
-        # an assistant's turn may lose its thoughts
-        if message["role"] != "assistant" and message["content"].strip() not in text:
-            return f"leaves out what {message['role']} says"
-    if asks:
-        return None
-    answer = messages[-1]["content"].strip()
-    if answer and answer in text and str(tokenizer.eos_token) not in text[text.rindex(answer) + len(answer) :]:
-        return f"writes no end token ({tokenizer.eos_token}) after an answer"
-    _, mask = encode_dialogue(tokenizer, messages)
-    return None if any(mask) else "shows no answer that could be learnt"
+        text = render(tokenizer, messages, answer_follows=messages[-1]["role"] != "assistant")
+        for message in messages:
+            # an assistant's turn may lose its thoughts
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise UserError(f"the chat template leaves out what {message['role']} says", remedy=MEND)
+        ids, mask = encode_dialogue(tokenizer, messages)
+        if messages[-1] == ANSWER and ANSWER["content"] not in tokenizer.decode(
+            [i for i, counted in zip(ids, mask, strict=True) if counted]
+        ):
+            raise UserError("the chat template leaves out what assistant says", remedy=MEND)
+    except UserError as error:
+        return error
+    return None

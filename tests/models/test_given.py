@@ -282,7 +282,7 @@ def test_quantised_weights_are_known_without_their_config(model: Path, dtype: to
 
 def test_an_adapter_is_no_model(model: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
-    get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     for _ in range(2):
         what, remedy = only(folder)
