@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import NotASafetensorsRepoError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError, first_line
@@ -64,6 +65,7 @@ def pin(params: PretrainedBase, to: Path) -> list[str]:
     config = read_config(folder, params)
     tokenizer, notes = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]  # as it is loaded, and other programs may rely on it
     vars(config).pop("auto_map", None)  # transformers knows the type, and would ask whether to run the model's own code
     saving.copy_model(folder, names, config, tokenizer, to)
     return notes

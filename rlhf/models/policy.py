@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from rlhf.config.training import BuiltBase
-from rlhf.errors import UserError
+from rlhf.errors import UserError, first_line
 from rlhf.models.attention import attend_to_pieces
 from rlhf.models.packed import Packed
 from rlhf.tensors import send
@@ -55,6 +56,9 @@ def load_policy(folder: Path, precision: str) -> PreTrainedModel:
     Raises:
         UserError: the folder is missing or holds no such model.
     """
+    if (folder / "adapter_config.json").is_file():
+        # transformers would look for the model beneath it elsewhere, and save the adapter alone
+        raise UserError(f"{folder}: is an adapter, and no model by itself", remedy="give the folder of the model that it was merged into")
     return load(AutoModelForCausalLM, folder, precision, "a causal language model")
 
 
@@ -74,14 +78,23 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
     logging.set_verbosity_error()  # it would report new weights as a fault; those that are one are named below
     try:
         model, report = form.from_pretrained(
-            folder, dtype=DTYPES[precision], attn_implementation=ATTENTION, output_loading_info=True, use_safetensors=True, **options
+            folder,
+            dtype=DTYPES[precision],
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below
+            **options,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: cannot be {purpose} ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"
-        ) from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be {purpose} ({first_line(error)})", remedy="give a Hugging Face model folder") from None
     finally:
         logging.set_verbosity(before)
+    if other := sorted(name for name, *_ in report["mismatched_keys"]):
+        what = f"{folder}: cannot be {purpose}: other shapes than its config.json says for {', '.join(other[:3])}"
+        raise UserError(what, remedy="give the weights and the config.json of one model")
+    if form is AutoModelForCausalLM and "score.weight" in report["unexpected_keys"]:
+        raise UserError(f"{folder}: cannot be {purpose}: it is a reward model", remedy="give a folder with a language model")
     if lacking := sorted(set(report["missing_keys"]) - new):
         raise UserError(
             f"{folder}: cannot be {purpose}: no weights for {', '.join(lacking[:3])}", remedy="give a folder with a whole model"

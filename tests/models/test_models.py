@@ -139,6 +139,24 @@ def test_a_model_that_lacks_weights_is_refused(llama: LlamaForCausalLM, tokenize
         load_scalar(tmp_path, tokenizer, "fp32")
 
 
+def test_a_folder_that_holds_something_else_is_refused(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    save_model(llama, tokenizer, tmp_path / "whole")
+    load_scalar(tmp_path / "whole", tokenizer, "fp32").model.save_pretrained(tmp_path / "reward")
+    with pytest.raises(UserError, match=r"reward: cannot be a causal language model: it is a reward model"):
+        load_policy(tmp_path / "reward", "fp32")
+    settings = json.loads((tmp_path / "whole/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "whole/config.json").write_text(json.dumps(settings | {"intermediate_size": 64}))
+    with pytest.raises(UserError, match=r"other shapes than its config\.json says for model\.layers\.0\.mlp\.down_proj\.weight, "):
+        load_policy(tmp_path / "whole", "fp32")
+    weights = tmp_path / "whole/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"cannot be a causal language model \(.*incomplete metadata"):
+        load_policy(tmp_path / "whole", "fp32")
+    (tmp_path / "whole/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is an adapter"):
+        load_policy(tmp_path / "whole", "fp32")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_dropout_is_off_while_training(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
