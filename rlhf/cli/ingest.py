@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rlhf.config import Params
 from rlhf.config.data import ColumnSource, NamedSource
+from rlhf.data.folders import split_of
 from rlhf.data.formats import BY_DESIGN, read
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
@@ -96,6 +97,9 @@ def _check(file: Path, source: AnyFileSource, key: str, checker: Checker, params
     """How many rows are new, and a line on the file."""
     if not file.is_file():
         raise UserError(f"{file}: no such file", remedy="give the path of a data file")
+    if source.hub_split is None and (split := split_of(Path(file.name))) != "train":
+        what = f"{file}: by its name its rows are of the split '{split}'; nothing was added"
+        raise UserError(what, remedy="rename it, if they are to be used like the other rows of the source")
     good, bad = checker.divide(read(source.model_copy(update={"path": str(file.resolve())}), key, Path("/"), seed=0))
     damaged = [row for row in bad if row.category not in KNOWN]
     if len(damaged) > params.prepare.max_quarantined_share * (len(good) + len(bad)):

@@ -70,12 +70,15 @@ class FileSource(Section):
 
     name: Slug = Field(description=_NAME)
     path: str | None = Field(
-        description="JSONL, JSON, CSV or Parquet file (also .gz), a folder of such files, or a folder of `datasets`, under data/raw; "
+        description="JSONL, JSON, CSV, TSV, Parquet or Arrow file (also packed as .gz, .bz2, .xz or .zst), a folder of such files, or a "
+        "folder of `datasets`, under data/raw; "
         "`rlhf use` brings a file from elsewhere there and versions it with DVC, `rlhf ingest` adds a further one"
     )
     hub: str | None = Field(description="hub id of a dataset, instead of path")
     revision: str | None = Field(description="commit or tag of the hub dataset; required with hub, so that a run can be repeated")
-    hub_split: str | None = Field(description="split of the hub dataset or `datasets` folder, for example train")
+    hub_split: str | None = Field(
+        description="split of the hub dataset or of the folder, for example train; in a folder of files their names tell it"
+    )
     split: Split
     weight: Positive = Field(description=_WEIGHT)
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, Source
+from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
 from rlhf.data.fields import BadRow, Fields, Record, Turns, asks, last_answer, string, turns
+from rlhf.data.files import Unreadable
 from rlhf.data.named import DATASETS
-from rlhf.data.records import Unreadable, parts_of, records_of
+from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
 from rlhf.errors import UserError
 
@@ -78,9 +79,9 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
     Raises:
         UserError: the file or hub dataset cannot be read, holds no rows, or a column is missing from every row.
     """
-    if isinstance(source, FileSource) and source.path and (root / source.path).is_dir() and (parts := parts_of(root / source.path)):
+    if not isinstance(source, SandboxSource) and (parts := parts_of(source, key, root)):
         for part in parts:
-            yield from read(source.model_copy(update={"path": f"{source.path}/{part.name}"}), key, root, seed)
+            yield from read(part, key, root, seed)
         return
     if isinstance(source, FileSource):
         file, records = source.path or f"{source.hub}@{source.revision}", records_of(source, key, root)

@@ -90,5 +90,7 @@ def test_damaged_rows_are_named_and_nothing_is_added(root: Path, tmp_path: Path)
     assert (md5(root), sorted((root / "data/raw/notes").iterdir())) == (before, files)
     with pytest.raises(UserError, match="'letters' is no source that reads a file"):
         ingest(root, params(root), [good], "letters")
+    with pytest.raises(UserError, match="by its name its rows are of the split 'test'; nothing was added"):
+        ingest(root, params(root), [write(tmp_path / "test.jsonl", [{"text": "Held out."}])], None)
     with lock(root, "flow"), pytest.raises(UserError, match="a retraining flow is reading the data"):
         ingest(root, params(root), [good], None)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -63,27 +67,58 @@ def reason(result: Row | Quarantined) -> str:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    suffix = path.name.split(".")[1]
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif suffix == "csv":
+    elif suffix == "arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_file(path, table.schema) as sink:
+            sink.write_table(table)
+    elif suffix in ("csv", "tsv"):
         with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if suffix == "csv" else "\t")
             writer.writeheader()
             writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
     else:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if suffix == "jsonl" else json.dumps(rows)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) if suffix in ("jsonl", "ndjson") else json.dumps(rows)
         path.write_text(text, encoding="utf-8")
-    if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(path.read_bytes()))
+    if path.suffix in PACK:
+        path.write_bytes(PACK[path.suffix](path.read_bytes()))
     return path
+
+
+def zstd(content: bytes) -> bytes:
+    packed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return bytes(packed.getvalue())
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 # --------------------------------------------------------------------------------------------------------- formats × files
 
 
 @pytest.mark.parametrize("form", ["pairs", "messages", "qa", "text"])
-@pytest.mark.parametrize("ending", ["json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz", "parquet.gz"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "json",
+        "ndjson",
+        "csv",
+        "tsv",
+        "parquet",
+        "arrow",
+        "jsonl.gz",
+        "json.bz2",
+        "csv.xz",
+        "tsv.zst",
+        "parquet.gz",
+        "arrow.zst",
+        "jsonl.xz",
+    ],
+)
 def test_a_format_reads_the_same_from_every_file(form: str, ending: str, tmp_path: Path) -> None:
     expected = rows_of(form, write(tmp_path / "rows.jsonl", ROWS[form]))
     assert [type(row) for row in expected] == [Row, Row]
@@ -250,10 +285,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     for name, content in {
         "cut.jsonl.gz": whole[:-20],
-        "not.csv.gz": b"plain text",
         "bad.parquet": b"PAR1",
         "bad.json": b"[{",
-        "object.json": b"{}",
     }.items():
         (tmp_path / name).write_bytes(content)
         assert f"{name} cannot be read" in refusal("text", tmp_path / name)
@@ -272,7 +305,9 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
     assert len(rows_of("messages", tmp_path / "two", hub_split="test")) == 1
     assert "data.sources.0.hub_split is not set" in refusal("messages", tmp_path / "two")
     assert "'dev', but" in refusal("messages", tmp_path / "two", hub_split="dev")
-    assert "is no folder of `datasets`" in refusal("messages", tmp_path)
+    assert "one is a folder of `datasets` in a folder of files (give it a source of its own)" in refusal("messages", tmp_path)
+    (tmp_path / "none").mkdir()
+    assert "is no folder of `datasets` and holds no data file" in refusal("messages", tmp_path / "none")
 
 
 def test_a_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,303 @@
+"""One data file as numbered objects. What it is, its content says: its name only decides where the content leaves it open."""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands where an object should stand."""
+
+    reason: str
+    raw: str
+
+
+Records = Iterable[tuple[int, Mapping[str, Any] | Unreadable]]
+
+FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+ENDINGS = tuple(form + packed for form in FORMS for packed in ("", *PACKED))
+KINDS = f"{', '.join(FORMS)}, each also with {', '.join(PACKED)}"
+
+
+def records_of_file(path: Path, key: str) -> Records:
+    """The objects of a file, each with its line (JSON lines, CSV) or its number, from 1.
+
+    What is not valid UTF-8 comes as lone surrogates.
+
+    Raises:
+        UserError: there is no such file, or it is damaged or of an unknown kind.
+    """
+    name = path.name.lower()
+    if not name.endswith(ENDINGS):
+        raise UserError(f"{key}.path: {path} ends in '{path.suffix}'", remedy=f"give a file that ends in {KINDS}")
+    try:
+        reader = _reader(path, Path(next(name.removesuffix(ending) for ending in (*PACKED, "") if name.endswith(ending))).suffix, key)
+        with _opened(path) as file:
+            yield from reader(file)
+    except FileNotFoundError:
+        raise UserError(f"{key}.path: no such file: {path}", remedy=f"correct {key}.path in params.yaml, or `dvc pull`") from None
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{key}.path: {path} cannot be read: {what}", remedy="bring an undamaged copy with `rlhf use`") from None
+
+
+# -------------------------------------------------------------------------------------------------------- what a file is
+
+
+def _zstd(file: IO[bytes]) -> IO[bytes]:
+    import pyarrow
+
+    return cast(IO[bytes], pyarrow.CompressedInputStream(file, "zstd"))
+
+
+_UNPACK: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file, unpacked where it begins as a packed one does."""
+    with path.open("rb") as plain:
+        start = plain.read(6)
+        plain.seek(0)
+        unpack = next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
+        yield plain if unpack is None else io.BufferedReader(unpack(plain), 1 << 16)
+
+
+def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Records]:
+    """What reads a file.
+
+    Raises:
+        UserError: it is what often stands in the place of data.
+    """
+    with _opened(path) as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{key}.path: {path} is a pointer of git-lfs, not the data", remedy="`git lfs pull` where it comes from")
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError(f"{key}.path: {path} is a web page, not the data", remedy="download the file itself, in its raw form")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{key}.path: {path} is UTF-16", remedy="write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
+    if start.startswith(b"PAR1") or suffix == ".parquet":
+        return _parquet
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or suffix == ".arrow":
+        return _arrow
+    with _opened(path) as file:
+        return _text_reader(*_first_lines(file), suffix)
+
+
+def _first_lines(file: IO[bytes]) -> tuple[str, str]:
+    """The first two lines that are not empty; an empty text where there are no more."""
+    lines = (line.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip() for line in file)
+    found = (line for line in lines if line)
+    return next(found, ""), next(found, "")
+
+
+def _text_reader(first: str, second: str, suffix: str) -> Callable[[IO[bytes]], Records]:
+    value, table = _value(first), suffix in (".csv", ".tsv")
+    opens = first.startswith(("[{", '{"')) or first in ("[", "{")  # JSON, whatever the name is
+    if table and not opens:
+        given = {".csv": ",", ".tsv": "\t"}[suffix]
+        return partial(_csv, delimiter=next((mark for mark in (given, ",", "\t", ";") if mark in first), given))
+    if isinstance(value, dict) and (second or suffix in (".jsonl", ".ndjson")):
+        return _jsonl
+    if isinstance(value, dict | list) and not second:
+        return _json
+    if opens and value is None and (first.endswith(("[", "{")) or not isinstance(_value(second), dict)):
+        return _json if suffix == ".json" else _json_or_lines
+    return _jsonl
+
+
+def _value(text: str) -> Any:
+    """What a line holds as JSON; None where it holds none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{twice}' stands twice in one object")
+    return found
+
+
+_SPACE = re.compile(r"\s*")
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _jsonl(file: Iterable[bytes]) -> Records:
+    for number, raw in enumerate(file, start=1):
+        text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
+        if text:
+            yield number, _object(text)
+
+
+def _object(text: str) -> Mapping[str, Any] | Unreadable:
+    try:
+        value = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return Unreadable(f"malformed: not JSON ({error})", text)
+    return value if isinstance(value, dict) else Unreadable("malformed: not a JSON object", text)
+
+
+def _json(file: IO[bytes]) -> Records:
+    """A list, an object ``{"data": list}``, or objects one after the other, each over as many lines as it likes."""
+    text = file.read().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+    values, place = [], _behind_space(text, 0)
+    while place < len(text):
+        value, place = _DECODER.raw_decode(text, place)
+        values.append(value)
+        place = _behind_space(text, place)
+    rows = values
+    if len(values) == 1:
+        rows = values[0].get("data", values) if isinstance(values[0], dict) else values[0]
+    if not isinstance(rows, list):
+        raise ValueError('it holds neither a list nor an object {"data": [...]}')
+    for number, row in enumerate(rows, start=1):
+        yield number, row if isinstance(row, dict) else Unreadable("malformed: not a JSON object", json.dumps(row))
+
+
+def _behind_space(text: str, place: int) -> int:
+    found = _SPACE.match(text, place)
+    return found.end() if found else place
+
+
+def _json_or_lines(file: IO[bytes]) -> Records:
+    content = file.read()
+    try:
+        yield from list(_json(io.BytesIO(content)))
+    except (ValueError, RecursionError):
+        yield from _jsonl(io.BytesIO(content))
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+
+
+def _csv(file: IO[bytes], delimiter: str) -> Records:
+    csv.field_size_limit(2**31 - 1)
+    taken: list[str] = []
+    lines = _noting(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), taken)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = next(reader, [])
+    _check_columns(header)
+    while True:
+        line = reader.line_num + 1
+        taken.clear()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise csv.Error(f"the quotation mark of the row that begins in line {line} is never closed") from None
+            yield line, Unreadable(f"malformed: not CSV ({error})", "".join(taken))
+            continue
+        if cells is None:
+            return
+        if cells and len(cells) != len(header):
+            yield line, Unreadable(f"malformed: {len(cells)} cells under {len(header)} columns", "".join(taken))
+        elif cells:
+            yield line, dict(zip(header, map(_cell, cells), strict=True))
+
+
+def _check_columns(names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"two of its columns are named '{twice[0]}'")
+
+
+def _noting(lines: Iterable[str], taken: list[str]) -> Iterator[str]:
+    for line in lines:
+        taken.append(line)
+        yield line
+
+
+def _cell(text: str) -> Any:
+    """CSV has no lists: a message list stands in its cell as JSON, or as pandas writes it, in Python's form."""
+    if not text.startswith("[{"):
+        return text
+    value = _value(text)
+    if value is None:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return text
+    turns = isinstance(value, list) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    return value if turns else text
+
+
+def _parquet(file: IO[bytes]) -> Records:
+    import pyarrow.parquet
+
+    with _arrow_errors():
+        table = pyarrow.parquet.ParquetFile(_seekable(file))
+        _check_columns(table.schema_arrow.names)
+        yield from _rows_of(table.iter_batches(batch_size=1000))
+
+
+def _arrow(file: IO[bytes]) -> Records:
+    import pyarrow.ipc
+
+    with _arrow_errors():
+        seekable = _seekable(file)
+        start = seekable.read(6)
+        seekable.seek(0)
+        if start == b"ARROW1":
+            stored = pyarrow.ipc.open_file(seekable)
+            batches: Iterable[Any] = (stored.get_batch(number) for number in range(stored.num_record_batches))
+        else:
+            batches = stored = pyarrow.ipc.open_stream(seekable)
+        _check_columns(stored.schema.names)
+        yield from _rows_of(batches)
+
+
+def _seekable(file: IO[bytes]) -> IO[bytes]:
+    return io.BytesIO(file.read()) if isinstance(file, io.BufferedReader) and not isinstance(file.raw, io.FileIO) else file
+
+
+@contextmanager
+def _arrow_errors() -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+def _rows_of(batches: Iterable[Any]) -> Records:
+    number = 0
+    for batch in batches:
+        for index in range(batch.num_rows):
+            number += 1
+            try:
+                row = batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                row = Unreadable("not UTF-8", error.object.decode("utf-8", "surrogateescape"))
+            yield number, row
