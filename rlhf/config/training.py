@@ -84,7 +84,8 @@ class Sft(Section):
     batch_size: PositiveInt = Field(description="dialogues per optimiser step, over all processes")
     max_tokens: PositiveInt = Field(description="longer dialogues are left out and counted")
     loss_on: Literal["assistant", "all"] = Field(
-        description="assistant: the loss counts the assistant's tokens and their ends; all: the prompts' tokens, too"
+        description="assistant: the loss counts the assistant's tokens and their ends; all: the prompts' tokens, too, but "
+        "not in a dialogue some of whose turns are marked as not to be learnt"
     )
     group_by_length: bool = Field(
         description="dialogues of similar length share a batch: other ones each epoch, the batches in random order"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-Turns = tuple[dict[str, str], ...]
-Fields = dict[str, Any]  # prompt, chosen, rejected or text of a row
+Fields = dict[str, Any]  # of a row: prompt, chosen, rejected, text, …
 
 
 class BadRow(Exception):  # noqa: N818 - not an error of the program: its message is the reason for quarantine
@@ -39,7 +37,7 @@ def string(record: Record, *path: str | int) -> str:
 def number(record: Record, column: str) -> float:
     try:
         value = float(record[column])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise BadRow(f"malformed: '{column}' is {record[column]!r}, not a number")
@@ -48,51 +46,3 @@ def number(record: Record, column: str) -> float:
 
 def name_of(path: Sequence[str | int]) -> str:
     return ".".join(map(str, path))
-
-
-# ------------------------------------------------------------------------------------------------------------- dialogues
-
-
-def asks(question: str) -> Turns:
-    return ({"role": "user", "content": question},)
-
-
-def turns(record: Record, column: str) -> Turns:
-    """A dialogue: a message list, or Anthropic's text."""
-    value = record[column]
-    if not isinstance(value, list):
-        return marked_turns(string(record, column), column)
-    return keyed_turns(value, column, "role", "content", {})
-
-
-def keyed_turns(value: Any, column: str, role: str, content: str, names: Mapping[str, str]) -> Turns:
-    """A list of objects, one a turn.
-
-    Args:
-        role, content: the keys of an object that say who speaks, and what.
-        names: what the dataset calls a role → the role; others stay as they are.
-    """
-    if not isinstance(value, list):
-        raise BadRow(f"malformed: '{column}' is of type {type(value).__name__}, not a list of turns")
-    for place, turn in enumerate(value, start=1):
-        if not (isinstance(turn, dict) and isinstance(turn.get(role), str) and isinstance(turn.get(content), str)):
-            raise BadRow(f"malformed: turn {place} of '{column}' is not an object with {role} and {content} as text")
-    return tuple({"role": names.get(turn[role], turn[role]), "content": turn[content]} for turn in value)
-
-
-def marked_turns(text: str, column: str) -> Turns:
-    """Anthropic's form: each turn begins with an empty line and ``Human:`` or ``Assistant:``."""
-    start, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.strip())
-    if start.strip():
-        raise BadRow(f"malformed: '{column}' does not begin with 'Human:' or 'Assistant:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return tuple({"role": roles[name], "content": content.strip()} for name, content in zip(parts[::2], parts[1::2], strict=True))
-
-
-def last_answer(dialogue: Turns, column: str) -> tuple[Turns, str]:
-    """The turns before the last answer, and that answer."""
-    if not dialogue:
-        raise BadRow(f"empty: '{column}' has no turns")
-    if dialogue[-1]["role"] != "assistant":
-        raise BadRow(f"no assistant turn: '{column}' ends in a turn of role '{dialogue[-1]['role']}'")
-    return dialogue[:-1], dialogue[-1]["content"].strip()

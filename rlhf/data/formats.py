@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
-from rlhf.data.fields import BadRow, Fields, Record, Turns, asks, last_answer, string, turns
+from rlhf.data.fields import BadRow, Fields, Record, string
 from rlhf.data.files import Unreadable
 from rlhf.data.named import DATASETS
 from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
+from rlhf.data.turns import Turn, Turns, answered, complete, demonstration, last_answer, plain, turns, turns_or_question
 from rlhf.errors import UserError
 
 # Categories of rows that are there by design, and say nothing of damage: datasets hold them, and datasets overlap.
@@ -37,11 +38,13 @@ class Row:
     rejected: str | None = None
     text: str | None = None
     gold: dict[str, Any] | None = None
+    beside: dict[str, Any] | None = None  # what the answer holds beside its text: calls of tools, thoughts
+    unread: tuple[str, ...] = ()  # fields of its turns that nothing reads
 
     @property
     def content(self) -> dict[str, Any]:
         """What makes the row the same as another one."""
-        fields = {"prompt": self.prompt or None, "chosen": self.chosen, "rejected": self.rejected, "text": self.text}
+        fields = {"prompt": self.prompt or None, "chosen": self.chosen, "rejected": self.rejected, "text": self.text, "beside": self.beside}
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -102,7 +105,8 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
             if absent:
                 raise BadRow(f"malformed: no column '{needed[absent[0]]}'")
             gold = None if isinstance(source, FileSource) else record.get("gold")
-            yield Row(source.name, file, line, source.kind, gold=gold, **parse(record))
+            fields = complete(record, parse(record), needed.values()) if isinstance(source, FileSource) else parse(record)
+            yield Row(source.name, file, line, source.kind, gold=gold, **fields)
         except BadRow as reason:
             yield Quarantined(source.name, file, line, str(reason), raw)
     if not read_count:
@@ -129,48 +133,42 @@ def _check_utf8(raw: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- formats
 
 
-def _dialogue(record: Record, column: str) -> tuple[Turns, str]:
-    return last_answer(turns(record, column), column)
-
-
-def _side(record: Record, column: str, prompt: Turns | None) -> tuple[Turns, str]:
+def _side(record: Record, column: str, prompt: Turns | None) -> tuple[Turns, Turn]:
+    """The prompt and an answer to it, out of a column that holds the answer, its turn or the whole dialogue."""
+    if prompt is not None and isinstance(record[column], str):
+        return prompt, {"role": "assistant", "content": record[column].strip()}
+    before, answer = last_answer(turns(record, column), column)
     if prompt is None:
-        return _dialogue(record, column)
-    if isinstance(record[column], str):
-        return prompt, record[column].strip()
-    before, answer = _dialogue(record, column)
+        return before, answer
     if before not in ((), prompt):
         raise BadRow(f"malformed: '{column}' is a dialogue that does not begin with the prompt")
     return prompt, answer
 
 
 def _pair(record: Record, columns: Columns, prompt_column: str | None) -> Fields:
-    prompt = None if prompt_column is None else _prompt(record, prompt_column)
+    prompt = None if prompt_column is None else turns_or_question(record, prompt_column)
     before, chosen = _side(record, columns.chosen, prompt)
     before_rejected, rejected = _side(record, columns.rejected, prompt)
     if before != before_rejected:
         raise BadRow("malformed: chosen and rejected differ before the last answer")
-    return {"prompt": before, "chosen": chosen, "rejected": rejected}
+    if "weight" in chosen:
+        raise BadRow(f"no answer: '{columns.chosen}' is marked as not to be learnt")
+    return {"prompt": before, "chosen": plain(chosen, columns.chosen), "rejected": plain(rejected, columns.rejected)}
 
 
-def _prompt(record: Record, column: str) -> Turns:
-    return turns(record, column) if isinstance(record[column], list) else asks(string(record, column))
-
-
-def _messages(record: Record, columns: Columns) -> Fields:
-    prompt, answer = _dialogue(record, columns.messages)
-    return {"prompt": prompt, "chosen": answer}
+def _exchange(record: Record, columns: Columns) -> Fields:
+    prompt, answer = _side(record, columns.answer, turns_or_question(record, columns.question))
+    if "weight" in answer:
+        raise BadRow(f"no answer: '{columns.answer}' is marked as not to be learnt")
+    return {"prompt": prompt, **answered(answer)}
 
 
 # name: the columns that it reads, and how
 _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record, Columns], Fields]]] = {
     "hh": (("chosen", "rejected"), lambda record, columns: _pair(record, columns, None)),
     "pairs": (("prompt", "chosen", "rejected"), lambda record, columns: _pair(record, columns, columns.prompt)),
-    "messages": (("messages",), _messages),
-    "qa": (
-        ("question", "answer"),
-        lambda record, columns: {"prompt": asks(string(record, columns.question)), "chosen": string(record, columns.answer).strip()},
-    ),
+    "messages": (("messages",), lambda record, columns: demonstration(turns(record, columns.messages), columns.messages)),
+    "qa": (("question", "answer"), _exchange),
     "prompts": (("prompt",), lambda record, columns: {"prompt": turns(record, columns.prompt or "prompt")}),
     "text": (("text",), lambda record, columns: {"text": string(record, columns.text)}),
 }

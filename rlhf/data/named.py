@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.fields import BadRow, Fields, Record, Turns, asks, keyed_turns, last_answer, marked_turns, name_of, number, string, value_at
+from rlhf.data.fields import BadRow, Fields, Record, name_of, number, string, value_at
+from rlhf.data.turns import Turn, Turns, asks, demonstration, keyed_turns, marked_turns
 
 Path = tuple[str | int, ...]
 
@@ -95,8 +96,7 @@ def alpaca(record: Record) -> Fields:
 
 def sharegpt(record: Record) -> Fields:
     """Turns ``{from, value}``."""
-    roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-    return _demonstration(keyed_turns(record["conversations"], "conversations", "from", "value", roles), "conversations")
+    return demonstration(keyed_turns(record["conversations"], "conversations", "from", "value"), "conversations")
 
 
 def vicuna(record: Record) -> Fields:
@@ -112,28 +112,22 @@ def vicuna(record: Record) -> Fields:
 
 def oasst(record: Record) -> Fields:
     """A tree of messages, each with its replies: from the root along the best-ranked reply to the last answer."""
-    roles = {"prompter": "user", "assistant": "assistant"}
-    turns: list[dict[str, str]] = []
+    turns: list[Turn] = []
     replies: list[Any] = [record["prompt"]]
     while replies:
         best = min(replies, key=_rank)
-        turns += keyed_turns([best], "prompt", "role", "text", roles)
+        turns += keyed_turns([best], "prompt", "role", "text")
         replies = best.get("replies") or []
     while turns and turns[-1]["role"] == "user":
         turns.pop()
     if not turns:
         raise BadRow("no answer: 'prompt' has no replies")
-    return _demonstration(tuple(turns), "prompt")
+    return demonstration(tuple(turns), "prompt")
 
 
 def _rank(message: Any) -> float:
     rank = message.get("rank") if isinstance(message, dict) else None
     return rank if isinstance(rank, int) else float("inf")
-
-
-def _demonstration(turns: Turns, column: str) -> Fields:
-    prompt, answer = last_answer(turns, column)
-    return {"prompt": prompt, "chosen": answer}
 
 
 def _answer(record: Record, *path: str | int) -> str:

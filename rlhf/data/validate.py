@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
-from rlhf.data.formats import Quarantined, Row, Turns
+from rlhf.data.formats import Quarantined, Row
+from rlhf.data.turns import Turns
 
 
 class Checker:
@@ -37,7 +38,7 @@ class Checker:
     def _text_problem(self, row: Row) -> str | None:
         texts = {"text": row.text, "chosen": row.chosen, "rejected": row.rejected}
         for name, text in texts.items():
-            if text is not None and not text.strip():
+            if text is not None and not text.strip() and not (name == "chosen" and row.beside and "tool_calls" in row.beside):
                 return f"empty: {name}"
         if row.kind != "text" and (reason := turns_problem(row.prompt)):
             return reason
@@ -56,24 +57,28 @@ class Checker:
         return None
 
 
+_NEXT = {"user": ("assistant",), "assistant": ("user",), "call": ("tool",), "tool": ("assistant", "tool")}
+
+
 def turns_problem(prompt: Turns) -> str | None:
     """Why these turns cannot stand before an answer, or None.
 
-    Right is: a system turn or none, then user and assistant in alternation, a user turn last.
+    Right is: a system turn or none, then user and assistant in alternation, a user turn last. Where the assistant calls tools, their turns
+    follow, and then its own.
     """
+    expected: tuple[str, ...] = ("user",)
     for number, turn in enumerate(prompt, start=1):
-        if turn["role"] not in ("system", "user", "assistant"):
-            return f"malformed: turn {number} has role '{turn['role']}', not system, user or assistant"
-        if not turn["content"].strip():
-            return f"empty: turn {number} ({turn['role']})"
-    offset = int(bool(prompt) and prompt[0]["role"] == "system")
-    for number, turn in enumerate(prompt[offset:]):
-        expected = ("user", "assistant")[number % 2]
-        if turn["role"] != expected:
-            return f"malformed: turn {number + offset + 1} is of role '{turn['role']}' where '{expected}' must stand"
-    if len(prompt) == offset or prompt[-1]["role"] != "user":
-        return "malformed: no user turn before the answer"
-    return None
+        role, calls = turn["role"], "tool_calls" in turn
+        if role not in ("system", "user", "assistant", "tool"):
+            return f"malformed: turn {number} has role '{role}', not system, user, assistant or tool"
+        if not turn["content"].strip() and not calls:
+            return f"empty: turn {number} ({role})"
+        if role == "system" and number == 1:
+            continue
+        if role not in expected:
+            return f"malformed: turn {number} is of role '{role}' where '{expected[0]}' must stand"
+        expected = _NEXT["call" if calls else role]
+    return None if prompt and "assistant" in expected else "malformed: no user turn before the answer"
 
 
 def _digest(row: Row) -> bytes:

@@ -6,7 +6,8 @@ itself. So the tokens that sft trains on, that the reward model reads and that P
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -14,27 +15,34 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, first_line
 
-Messages = Sequence[dict[str, str]]
-Frozen = tuple[tuple[tuple[str, str], ...], ...]  # messages that can be looked up
+Messages = Sequence[Mapping[str, Any]]  # role, content, …: as rlhf.data.turns makes them
+Frozen = tuple[str, ...]  # messages that can be looked up, each as JSON
 Encoded = tuple[list[int], list[int]]  # token ids and mask
-MEND = "set base.chat_template: turns, which takes any dialogue, or mend the model's chat template"
+MEND = "set base.chat_template: turns, which takes any dialogue, mend the model's chat template, or take such rows out of the data"
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Encoded:
     """Token ids of a dialogue and a mask of the same length: 1 on each assistant turn's tokens, its end token included.
 
-    What the template writes after the last end token is left out. A dialogue that ends in a user turn ends with the generation prompt.
+    A turn of weight 0 is not counted. What the template writes after the last end token is left out. A dialogue that ends in a user turn
+    ends with the generation prompt.
     """
     return encode_dialogues(tokenizer, [messages])[0]
 
 
 def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Messages]) -> list[Encoded]:
-    """What `encode_dialogue` makes of each: every distinct text is rendered and tokenized once, and all of them in one call."""
-    frozen = [tuple(tuple(message.items()) for message in messages) for messages in dialogues]
-    before = _render(tokenizer, [part for messages in frozen for part in _before_answers(messages)], answer_follows=True)
-    after = _render(tokenizer, [part for messages in frozen for part in _after_answers(messages)], answer_follows=False)
+    """What `encode_dialogue` makes of each: every distinct text is rendered and tokenized once, and all of them in one call.
+
+    Raises:
+        UserError: the chat template does not take one of them.
+    """
+    given = [list(messages) for messages in dialogues]
+    frozen = [tuple(json.dumps(message, ensure_ascii=False) for message in messages) for messages in given]
+    answers = [[i for i, message in enumerate(messages) if message["role"] == "assistant"] for messages in given]
+    before = _render(tokenizer, _before_answers(frozen, answers), answer_follows=True)
+    after = _render(tokenizer, [key[: i + 1] for key, places in zip(frozen, answers, strict=True) for i in places], answer_follows=False)
     end = str(tokenizer.eos_token)
-    cut = [_pieces(messages, before, after, end) for messages in frozen]
+    cut = [_pieces(*dialogue, before, after, end) for dialogue in zip(given, frozen, answers, strict=True)]
     texts = list(dict.fromkeys(text for pieces in cut for text, _ in pieces))
     ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
     return [
@@ -42,61 +50,59 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Mes
     ]
 
 
-def _answers(messages: Frozen) -> list[int]:
-    return [i for i, message in enumerate(messages) if dict(message)["role"] == "assistant"]
-
-
-def _before_answers(messages: Frozen) -> list[Frozen]:
+def _before_answers(dialogues: Iterable[Frozen], answers: Iterable[Sequence[int]]) -> list[Frozen]:
     """What stands before each answer: the whole of a dialogue that ends in a user turn, too."""
-    answers = _answers(messages)
-    return [messages[:i] for i in answers] + ([] if len(messages) - 1 in answers else [messages])
-
-
-def _after_answers(messages: Frozen) -> list[Frozen]:
-    return [messages[: i + 1] for i in _answers(messages)]
+    found = []
+    for messages, places in zip(dialogues, answers, strict=True):
+        found += [messages[:i] for i in places]
+        if len(messages) - 1 not in places:
+            found.append(messages)
+    return found
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Frozen], *, answer_follows: bool) -> dict[Frozen, str]:
-    distinct = list(dict.fromkeys(dialogues))
-    plain = [list(map(dict, messages)) for messages in distinct]
-    try:
-        texts = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=answer_follows) if plain else []
-    except Exception:  # of one among them, which is named
-        texts = [render(tokenizer, messages, answer_follows=answer_follows) for messages in plain]
-    return dict(zip(distinct, texts, strict=True))
+    return {key: render(tokenizer, [json.loads(turn) for turn in key], answer_follows=answer_follows) for key in dict.fromkeys(dialogues)}
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, answer_follows: bool) -> str:
-    """One dialogue as text.
+    """A dialogue as its chat template writes it.
 
     Raises:
         UserError: the chat template has a slip, or refuses the dialogue.
     """
+    tools = next((message["tools"] for message in messages if "tools" in message), None)
+    plain = [{name: value for name, value in message.items() if name not in ("tools", "weight")} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer_follows))
+        return str(tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=answer_follows))
     except TemplateSyntaxError as error:
         what = f"has a slip in line {error.lineno}: {error.message}"
     except Exception as error:  # what the template raises, or stumbles over
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
         what = f"refuses a dialogue of {roles}: {first_line(error)}"
     raise UserError(f"the chat template {what}", remedy=MEND)
 
 
-def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after: dict[Frozen, str], end: str) -> list[tuple[str, int]]:
+def _pieces(
+    given: Messages,
+    messages: Frozen,
+    answers: Sequence[int],
+    rendered_before: dict[Frozen, str],
+    rendered_after: dict[Frozen, str],
+    end: str,
+) -> list[tuple[str, int]]:
     """The text of a dialogue, cut where answers begin and end; each piece with its mask."""
     pieces: list[tuple[str, int]] = []
     done = ""
-    answers = _answers(messages)
     for i in answers:
         before, after = rendered_before[messages[:i]], rendered_after[messages[: i + 1]]
         if not (before.startswith(done) and after.startswith(before)):
             # a template that rewrites earlier turns: only the last answer can be learnt as it will be sampled
             pieces, done = [], ""
-        answer = after[len(before) :] if after.startswith(before) else dict(messages[i])["content"] + end
+        answer = after[len(before) :] if after.startswith(before) else _bare(given[i]) + end
         if end not in answer:
-            raise UserError(f"the chat template writes no end token ({end}) after an answer", remedy=MEND)
+            raise UserError(f"the chat template writes no end token ({end}) after an answer: {answer[-60:]!r}", remedy=MEND)
         answer = answer[: answer.rindex(end) + len(end)]
-        pieces += [(before[len(done) :], 0), (answer, 1)]
+        pieces += [(before[len(done) :], 0), (answer, int(given[i].get("weight") != 0))]
         done = before + answer
     if len(messages) - 1 not in answers:
         whole = rendered_before[messages]
@@ -104,6 +110,14 @@ def _pieces(messages: Frozen, rendered_before: dict[Frozen, str], rendered_after
             pieces, done = [], ""
         pieces.append((whole[len(done) :], 0))
     return pieces
+
+
+def _bare(answer: Mapping[str, Any]) -> str:
+    """The text of an answer that the template writes otherwise than it asks for one."""
+    if more := sorted(answer.keys() - {"role", "content", "weight", "tools"}):
+        what = f"the chat template does not begin an answer as it asks for one, so that its {more[0]} cannot be learnt"
+        raise UserError(what, remedy=MEND)
+    return str(answer["content"])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:

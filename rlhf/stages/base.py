@@ -18,7 +18,7 @@ from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import given, saving
+from rlhf.models import examples, given, saving
 from rlhf.models.dialogues import blocks
 from rlhf.models.policy import build_policy, load_policy
 from rlhf.models.tokenizer import build_tokenizer, load_tokenizer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASE = "models/base"
+EXAMPLES = "data/prepared/examples.jsonl"
 
 
 def main(job: Job) -> None:
@@ -39,6 +40,7 @@ def main(job: Job) -> None:
         model, tokenizer, history = build(job, params)
     else:
         model, tokenizer = pin_once(job, params, device)
+        examples.check(tokenizer, read_lines(job.input(EXAMPLES)))
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
     rows = blocks(held_out, tokenizer, 128)
@@ -59,6 +61,7 @@ def build(job: Job, params: BuiltBase) -> tuple[PreTrainedModel, PreTrainedToken
     """Tokenizer and model from nothing, pretrained on packed text."""
     texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
     tokenizer = build_tokenizer(texts, params.vocab_size, params.context_tokens)
+    examples.check(tokenizer, read_lines(job.input(EXAMPLES)))
     rows = blocks(texts, tokenizer, params.max_tokens)
     if not rows:
         raise UserError(

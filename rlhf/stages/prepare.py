@@ -14,8 +14,10 @@ from typing import Any
 
 from rlhf.config import Params
 from rlhf.config.data import WEIGHTED
-from rlhf.data.formats import BY_DESIGN, Quarantined, Row, Turns, read
+from rlhf.data.examples import as_example, dialogue, first_of_each
+from rlhf.data.formats import BY_DESIGN, Quarantined, Row, read
 from rlhf.data.split import blend, deal_sources, key_of, shared_prompts, shuffled, without_leaks
+from rlhf.data.turns import Turn
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.job import Job, run, write_lines
@@ -36,7 +38,7 @@ def main(job: Job) -> None:
     for number, source in enumerate(sources):
         key, seed = f"data.sources.{number}", job.seed("sandbox", source.name)
         good[source.name], bad[source.name] = checker.divide(read(source, key, job.root, seed))
-        job.say(f"{source.name}: {len(good[source.name])} rows, {len(bad[source.name])} in quarantine")
+        job.say(told(source.name, good[source.name], bad[source.name]))
     check_quarantine(job, good, bad)
 
     dealt = deal_sources(good, sources, job.random)
@@ -49,8 +51,26 @@ def main(job: Job) -> None:
     check_needs(job.params, files)
     for name, lines in files.items():
         write_lines(job.output(f"data/prepared/{name}.jsonl"), lines)
+    write_lines(
+        job.output("data/prepared/examples.jsonl"), map(as_example, first_of_each(row for rows in good.values() for row in rows).values())
+    )
     write_quarantine(job.output("data/prepared/quarantine.jsonl"), bad)
     job.write_metrics(summary(good, bad, slices, leaked, used, files))
+
+
+def told(name: str, good: Sequence[Row], bad: Sequence[Quarantined]) -> str:
+    """What became of a source's rows, for people: what is not read of them, too."""
+    reasons = Counter(row.category for row in bad).most_common()
+    listed = f" ({', '.join(f'{reason} {count}' for reason, count in reasons)})" if reasons else ""
+    fields = ", ".join(f"'{field}' ({count})" for field, count in sorted(unread(good).items()))
+    return f"{name}: {len(good)} rows, {len(bad)} in quarantine{listed}" + (
+        f"; fields of turns that are not read: {fields}" if fields else ""
+    )
+
+
+def unread(rows: Iterable[Row]) -> Counter[str]:
+    """Fields of turns that nothing reads, and how many rows have them."""
+    return Counter(field for row in rows for field in row.unread)
 
 
 def files_of(slices: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, Any]]]:
@@ -74,14 +94,17 @@ def files_of(slices: Mapping[str, Sequence[Row]]) -> dict[str, list[dict[str, An
     return {name: [render(row) for row in rows] for name, (rows, render) in contents.items()}
 
 
-def dialogue(row: Row) -> Turns:
-    """The prompt and the (better) answer."""
-    return (*row.prompt, {"role": "assistant", "content": row.chosen or ""})
-
-
 def as_text(row: Row) -> dict[str, Any]:
-    names = {"system": "System", "user": "Human", "assistant": "Assistant"}
-    return {"text": row.text or "\n\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in dialogue(row))}
+    turns = dialogue(row)
+    # pretraining learns every word: it begins behind an answer that is not to be learnt
+    first = max((place for place, turn in enumerate(turns, start=1) if turn["role"] == "assistant" and "weight" in turn), default=0)
+    return {"text": row.text or "\n\n".join(map(said, turns[first:]))}
+
+
+def said(turn: Turn) -> str:
+    names = {"system": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ())]
+    return f"{names[turn['role']]}: " + "\n".join(filter(None, (turn["content"], *calls)))
 
 
 def as_pair(row: Row) -> dict[str, Any]:
@@ -166,6 +189,7 @@ def summary(
             "quarantined": len(bad[name]),
             "quarantined_share": len(bad[name]) / total,
             "reasons": dict(sorted(Counter(row.category for row in bad[name]).items())),
+            "unread": dict(sorted(unread(rows).items())),
             "leaked": leaked_of[name],
             "slices": {slice_name: sum(row.source == name for row in part) for slice_name, part in slices.items()},
             "used": {slice_name: sum(row.source == name for row in part) for slice_name, part in used.items()},

@@ -41,8 +41,12 @@ def read_rows(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Row], 
         UserError: none fits.
     """
     params = job.params.sft
-    encoded = encode_dialogues(tokenizer, (row["messages"] for row in read_lines(job.input("data/prepared/sft.jsonl"))))
-    rows = [(ids, mask if params.loss_on == "assistant" else [1] * len(ids)) for ids, mask in encoded if len(ids) <= params.max_tokens]
+    dialogues = [row["messages"] for row in read_lines(job.input("data/prepared/sft.jsonl"))]
+    encoded = encode_dialogues(tokenizer, dialogues)
+    # a dialogue with marks says itself what of it is to be learnt
+    whole = [params.loss_on == "all" and not any("weight" in turn for turn in messages) for messages in dialogues]
+    learnt = ((ids, [1] * len(ids) if all_of_it else mask) for (ids, mask), all_of_it in zip(encoded, whole, strict=True))
+    rows = [row for row in learnt if len(row[0]) <= params.max_tokens]
     if not rows:
         raise UserError(
             f"sft.max_tokens: none of {len(encoded)} dialogues fits in {params.max_tokens} tokens", remedy="raise sft.max_tokens"

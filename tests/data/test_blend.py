@@ -164,7 +164,7 @@ def test_weights_change_what_is_trained_on_and_nothing_that_is_measured(tmp_path
     assert before["sources"]["mine"]["used"] == before["sources"]["mine"]["slices"] == after["sources"]["mine"]["slices"]
     assert after["sources"]["mine"]["used"] == {"text": 80, "sft": 80, "reward": 80, "ppo": 80, "judge": 20, "heldout": 20}
     assert after["sources"]["asked"]["used"]["sft"] == 25
-    assert {name: len(rows) for name, rows in weighted.items()} == after["files"] | {"quarantine": 0}
+    assert {name: len(rows) for name, rows in weighted.items()} == after["files"] | {"examples": 1, "quarantine": 0}
     assert (len(plain["sft"]), len(weighted["sft"])) == (90, 105)
     assert set(Counter(map(json.dumps, weighted["reward"])).values()) == {2}
     for name in ("judge", "heldout_pairs", "heldout_prompts", "heldout_text"):

@@ -8,13 +8,17 @@ from collections import Counter
 import pytest
 
 from rlhf.config.data import SLICES, Split
-from rlhf.data.formats import Quarantined, Row, Turns
+from rlhf.data.formats import Quarantined, Row
 from rlhf.data.split import deal, targets, without_leaks
+from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker, turns_problem
 
 
 def turns(*pairs: tuple[str, str]) -> Turns:
     return tuple({"role": role, "content": content} for role, content in pairs)
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
 
 
 def pair(line: int, prompt: str = "Why?", chosen: str = "So.", rejected: str = "Dunno.", file: str = "a.jsonl") -> Row:
@@ -58,10 +62,14 @@ def test_checks_of_one_row(row: Row, expected: str | None) -> None:
         ((), "malformed: no user turn before the answer"),
         (turns(("system", "s")), "malformed: no user turn before the answer"),
         (turns(("user", "u"), ("assistant", "a")), "malformed: no user turn before the answer"),
+        ((*turns(("user", "u")), CALL, *turns(("tool", "t"), ("tool", "t"))), None),
+        ((*turns(("user", "u")), CALL), "malformed: no user turn before the answer"),
+        ((*turns(("user", "u")), CALL, *turns(("user", "u"))), "malformed: turn 3 is of role 'user' where 'tool' must stand"),
+        (turns(("user", "u"), ("tool", "t")), "malformed: turn 2 is of role 'tool' where 'assistant' must stand"),
         (turns(("assistant", "a"), ("user", "u")), "malformed: turn 1 is of role 'assistant' where 'user' must stand"),
         (turns(("system", "s"), ("user", "u"), ("user", "u")), "malformed: turn 3 is of role 'user' where 'assistant' must stand"),
         (turns(("user", "u"), ("system", "s")), "malformed: turn 2 is of role 'system' where 'assistant' must stand"),
-        (turns(("human", "u")), "malformed: turn 1 has role 'human', not system, user or assistant"),
+        (turns(("human", "u")), "malformed: turn 1 has role 'human', not system, user, assistant or tool"),
     ],
 )
 def test_turns(prompt: Turns, expected: str | None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.sandbox import make_rows
+from rlhf.errors import UserError
 from rlhf.models.dialogues import blocks, decode_answer, encode_dialogue, encode_dialogues, encode_prompt
 from rlhf.models.tokenizer import template
 
@@ -106,3 +109,47 @@ def test_passages_follow_each_other_in_rows_of_one_width(tokenizer: PreTrainedTo
     ids = tokenizer.encode(stream)
     assert [token for row in rows for token in row] == ids[: len(ids) // 5 * 5]
     assert blocks(texts[2:], tokenizer, 100) == []
+
+
+# ------------------------------------------------------------------------------------------------------ marks, tools, refusals
+
+CALLS = [{"type": "function", "function": {"name": "look_up", "arguments": {"word": "hot"}}}]
+CALLING: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": CALLS}
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+
+
+def counted(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]) -> list[str]:
+    ids, mask = encode_dialogue(tokenizer, messages)
+    return [str(tokenizer.decode(ids[span])).strip() for span in spans(mask)]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_counted(templated: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    marked: list[dict[str, Any]] = [SYSTEM, USER, {**ANSWER, "weight": 0}, AGAIN, LAST]
+    assert counted(tokenizer, marked) == [f"{LAST['content']}<|end|>".strip()]
+    assert encode_dialogue(tokenizer, marked)[0] == encode_dialogue(tokenizer, [SYSTEM, USER, ANSWER, AGAIN, LAST])[0]
+
+
+def test_calls_of_tools_are_counted_and_their_results_are_not(templated: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    messages = [USER | {"tools": TOOLS}, CALLING, {"role": "tool", "content": "cold"}, ANSWER]
+    text = str(tokenizer.decode(encode_dialogue(tokenizer, messages)[0]))
+    call = 'Calls: [{"name": "look_up", "arguments": {"word": "hot"}}]<|end|>'
+    assert counted(tokenizer, messages)[0].endswith(call)
+    assert counted(tokenizer, messages)[1:] == [f"{ANSWER['content']}<|end|>"]
+    assert text.index('"parameters": {}') < text.index(USER["content"]) < text.index(call) < text.index("cold")
+
+
+def test_a_template_that_refuses_a_dialogue_says_so(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing + template("special"))
+    encode_dialogue(tokenizer, [USER, ANSWER])
+    with pytest.raises(UserError, match="refuses a dialogue of system, user: System role not supported"):
+        encode_dialogue(tokenizer, [SYSTEM, USER, ANSWER])
+
+
+def test_what_would_be_lost_of_an_answer_is_refused(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    # asks for an answer in other words than it writes one in
+    thinking = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", thinking + "{% if add_generation_prompt %}<|assistant|><think>{% endif %}")
+    assert counted(tokenizer, [USER, ANSWER]) == [f"{ANSWER['content']}<|end|>"]
+    with pytest.raises(UserError, match="so that its tool_calls cannot be learnt"):
+        encode_dialogue(tokenizer, [USER, CALLING])

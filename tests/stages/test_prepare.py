@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "data"
 COLUMNS = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "messages": "messages"}
 COLUMNS |= {"question": "question", "answer": "answer", "text": "text"}
-FILES = ("text", "heldout_text", "sft", "reward", "judge", "heldout_pairs", "ppo", "heldout_prompts", "quarantine")
+FILES = ("text", "heldout_text", "sft", "reward", "judge", "heldout_pairs", "ppo", "heldout_prompts", "examples", "quarantine")
 
 
 def of_file(name: str, form: str, path: str, **split: float) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def write_pairs(path: Path, count: int, *more: bytes) -> str:
     return path.name
 
 
+ASK = {"role": "user", "content": "What is 0?"}
 ALL = {"text": 2.0, "sft": 2.0, "reward": 2.0, "ppo": 2.0, "judge": 1.0, "heldout": 1.0}
 
 
@@ -86,7 +87,7 @@ def test_every_row_goes_to_just_one_place(tmp_path: Path) -> None:
     for source in counts["sources"].values():
         assert source["rows"] == source["quarantined"] + source["leaked"] + sum(source["slices"].values())
     assert (counts["rows"], counts["quarantined"]) == (105, 3)
-    assert counts["files"] == {name: len(lines) for name, lines in files.items() if name != "quarantine"}
+    assert counts["files"] == {name: len(lines) for name, lines in files.items() if name not in ("examples", "quarantine")}
     assert [(row["file"], row["line"]) for row in files["quarantine"]] == [(path, 101), (path, 102), (path, 103)]
     assert files["quarantine"][1]["row"]["prompt"] == "\udcff"
 
@@ -108,6 +109,32 @@ def test_shapes_of_the_lines(tmp_path: Path) -> None:
     # no passages are held out: the held-out dialogues stand in for them
     assert len(files["heldout_text"]) == len(files["heldout_prompts"]) == 4
     assert files["quarantine"] == []
+    assert files["examples"] == [{"row": "pairs.jsonl:1", "messages": [ASK, {"role": "assistant", "content": "A number, 0."}]}]
+
+
+def test_what_turns_hold_goes_on_to_the_stages_and_what_is_not_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"role": "assistant", "content": "Zero."}
+    call = {"type": "function", "function": {"name": "count", "arguments": {}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    (tmp_path / "chat.jsonl").write_text(
+        json.dumps({"messages": [ASK, answer | {"weight": 0, "mood": "glad"}, ASK, answer]})
+        + "\n"
+        + json.dumps({"messages": [ASK, calling], "tools": [call["function"]]})
+        + "\n"
+        + json.dumps({"messages": [ASK, answer | {"weight": 0}]})
+        + "\n"
+    )
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 40)
+    job = job_in(tmp_path, [of_file("mine", "pairs", pairs, **ALL), of_file("chat", "messages", "chat.jsonl", sft=1)])
+    main(job)
+    files = prepared(job)
+    asking = ASK | {"tools": [{"type": "function", "function": call["function"]}]}
+    found = [row["messages"] for row in files["sft"] if row["messages"][0] in (ASK, asking)]
+    assert [ASK, answer | {"weight": 0}, ASK, answer] in found
+    assert [asking, calling] in found
+    assert [row["row"] for row in files["examples"]] == ["pairs.jsonl:1", "chat.jsonl:1", "chat.jsonl:2"]
+    assert "chat: 2 rows, 1 in quarantine (no answer 1); fields of turns that are not read: 'mood' (1)" in capsys.readouterr().out
+    assert metrics(job)["sources"]["chat"]["unread"] == {"mood": 1}
 
 
 def test_held_out_prompts_leave_training_and_are_counted(tmp_path: Path) -> None:
@@ -145,7 +172,7 @@ def test_same_params_same_bytes_and_another_seed_other_rows(tmp_path: Path) -> N
         jobs.append(job_in(tmp_path / name, sources, seed))
         main(jobs[-1])
     first, again, other = map(digests, jobs)
-    assert len(first) == 10
+    assert len(first) == 11
     assert first == again
     assert first["out/data/prepared/sft.jsonl"] != other["out/data/prepared/sft.jsonl"]
 

@@ -16,7 +16,7 @@ from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import micro_batches, share
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.errors import UserError
-from rlhf.job import Job, read_lines
+from rlhf.job import Job, read_lines, write_lines
 from rlhf.models.dialogues import encode_prompt
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.ppo_setup import read_prompts
@@ -310,3 +310,25 @@ def test_the_loss_of_sft_counts_answers_or_everything(unbroken: Path, tmp_path: 
         # from the first token of the last answer to its end
         assert 0 < sum(mask) < len(ids)
         assert mask[-1] == 1
+
+
+def test_marks_say_what_of_a_dialogue_sft_learns_whatever_loss_on_says(unbroken: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(unbroken / "models/base")
+    ask, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    marked = [ask, {**answer, "content": "No.", "weight": 0}, ask, answer]
+    write_lines(tmp_path / "data/prepared/sft.jsonl", [{"messages": marked}, {"messages": [ask, answer]}])
+    for loss_on, expected in (("assistant", "So.<|end|>"), ("all", "<|user|>Why?<|assistant|>So.<|end|>")):
+        raw = tiny_params()
+        raw["sft"]["loss_on"] = loss_on
+        rows, _ = read_rows(Job("sft", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0), tokenizer)
+        learnt = [tokenizer.decode([token for token, counted in zip(ids, mask, strict=True) if counted]) for ids, mask in rows]
+        assert learnt == ["So.<|end|>", expected]
+
+
+def test_base_names_the_row_that_the_chat_template_does_not_show_before_it_trains(tmp_path: Path) -> None:
+    make_workspace(tmp_path, tiny_params(), 60)
+    thinking = {"role": "assistant", "content": "So.", "thinking": "Let me see."}
+    example = {"row": "data/raw/chat.jsonl:7", "messages": [{"role": "user", "content": "Why?"}, thinking]}
+    write_lines(tmp_path / "data/prepared/examples.jsonl", [example])
+    assert "UserError: data/raw/chat.jsonl:7: the chat template leaves out the answer's thinking" in run(tmp_path, "base", code=1)
+    assert not (tmp_path / "models").exists()
