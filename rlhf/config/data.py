@@ -102,8 +102,24 @@ class ColumnSource(FileSource):
         return {"hh": "pairs", "qa": "messages"}.get(self.format, self.format)
 
 
-PairsDataset = Literal["rm-static", "full-hh-rlhf", "synthetic-instruct-gptj-pairwise", "rlhf-reward-datasets", "webgpt", "shp", "miracl"]
-MessagesDataset = Literal["alpaca", "sharegpt", "vicuna", "oasst", "zhihu-kol", "hc3", "mkqa-zh", "mkqa-ja", "qg-jaquad", "qag-jaquad"]
+PairsDataset = Literal[
+    "rm-static",
+    "full-hh-rlhf",
+    "synthetic-instruct-gptj-pairwise",
+    "rlhf-reward-datasets",
+    "webgpt",
+    "shp",
+    "miracl",
+    "nectar",
+    "ultrafeedback",
+    "helpsteer",
+    "helpsteer2-preference",
+    "helpsteer3",
+    "openai-preference",
+]
+MessagesDataset = Literal[
+    "kto", "alpaca", "sharegpt", "vicuna", "oasst", "zhihu-kol", "hc3", "mkqa-zh", "mkqa-ja", "qg-jaquad", "qag-jaquad"
+]
 
 
 class NamedSource(FileSource):
@@ -156,6 +172,6 @@ class Data(Section):
 class Prepare(Section):
     max_characters: PositiveInt = Field(description="a row with a longer dialogue or passage is quarantined as over-long")
     max_quarantined_share: Fraction = Field(
-        description="prepare fails when a larger share of a source's rows is damaged; ties, questions without an answer and rows of an "
-        "earlier source go to quarantine too, but are no damage"
+        description="prepare fails when a larger share of a source's rows is damaged; ties, questions without an answer, lone or "
+        "undesirable answers and rows of an earlier source go to quarantine too, but are no damage"
     )

@@ -22,7 +22,7 @@ from rlhf.data.turns import Turn, Turns, answered, complete, demonstration, last
 from rlhf.errors import UserError
 
 # Categories of rows that are there by design, and say nothing of damage: datasets hold them, and datasets overlap.
-BY_DESIGN = frozenset({"tie", "no answer", "in another source"})
+BY_DESIGN = frozenset({"tie", "no answer", "no pair", "undesirable", "in another source"})
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
         file, records = source.path or f"{source.hub}@{source.revision}", records_of(source, key, root)
     else:
         file, records = "sandbox", enumerate(make_rows(source.kind, source.rows, seed, source.label_noise), start=1)
+    if isinstance(source, NamedSource) and (gather := DATASETS[source.format].gather):
+        records = gather(records)
     needed, parse = _reader(source)
     read_count, missing, present = 0, Counter[str](), dict[str, None]()
     for line, record in records:

@@ -7,11 +7,13 @@ teach nothing, have the reasons "tie" (no preference) and "no answer".
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data import ranked
 from rlhf.data.fields import BadRow, Fields, Record, name_of, number, string, value_at
+from rlhf.data.files import Records
 from rlhf.data.turns import Turn, Turns, asks, demonstration, keyed_turns, marked_turns
 
 Path = tuple[str | int, ...]
@@ -24,6 +26,7 @@ class Dataset:
     hub: str  # where it is found
     columns: tuple[str, ...]  # what every row must have
     parse: Callable[[Record], Fields]
+    gather: Callable[[Records], Records] | None = None  # where a row is made of several records
 
 
 # ----------------------------------------------------------------------------------------------------------------- pairs
@@ -89,9 +92,17 @@ def question_answer(question: Path, answer: Path) -> Callable[[Record], Fields]:
 
 
 def alpaca(record: Record) -> Fields:
-    """An instruction, what it is applied to (may be empty), and the output."""
+    """An instruction, what it is applied to (may be empty), and the output; `history` holds earlier ones, each with its answer."""
     given = string(record, "input") if record.get("input") is not None else ""
-    return {"prompt": asks(f"{string(record, 'instruction')}\n\n{given}".strip()), "chosen": _answer(record, "output")}
+    last = asks(f"{string(record, 'instruction')}\n\n{given}".strip())
+    return {"prompt": (*_history(record.get("history") or []), *last), "chosen": _answer(record, "output")}
+
+
+def _history(rounds: Any) -> Iterator[Turn]:
+    for said in rounds if isinstance(rounds, list) else [rounds]:
+        if not (isinstance(said, list) and len(said) == 2 and all(isinstance(text, str) for text in said)):
+            raise BadRow("malformed: 'history' is not a list of pairs of texts")
+        yield from ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
 
 
 def sharegpt(record: Record) -> Fields:
@@ -101,7 +112,7 @@ def sharegpt(record: Record) -> Fields:
 
 def vicuna(record: Record) -> Fields:
     """A text with ``USER:`` and ``ASSISTANT:`` that ends where the label goes on; what stands before the first is the system turn."""
-    system, *parts = re.split(r"(?:^|\s)(USER|ASSISTANT):", string(record, "prompt"))
+    system, *parts = re.split(r"(?:^|\s)(USER|ASSISTANT)[:：]", string(record, "prompt"))
     said = zip(parts[::2], parts[1::2], strict=True)
     turns = [{"role": role.lower(), "content": content.replace("</s>", "").strip()} for role, content in said]
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
@@ -153,6 +164,25 @@ DATASETS: dict[str, Dataset] = {
     "miracl": Dataset(
         "Cohere/miracl-zh-queries-22-12, Cohere/miracl-ja-queries-22-12", ("query", "positive_passages", "negative_passages"), miracl
     ),
+    "nectar": Dataset("berkeley-nest/Nectar", ("prompt", "answers"), ranked.nectar),
+    "ultrafeedback": Dataset("openbmb/UltraFeedback", ("instruction", "completions"), ranked.ultrafeedback),
+    "helpsteer": Dataset(
+        "nvidia/HelpSteer, nvidia/HelpSteer2", ("prompt", "response", *ranked.HELPSTEER_RANK), ranked.helpsteer, ranked.same_prompt
+    ),
+    "helpsteer2-preference": Dataset(
+        "nvidia/HelpSteer2 (its folder preference)",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        ranked.helpsteer_preference("prompt", "response_1", "response_2", "preference_strength"),
+    ),
+    "helpsteer3": Dataset(
+        "nvidia/HelpSteer3",
+        ("context", "response1", "response2", "overall_preference"),
+        ranked.helpsteer_preference("context", "response1", "response2", "overall_preference"),
+    ),
+    "openai-preference": Dataset(
+        "OpenAI's files for preference tuning", ("input", "preferred_output", "non_preferred_output"), ranked.openai_preference
+    ),
+    "kto": Dataset("trl-lib/kto-mix-14k", ("prompt", "completion", "label"), ranked.unpaired),
     "alpaca": Dataset("tatsu-lab/alpaca", ("instruction", "output"), alpaca),
     "sharegpt": Dataset("anon8231489123/ShareGPT_Vicuna_unfiltered", ("conversations",), sharegpt),
     "vicuna": Dataset("pvduy/sharegpt_alpaca_oa_vicuna_format", ("prompt", "label"), vicuna),

@@ -229,9 +229,11 @@ def complete(record: Record, fields: Fields, columns: Collection[str]) -> Fields
     for column in SYSTEM_COLUMNS:
         if column not in columns and record.get(column) not in (None, ""):
             prompt = _with_system(prompt, string(record, column), column)
-    if "tools" not in columns and record.get("tools") and prompt:
-        prompt = (prompt[0] | {"tools": _tools(record["tools"])}, *prompt[1:])
-    return fields | {"prompt": prompt, "unread": unread(record, columns)}
+    tools = fields.get("tools") or ("tools" not in columns and record.get("tools"))
+    if tools and prompt:
+        prompt = (prompt[0] | {"tools": _tools(tools)}, *prompt[1:])
+    plain = {name: value for name, value in fields.items() if name != "tools"}
+    return plain | {"prompt": prompt, "unread": unread(record, columns)}
 
 
 def _with_system(prompt: Turns, text: str, column: str) -> Turns:

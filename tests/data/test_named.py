@@ -16,6 +16,7 @@ from rlhf.data.formats import Quarantined, Row, read
 from rlhf.data.named import DATASETS
 from rlhf.data.validate import turns_problem
 from rlhf.errors import UserError
+from tests.data.ranked_rows import RANKED
 
 ROOT = Path(__file__).parents[2]
 NOTHING = {"text": 0, "sft": 0, "reward": 0, "ppo": 0, "judge": 0, "heldout": 0}
@@ -180,6 +181,8 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]], str, str | None]] =
     ),
 }
 
+ROWS |= RANKED
+
 
 def results(form: str, rows: list[dict[str, Any]], folder: Path) -> list[Row | Quarantined]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -188,7 +191,7 @@ def results(form: str, rows: list[dict[str, Any]], folder: Path) -> list[Row | Q
     return list(read(source, "data.sources.0", folder, 1))
 
 
-@pytest.mark.parametrize("form", DATASETS)
+@pytest.mark.parametrize("form", ROWS)
 def test_a_row_of_the_dataset(form: str, tmp_path: Path) -> None:
     row, turns, chosen, rejected = ROWS[form]
     prompt = tuple({"role": role, "content": content} for role, content in turns)
@@ -198,7 +201,7 @@ def test_a_row_of_the_dataset(form: str, tmp_path: Path) -> None:
 
 
 def test_every_dataset_of_the_schema_has_a_reader() -> None:
-    assert set(DATASETS) == {*get_args(PairsDataset), *get_args(MessagesDataset)} == set(ROWS)
+    assert set(DATASETS) == {*get_args(PairsDataset), *get_args(MessagesDataset)} == {*ROWS, "helpsteer"}
 
 
 def changed(form: str, path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
@@ -225,6 +228,19 @@ def changed(form: str, path: tuple[str | int, ...], value: Any) -> dict[str, Any
         ("shp", ("score_B",), float("nan"), "malformed: 'score_B' is nan, not a number"),
         ("miracl", ("negative_passages",), [], "no answer: 'negative_passages' is empty"),
         ("miracl", ("positive_passages",), ["text"], "malformed: no 'positive_passages.0.text'"),
+        ("nectar", ("answers", 0, "rank"), None, "malformed: 'rank' is None, not a number"),
+        ("nectar", ("answers", 0), {"answer": "x"}, "malformed: an answer has no 'rank'"),
+        ("nectar", ("answers",), [{"answer": "x", "rank": 1}], "no pair: 1 answer to this prompt"),
+        ("ultrafeedback", ("completions", 1, "response"), None, "empty: 'response' is null"),
+        ("ultrafeedback", ("completions",), [{"fine-grained_score": 1}] * 4, "tie: all 4 answers have the same rank"),
+        ("ultrafeedback", ("completions",), "x", "malformed: 'completions' is not a list of objects"),
+        ("helpsteer2-preference", ("preference_strength",), 0, "tie: 'preference_strength' is 0"),
+        ("helpsteer3", ("context",), 5, "malformed: 'context' is of type int, not text"),
+        ("openai-preference", ("input",), {}, "malformed: no 'input.messages'"),
+        ("openai-preference", ("preferred_output",), [], "empty: 'preferred_output' has no turns"),
+        ("kto", ("label",), False, "undesirable: 'label' is false, and no stage learns from an answer that is only bad"),
+        ("kto", ("label",), "yes", "malformed: 'label' is 'yes', not true or false"),
+        ("alpaca", ("history",), ["x"], "malformed: 'history' is not a list of pairs of texts"),
         ("alpaca", ("output",), None, "no answer: 'output' is null"),
         ("sharegpt", ("conversations",), [], "empty: 'conversations' has no turns"),
         ("sharegpt", ("conversations",), "Hi!", "malformed: 'conversations' is of type str, not a list of turns"),
@@ -259,7 +275,7 @@ def test_ranks_decide_which_reply_of_a_tree_is_followed(tmp_path: Path) -> None:
     assert (result.prompt, result.chosen) == (({"role": "user", "content": "Hi!"},), "Go away.")
 
 
-@pytest.mark.parametrize("form", DATASETS)
+@pytest.mark.parametrize("form", ROWS)
 def test_another_dataset_is_refused_by_its_missing_column(form: str, tmp_path: Path) -> None:
     column = DATASETS[form].columns[0]
     with pytest.raises(

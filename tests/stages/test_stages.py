@@ -318,8 +318,7 @@ def test_marks_say_what_of_a_dialogue_sft_learns_whatever_loss_on_says(unbroken:
     marked = [ask, {**answer, "content": "No.", "weight": 0}, ask, answer]
     write_lines(tmp_path / "data/prepared/sft.jsonl", [{"messages": marked}, {"messages": [ask, answer]}])
     for loss_on, expected in (("assistant", "So.<|end|>"), ("all", "<|user|>Why?<|assistant|>So.<|end|>")):
-        raw = tiny_params()
-        raw["sft"]["loss_on"] = loss_on
+        raw = tiny_params() | {"sft": tiny_params()["sft"] | {"loss_on": loss_on}}
         rows, _ = read_rows(Job("sft", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0), tokenizer)
         learnt = [tokenizer.decode([token for token, counted in zip(ids, mask, strict=True) if counted]) for ids, mask in rows]
         assert learnt == ["So.<|end|>", expected]
@@ -328,7 +327,7 @@ def test_marks_say_what_of_a_dialogue_sft_learns_whatever_loss_on_says(unbroken:
 def test_base_names_the_row_that_the_chat_template_does_not_show_before_it_trains(tmp_path: Path) -> None:
     make_workspace(tmp_path, tiny_params(), 60)
     thinking = {"role": "assistant", "content": "So.", "thinking": "Let me see."}
-    example = {"row": "data/raw/chat.jsonl:7", "messages": [{"role": "user", "content": "Why?"}, thinking]}
-    write_lines(tmp_path / "data/prepared/examples.jsonl", [example])
+    example = [{"row": "data/raw/chat.jsonl:7", "messages": [{"role": "user", "content": "Why?"}, thinking]}]
+    write_lines(tmp_path / "data/prepared/examples.jsonl", example)
     assert "UserError: data/raw/chat.jsonl:7: the chat template leaves out the answer's thinking" in run(tmp_path, "base", code=1)
     assert not (tmp_path / "models").exists()
