@@ -20,16 +20,16 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
 from rlhf.errors import UserError
-from rlhf.launcher import processes
+from rlhf.launcher import failures, processes
+from rlhf.launcher.failures import RAISED
 from rlhf.redact import redact
 from tasks.graph import Stage
 from tasks.progress import Bar
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
-# what Python writes last of an error, and what the launcher says of a stage that did not explain itself
-RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b.*")
-LOG = "; its log: "
+LOG = "; its log: "  # what the launcher says of a stage that did not explain itself
+FROM_DVC = "ERROR: failed to reproduce"
 RETRY_DELAY_SECONDS = 2
 SECONDS_TO_STOP = processes.GRACE_SECONDS + 5
 
@@ -53,13 +53,16 @@ _running: set[subprocess.Popen[str]] = set()
 class StageError(UserError):
     """A stage ended with an exit code other than 0.
 
-    `lasting`: it would fail again, as it said itself what the user has to mend, the disk is full, or it was stopped from outside.
+    `lasting`: it would fail again; not where the system killed its processes, or a node or a connection was lost.
     `stopped`: it was told to end, by a signal.
     """
 
     def __init__(self, stage: str, code: int, lines: list[str]) -> None:
+        # the launcher tells of its stage, and dvc of a launcher that was killed itself
+        killed = any(line.startswith(FROM_DVC) and line.endswith(("exited with -9", "exited with 137")) for line in lines)
+        lines = [line for line in lines if not line.startswith(FROM_DVC)]
         explained = any(line.startswith("error: ") for line in lines)
-        self.lasting = explained or code < 0 or any("No space left on device" in line for line in lines)
+        self.lasting = explained or not (killed or any(f"; {failures.MAY_PASS}" in line for line in lines))
         self.stopped = -code in processes.STOPPING or any(line.startswith(f"{stage}: stopped by ") for line in lines)
         said = f"stage {stage} was stopped" if self.stopped else f"stage {stage} failed with exit code {code}: {reason(lines)}"
         super().__init__(said, remedy="see its log")
@@ -132,8 +135,7 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
         lines: deque[str] = deque(maxlen=LAST_LINES)
 
         def take(line: str) -> None:
-            if not line.startswith("ERROR: failed to reproduce"):
-                lines.append(line)
+            lines.append(line)
             tell(_progress(stage.name, line))
 
         # --wait-for-lock: a stage that ends while another one commits would be lost without it

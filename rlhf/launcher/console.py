@@ -11,9 +11,11 @@ from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rlhf.launcher import failures
 from rlhf.redact import redact
 
 LINES_SHOWN = 20
+LINES_KEPT = 1000  # of those that tell of a failure
 # what DeepSpeed and Gloo say of themselves
 NOISE = re.compile(r"\[\d{4}-\d\d-\d\d [\d:,]+\] \[(INFO|DEBUG)\] |\[Gloo\] Rank ")
 
@@ -25,6 +27,7 @@ class Console:
         self._stage, self._path = stage, log
         self._log = log.open("a", encoding="utf-8")
         self._last: deque[str] = deque(maxlen=LINES_SHOWN)
+        self._told: deque[str] = deque(maxlen=LINES_KEPT)
         self._explained = self._unlogged = False
         self._step = re.compile(rf"{re.escape(self._stage)} (\d+)/(\d+) (\S*).*")
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -56,6 +59,8 @@ class Console:
             return
         self._last.append(line)
         self._explained |= line.startswith("error: ")
+        if failures.tells(line):
+            self._told.append(line)
         step = self._step.fullmatch(line)
         if self._progress.disable:
             print(line, flush=True)
@@ -67,5 +72,8 @@ class Console:
     def explain(self, code: int) -> None:
         """Say that the stage failed, and why, where it has not said so itself."""
         lines = [] if self._explained else ["", f"the last lines of stage {self._stage}:", *self._last]
-        ending = f"with exit code {code}" if code else "before its end: one of its processes was killed (out of memory?)"
+        killed = code in failures.KILLED
+        ending = "before its end: one of its processes was killed (out of memory?)" if killed else f"with exit code {code}"
+        if not self._explained and failures.may_pass(code, self._told):
+            ending += f"; {failures.MAY_PASS}"
         print("\n".join([*lines, f"stage {self._stage} ended {ending}; its log: {self._path}"]), file=sys.stderr, flush=True)

@@ -122,14 +122,46 @@ def test_a_failed_stage_is_named_with_its_reason_and_nothing_after_it_runs(root:
     assert (root / "tries").read_text() == "x\n"
 
 
-def test_a_stage_that_breaks_down_is_tried_again(root: Path) -> None:
-    pipeline(root, {"base": {"cmd": "[ -e tried ] || { touch tried; exit 9; }; echo ok > out", "outs": ["out"], "meta": {"retries": 1}}})
-    assert walk(root) == {"base": "done"}
+LAUNCH = "import pathlib, sys; from rlhf.launcher.launch import launch; sys.exit(launch('prepare', pathlib.Path(), 'toys'))"
+TOY = """
+import os, signal
+from rlhf.job import run
+
+def main(job):
+    tries = job.root / "tries"
+    tries.open("a").write("x")
+    if len(tries.read_text()) == 1:
+        {mishap}
+    job.output("out").write_text("ok")
+
+run("prepare", main)
+"""
 
 
-def test_a_full_disk_is_not_tried_again() -> None:
-    assert stage.StageError("sft", 255, ["ERROR: unexpected error - [Errno 28] No space left on device"]).lasting
-    assert not stage.StageError("sft", 255, ["ERROR: unexpected error"]).lasting
+@pytest.mark.parametrize(
+    ("mishap", "tries"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 2),
+        ("os.kill(os.getppid(), signal.SIGKILL)", 2),
+        ("raise ConnectionResetError('Connection reset by peer')", 2),
+        ("raise ValueError('row 7')", 1),
+        ("os._exit(9)", 1),
+    ],
+    ids=["killed", "launcher killed", "lost connection", "exception", "exit code"],
+)
+def test_a_stage_is_tried_again_where_that_may_help(root: Path, monkeypatch: pytest.MonkeyPatch, mishap: str, tries: int) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+    monkeypatch.setenv("PYTHONPATH", f"{PROJECT}:{root}")
+    (root / "params.yaml").write_bytes((PROJECT / "params.yaml").read_bytes())
+    (root / "toys").mkdir()
+    (root / "toys/prepare.py").write_text(TOY.format(mishap=mishap))
+    pipeline(root, {"prepare": {"cmd": f'{sys.executable} -c "{LAUNCH}"', "outs": ["out"], "meta": {"retries": 2}}})
+    if tries > 1:
+        assert walk(root) == {"prepare": "done"}
+    else:
+        with pytest.raises(UserError, match="stage prepare failed with exit code"):
+            walk(root)
+    assert len((root / "tries").read_text()) == tries
 
 
 def test_stopped_stages_leave_no_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

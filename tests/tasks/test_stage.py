@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rlhf.launcher.failures import MAY_PASS
 from tasks.stage import StageError
 
 CRASH = """\
@@ -17,9 +18,11 @@ def test_a_crash_is_one_sentence_with_the_place_of_its_log() -> None:
     failure = StageError("sft", 255, CRASH)
     expected = "stage sft failed with exit code 255: torch.OutOfMemoryError: CUDA out of memory; its log: /workspace/runs/sft/f00d/log.txt"
     assert failure.what == expected
-    assert not failure.lasting
-    ended = "stage sft ended before its end: one of its processes was killed; its log: /x/log.txt"
-    assert StageError("sft", 255, ["sft 1/9 loss=3", ended]).what.endswith(f"255: {ended}")
+    assert failure.lasting
+    ended = f"stage sft ended before its end: one of its processes was killed; {MAY_PASS}; its log: /x/log.txt"
+    killed = StageError("sft", 255, ["sft 1/9 loss=3", ended])
+    assert killed.what.endswith(f"255: {ended}")
+    assert not killed.lasting
     assert StageError("sft", 9, ["one", "two"]).what == "stage sft failed with exit code 9: two"
 
 
