@@ -14,6 +14,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+import tasks.plan
 import tasks.registry
 import tasks.report
 import tasks.share
@@ -21,7 +22,6 @@ from rlhf import config, tracking
 from rlhf.errors import UserError
 from rlhf.launcher.launch import forget_committed
 from rlhf.locks import lock
-from rlhf.paths import inside
 from rlhf.registry.history import person
 from rlhf.workspace import fingerprint, one_run
 from rlhf.workspace.find import refuse_experiment
@@ -97,7 +97,9 @@ def _completed(name: str, message: str, happened: dict[str, Any]) -> dict[str, A
 
 
 def check(root: Path, reason: str | None = None, until: str | None = None) -> config.Params:
-    """Params.yaml, the files that it names, dvc.yaml against its algorithm, the place, and what is asked, before anything is started.
+    """Params.yaml, dvc.yaml against its algorithm, the place, and what is asked, before anything is started.
+
+    What the stages will read is looked at by `run_stages`, where one of them is to run.
 
     Raises:
         UserError: naming what is wrong.
@@ -110,10 +112,6 @@ def check(root: Path, reason: str | None = None, until: str | None = None) -> co
     fingerprint.check_algorithm(nodes, params)
     if until and until not in nodes:
         raise UserError(f"until: {until} is no stage of algorithm {params.algorithm}", remedy=f"one of {', '.join(nodes)}")
-    for number, source in enumerate(params.data.sources):
-        path = getattr(source, "path", None)
-        if path and not inside(root, path, f"data.sources.{number}.path").exists():
-            raise UserError(f"data.sources.{number}.path: {path}: no such file or folder", remedy="bring it with `rlhf use`, or `dvc pull`")
     return params
 
 
@@ -121,11 +119,13 @@ def run_stages(root: Path, params: config.Params, until: str | None = None) -> d
     """Bring all stages up to date, or one with those that it needs, independent ones side by side; stages after a failed one do not run.
 
     Raises:
-        UserError: the graph is wrong, stages failed (their last lines), the champion could not be compared with what would be trained, or
-            something that the stages read was changed meanwhile.
+        UserError: the graph is wrong, or what the stages will need (`rlhf.plan`); stages failed (their last lines), the champion could not
+            be compared with what would be trained, or something that the stages read was changed meanwhile.
     """
     graph.mend(root)
     stages = [stage for stage in graph.read(root, until) if not (stage.is_data and stage.current)]
+    if to_do := [stage.name for stage in stages if not stage.current and stage.name in config.STAGES]:
+        tasks.plan.check(root, params, to_do)
     announce(stages)
     environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}
     futures: dict[str, PrefectFuture[Any]] = {}

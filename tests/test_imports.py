@@ -22,6 +22,7 @@ LAYERS = (
     ("rlhf.tracking",),
     ("rlhf.launcher",),
     ("rlhf.registry",),
+    ("rlhf.plan",),
     ("tasks",),
     ("flows",),
     ("rlhf.cli",),

@@ -105,6 +105,18 @@ def use(
 
 
 @app.command()
+def check() -> None:
+    """Check the whole plan without training: model, tokenizer, template, data, lengths, memory, disk, places. All that is wrong is told."""
+    from rlhf.cli import plan
+
+    found = plan.check(workspace())
+    plan.show(found)
+    if found.problems:
+        sys.exit(1)
+    print("nothing is wrong: `rlhf run` trains")
+
+
+@app.command()
 def run(
     values: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values of params.yaml for this run alone, such as ppo.steps=100.")

@@ -4,7 +4,8 @@ The estimate, in bytes:
 
     checkpoints   launch.checkpoints.keep + 2 (the best one, and the one being written) times, for each model that the stage trains,
                   weights and Adam's two moments; in half precision the fp32 weights besides; with adapters the weights alone
-    models        weights of each model that the stage writes; DVC's cache and the registry link to them
+    models        weights of each model that the stage writes, a given one that base pins among them; DVC's cache and the registry link
+                  to them
     records       4 bytes for each token of ppo's rollouts; for prepare the raw files, ten times those that are compressed
 
 Logs, metrics and what an estimate misses have operations.spare_gib. What the stage has on the disk already is not needed again.
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.config import Params
 from rlhf.config.data import ColumnSource, NamedSource
-from rlhf.config.training import BuiltBase, Lora
+from rlhf.config.training import BuiltBase, Lora, PretrainedBase
 from rlhf.errors import UserError
 
 GIB = 1 << 30
@@ -47,8 +48,8 @@ class Estimate:
 
     @property
     def line(self) -> str:
-        parts = [f"{self.count} checkpoints of {_text(self.checkpoints)}"] if self.checkpoints else []
-        parts += [f"{_text(size)} of {name}" for name, size in (("models", self.models), ("records", self.records)) if size]
+        parts = [f"{self.count} checkpoints of {text(self.checkpoints)}"] if self.checkpoints else []
+        parts += [f"{text(size)} of {name}" for name, size in (("models", self.models), ("records", self.records)) if size]
         return ", ".join(parts)
 
 
@@ -61,27 +62,33 @@ def check(root: Path, stage: str, params: Params, folder: Path) -> None:
     Raises:
         UserError: there is not; with the estimate and what is free.
     """
-    needed = estimate(root, stage, params)
+    base = weights(root / params.base.model) if stage == "base" and isinstance(params.base, PretrainedBase) else None
+    needed = estimate(root, stage, params, base)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     spare = int(params.operations.spare_gib * GIB)
     free = shutil.disk_usage(folder).free
     if needed.total - there + spare > free:
         parts = f"{needed.line}; " if needed.total else ""
-        what = f"stage {stage} would write {_text(max(needed.total - there, 0))} at most ({parts}{_text(there)} of it is there), "
-        what += f"{_text(spare)} are to stay free (operations.spare_gib), and the disk of {folder.parent} has {_text(free)} left"
+        what = f"stage {stage} would write {text(max(needed.total - there, 0))} at most ({parts}{text(there)} of it is there), "
+        what += f"{text(spare)} are to stay free (operations.spare_gib), and the disk of {folder.parent} has {text(free)} left"
         raise UserError(what, remedy="make room (`rlhf gc --dry-run` lists what nothing needs), or lower launch.checkpoints.keep")
 
 
-def estimate(root: Path, stage: str, params: Params) -> Estimate:
+def estimate(root: Path, stage: str, params: Params, base: int | None = None) -> Estimate:
     """What a stage writes at most.
+
+    Args:
+        base: weights of the base model, where they are known before it lies in models/base.
 
     Raises:
         UserError: the weights of an input cannot be read.
     """
     precision = params.launch.precision
-    trained = _trained(root, stage, params)
-    models = [weights for weights, _ in trained[:1]]  # of ppo's two the policy alone is published
-    checkpoint = sum(weights * (WEIGHT[precision] + (0 if lora else MOMENTS[precision])) for weights, lora in trained)
+    trained = _trained(root, stage, params, base)
+    models = [count for count, _ in trained[:1]]  # of ppo's two the policy alone is published
+    checkpoint = sum(count * (WEIGHT[precision] + (0 if lora else MOMENTS[precision])) for count, lora in trained)
+    if stage == "base" and isinstance(params.base, PretrainedBase):
+        models = [base or 0]
     records = 0
     if stage == "ppo":
         records = params.ppo.steps * params.ppo.rollout_batch_size * (params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens) * TOKEN
@@ -91,23 +98,27 @@ def estimate(root: Path, stage: str, params: Params) -> Estimate:
     return Estimate(params.launch.checkpoints.keep + 2, checkpoint, sum(models) * WEIGHT[precision], records)
 
 
-def _trained(root: Path, stage: str, params: Params) -> list[tuple[int, Lora | None]]:
+def _trained(root: Path, stage: str, params: Params, base: int | None) -> list[tuple[int, Lora | None]]:
     """How many weights each model has that the stage trains, and its adapters."""
+
+    def of(name: str) -> int:
+        return weights(root / "models" / name) if base is None else base
+
     if stage == "base":
-        return [(_built(params.base), None)] if isinstance(params.base, BuiltBase) else []
+        return [(built_weights(params.base), None)] if isinstance(params.base, BuiltBase) else []
     if stage == "evaluate":
         # where there is no gold score, a judge is trained
-        return [] if params.data.has_gold else [(weights(root / "models/base"), params.evaluate.judge.lora)]
+        return [] if params.data.has_gold else [(of("base"), params.evaluate.judge.lora)]
     starts: dict[str, list[tuple[str, Lora | None]]] = {
         "sft": [("base", params.sft.lora)],
         "reward": [("base", params.reward.lora)],
         "ppo": [("sft", params.ppo.actor_lora), ("reward", params.ppo.critic_lora)],
         "dpo": [("sft", params.dpo.lora)],
     }
-    return [(weights(root / "models" / name), lora) for name, lora in starts.get(stage, [])]
+    return [(of(name), lora) for name, lora in starts.get(stage, [])]
 
 
-def _built(base: BuiltBase) -> int:
+def built_weights(base: BuiltBase) -> int:
     """Weights of the small Llama: tied embeddings; attention (queries, output, keys, values), feed-forward and norms of each layer."""
     width = base.hidden_size
     attention = 2 * width * width + 2 * width * width * base.kv_heads // base.heads
@@ -141,6 +152,6 @@ def _raw(root: Path, source: ColumnSource | NamedSource) -> int:
     return int(passes * sum(path.stat().st_size * COMPRESSED.get(path.suffix, 1) for path in files))
 
 
-def _text(size: int) -> str:
+def text(size: int) -> str:
     """A size for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.1f} MiB"

@@ -103,6 +103,22 @@ def test_branches_run_side_by_side_and_a_second_run_has_nothing_to_do(root: Path
     assert not (root / "left.here").exists()
 
 
+def test_what_is_wrong_is_told_before_anything_runs_and_not_looked_for_where_nothing_runs(root: Path) -> None:
+    pipeline(root, {"prepare": {"cmd": "touch ran; touch start", "outs": ["start"]}})
+    shipped = config.load(PROJECT / "params.yaml")
+    shared = shipped.model_copy(update={"launch": shipped.launch.model_copy(update={"hostfile": "hosts", "precision": "bf16"})})
+
+    @flow
+    def ask() -> dict[str, str]:
+        return run_stages(root, shared)
+
+    with pytest.raises(UserError, match=r"launch\.hostfile .*hosts: no such file"):
+        ask()
+    assert not (root / "ran").exists()
+    assert walk(root) == {"prepare": "done"}
+    assert ask() == {"prepare": "up to date"}
+
+
 def test_a_failed_stage_is_named_with_its_reason_and_nothing_after_it_runs(root: Path) -> None:
     mistake = "echo x >> tries; echo 'error: row 7: no prompt' >&2; echo '  remedy: give one' >&2; exit 1"
     pipeline(

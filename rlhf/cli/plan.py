@@ -1,0 +1,52 @@
+"""`rlhf check`: what a check of the plan has found, on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf import config, plan
+from rlhf.plan.findings import Findings
+from rlhf.plan.memory import COLUMNS
+from rlhf.workspace import fingerprint
+
+
+def check(root: Path) -> Findings:
+    """Look at the plan as if no stage had run yet.
+
+    Raises:
+        UserError: params.yaml cannot be read.
+    """
+    # transformers loads them wherever it can, which takes longer than the whole check
+    modules: dict[str, Any] = sys.modules
+    modules.update(sklearn=None, scipy=None)
+    params = config.load(root / "params.yaml")
+    findings = Findings()
+    with findings.collecting():
+        fingerprint.check_algorithm(fingerprint.read_graph(root), params)
+    found = plan.check(root, params, config.STAGES_OF[params.algorithm])
+    plan.check_champion(root, params, found)
+    found.problems[:0] = findings.problems
+    return found
+
+
+def show(findings: Findings) -> None:
+    """Print what was seen, then what is worth a look, then all that is wrong."""
+    console = Console()
+    seen = Table(box=None, show_header=False)
+    for thing, what in findings.seen:
+        seen.add_row(thing, what)
+    console.print(seen, highlight=False)
+    if findings.memory:
+        needed = Table(*COLUMNS, box=None, title="memory by the estimate (docs/own-model.md)", title_justify="left")
+        for row in findings.memory:
+            needed.add_row(*row)
+        console.print("", needed, highlight=False)
+    for note in findings.notes:
+        print(f"note: {note}")
+    for problem in findings.problems:
+        print(f"error: {problem.what}\n  remedy: {problem.remedy}", file=sys.stderr, flush=True)

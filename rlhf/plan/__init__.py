@@ -1,0 +1,96 @@
+"""A check of the whole plan before the first stage trains: all that is wrong with model, tokenizer, template, data and machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf.config import Params
+from rlhf.config.training import BuiltBase
+from rlhf.errors import UserError
+from rlhf.launcher.launch import check_base
+from rlhf.plan import launching, memory, rows
+from rlhf.plan.findings import Findings
+from rlhf.workspace.find import home
+
+if TYPE_CHECKING:
+    from rlhf.plan.model import Model
+
+PROMPTS = "data/prepared/heldout_prompts.jsonl"
+
+
+def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
+    """Look at all that the stages will need. Nothing is loaded but config, tokenizer, heads of weights and a sample of the rows.
+
+    Args:
+        root: the workspace.
+        params: of the run.
+        stages: that are to run; what the others have made is taken as it is.
+    """
+    findings = Findings()
+    examples = rows.of_sources(root, params, findings) if "prepare" in stages else rows.of_prepared(root, params, findings)
+    model = _model(root, params, stages, findings)
+    if model and model.tokenizer:
+        rows.render(examples, model.tokenizer, model.name, params, findings)
+    shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
+    gpus, nodes = launching.check(root, stages, params, findings)
+    if shape:
+        memory.check(stages, params, shape, gpus, nodes, findings)
+        with findings.collecting():
+            launching.check_disk(root, stages, params, shape.weights, findings)
+    return findings
+
+
+def _model(root: Path, params: Params, stages: Sequence[str], findings: Findings) -> Model | None:
+    """The model to start from; None where the stages need none, or build a small one, of which there is nothing to look at."""
+    if isinstance(params.base, BuiltBase) or list(stages) == ["prepare"]:
+        return None
+    before = len(findings.problems)
+    if "base" in stages:
+        with findings.collecting():
+            check_base(root, "base", params)
+    if len(findings.problems) > before:
+        return None
+    from rlhf.plan import model  # both frameworks take seconds, which nothing else here needs
+
+    found = model.look_at(root, params, findings, is_pinned="base" not in stages)
+    model.check_lengths(found, _lengths(params, stages), findings)
+    return found
+
+
+def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
+    """The longest sequences of the stages, by what in params.yaml sets them."""
+    both = params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens
+    longest = {"sft": params.sft.max_tokens, "reward": params.reward.max_tokens, "dpo": params.dpo.max_tokens}
+    lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
+    if "ppo" in stages or "evaluate" in stages:
+        lengths["ppo.max_prompt_tokens + ppo.max_answer_tokens"] = both
+    if "evaluate" in stages and not params.data.has_gold:
+        lengths["evaluate.judge.max_tokens"] = params.evaluate.judge.max_tokens
+    return lengths
+
+
+def check_champion(root: Path, params: Params, findings: Findings) -> None:
+    """Whether the version in service can be reached, and compared with what would be trained."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
+    if not uri and not (home(root) / "mlruns" / "mlflow.db").exists():
+        return  # nor has there ever been a version
+    from rlhf import registry
+    from rlhf.registry import comparison
+
+    try:
+        number = registry.aliases(root, params).get("champion")
+    except UserError as away:
+        findings.notes.append(f"{away.what}: training goes on without it, registration waits for it")
+        return
+    if number is None:
+        return
+    findings.seen.append(("champion", f"version {number} of {params.promote.model}"))
+    with findings.collecting():
+        champion = registry.find(root, params, number)
+        if (root / PROMPTS).is_file():
+            comparison.check_champion(champion, root, params)
+        else:
+            registry.model_folder(champion.uri, root, params)
