@@ -9,7 +9,8 @@ from datetime import datetime
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.models.dialogues import MEND, Messages, encode_dialogue, render
+from rlhf.models import examples
+from rlhf.models.dialogues import MEND, Messages, encode_dialogue
 
 # the day that a template is told which asks for today's; Llama 3.1's own template names it where it may not ask
 DATE = datetime(2024, 7, 26)
@@ -83,17 +84,9 @@ def problems(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Messages] =
 
 
 def _problem(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> UserError | None:
-    try:
-        text = render(tokenizer, messages, answer_follows=messages[-1]["role"] != "assistant")
-        for message in messages:
-            # an assistant's turn may lose its thoughts
-            if message["role"] != "assistant" and message["content"].strip() not in text:
-                raise UserError(f"the chat template leaves out what {message['role']} says", remedy=MEND)
+    what = examples.problem(tokenizer, messages)
+    if not what and messages[-1] == ANSWER:
         ids, mask = encode_dialogue(tokenizer, messages)
-        if messages[-1] == ANSWER and ANSWER["content"] not in tokenizer.decode(
-            [i for i, counted in zip(ids, mask, strict=True) if counted]
-        ):
-            raise UserError("the chat template leaves out what assistant says", remedy=MEND)
-    except UserError as error:
-        return error
-    return None
+        learnt = tokenizer.decode([i for i, counted in zip(ids, mask, strict=True) if counted])
+        what = None if ANSWER["content"] in learnt else "the chat template leaves out what assistant says"
+    return UserError(what, remedy=MEND) if what else None

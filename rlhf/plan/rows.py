@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import Params
 from rlhf.config.data import FileSource, Source
-from rlhf.data.fields import Turns
+from rlhf.data.examples import dialogue, first_of_each
 from rlhf.data.formats import BY_DESIGN, Quarantined, Row, read
+from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.job import read_lines
@@ -90,12 +91,8 @@ def _check_quarantine(source: Source, good: Sequence[Row], bad: Sequence[Quarant
 
 
 def _drawn(rows: Sequence[Row], generator: random.Random) -> list[Row]:
-    first_of_form: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        # a template may refuse a system turn, or a second question
-        first_of_form.setdefault(tuple(turn["role"] for turn in row.prompt[:4]), row)
     drawn = generator.sample(rows, min(RENDERED, len(rows)))
-    return list({(row.file, row.line): row for row in (*first_of_form.values(), *drawn)}.values())
+    return list({(row.file, row.line): row for row in (*first_of_each(rows).values(), *drawn)}.values())
 
 
 def _examples(source: Source, rows: Iterable[Row | Quarantined], params: Params) -> list[Example]:
@@ -105,9 +102,7 @@ def _examples(source: Source, rows: Iterable[Row | Quarantined], params: Params)
         if isinstance(row, Quarantined) or row.kind == "text":
             continue
         place = f"{row.file}:{row.line} (source '{source.name}')"
-        answered = tuple(
-            (*row.prompt, {"role": "assistant", "content": answer}) for answer in (row.chosen, row.rejected) if answer is not None
-        )
+        answered = (dialogue(row), *([(*row.prompt, {"role": "assistant", "content": row.rejected})] if row.rejected is not None else []))
         if uses("sft"):
             found.append(Example(place, "sft", answered[:1]))
         if uses("reward") or (uses("heldout") and row.rejected is not None):
