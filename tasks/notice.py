@@ -54,7 +54,10 @@ def set_up(name: str, address: str | None) -> None:
     trigger = EventTrigger(
         expect={f"prefect.flow-run.{state}" for state in STATES},
         match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related={"prefect.resource.role": "flow", "prefect.resource.name": "retrain"},
+        match_related=[
+            {"prefect.resource.role": "flow", "prefect.resource.name": "retrain"},
+            {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{name}"},  # of this workspace: a server may have several
+        ],
         posture=Posture.Reactive,
         threshold=1,
     )

@@ -138,9 +138,12 @@ def run(
             from tasks import server
 
             server.ensure(root, meanwhile=lambda: _get_ready(root, params, reason, until))
+            from prefect import tags
+
             from flows.retrain import retrain
 
-            outcome = retrain(root, values, reason, cast(Any, until))
+            with tags(served.name(root)):
+                outcome = retrain(root, values, reason, cast(Any, until))
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
@@ -156,8 +159,7 @@ def run(
         print(f"\nto commit: `git add {' '.join(paths)}`")
     uri = redact(_tracking_uri(root, params))
     pages = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
-    print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show`, {pages}")
-    print("`dvc plots show` draws with code from the internet; without it: report.html of the flow's run in MLflow has the same pictures")
+    print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show` (needs the internet; report.html in MLflow does not), {pages}")
 
 
 def _get_ready(root: Path, params: config.Params, reason: str | None, until: str | None) -> None:

@@ -163,10 +163,13 @@ def test_who_is_to_be_told_is_told_of_refused_failed_and_crashed_runs(two: tuple
     assert (failed[0], failed[1]["state"]) == ("/other", "Failed")
     assert "algorithm: Input should be 'ppo' or 'dpo', got 'none'" in failed[1]["message"]
 
+    # of another workspace, on a server that several use
+    foreign = second.ask("flow_runs/", {"flow_id": deployment["flow_id"], "state": {"type": "PENDING"}})
+    second.ask(f"flow_runs/{foreign['id']}/set_state", {"state": {"type": "CRASHED"}, "force": True})
     # as when its worker has ended with it
     run = second.ask(f"deployments/{deployment['id']}/create_flow_run", {"state": {"type": "PENDING"}})
     second.ask(f"flow_runs/{run['id']}/set_state", {"state": {"type": "CRASHED"}, "force": True})
-    assert {path: notice["state"] for path, notice in await_notices(3)[2:]} == {"/other": "Crashed"}
+    assert [(path, notice["state"], notice["run"]) for path, notice in await_notices(3)[2:]] == [("/other", "Crashed", run["name"])]
 
 
 def test_a_copy_does_not_take_the_servers_for_its_own(two: tuple[Workspace, Workspace], tmp_path: Path) -> None:
