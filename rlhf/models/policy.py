@@ -111,7 +111,7 @@ def logits_at(model: Any, packed: Packed, places: Tensor) -> Tensor:
     Args:
         model: a causal language model, or the engine that trains it.
     """
-    return model(**packed.read_at(places), logits_to_keep=send(places, packed.device), use_cache=False).logits[0]
+    return model(**packed.read_at(places), logits_to_keep=send(places, packed.device), use_cache=False).logits.squeeze(0)
 
 
 def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
