@@ -27,8 +27,8 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as far as one line goes."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error of a library says, as far as one line of a terminal or two go."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def full_disk(error: BaseException, place: Path) -> UserError | None:

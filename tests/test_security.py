@@ -55,27 +55,30 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path, llama: Llam
         load_policy(tmp_path, "fp32")
 
 
+@pytest.mark.parametrize("trust", [False, True])
 def test_code_of_a_model_runs_only_where_params_allow_it(
-    tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, trust: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf.models.given import pin
+    from rlhf.models.given import check, pin
+    from rlhf.models.policy import load_policy
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, marker = tmp_path / "model", tmp_path / "ran"
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     code = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n\n\n"
     code += "class Model(LlamaForCausalLM):\n    config_class = Mine\n\n\n"
     (folder / "mine.py").write_text(f"{code}open({str(marker)!r}, 'w').close()\n", encoding="utf-8")
-    with pytest.raises(UserError, match="trust_remote_code"):
-        pin(given(folder), tmp_path / "to")
-    assert not marker.exists()
-    with pytest.raises(UserError, match="is of type 'mine', which code of its own alone knows"):
-        pin(given(folder, trust=True), tmp_path / "to")
-    assert marker.exists()
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= {"auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    pin(given(folder, trust=trust), tmp_path / "to")  # of a type that transformers knows: its own code computes it
+    assert load_policy(tmp_path / "to", "fp32")
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mine"}), encoding="utf-8")
+    assert "but only code that comes with it, which no stage runs" in check(given(folder, trust=trust))[0].what
+    with pytest.raises(UserError, match="custom code"):
+        load_policy(folder, "fp32")
+    assert marker.exists() == trust  # what the tokenizer is read with
 
 
 def test_no_preset_trusts_code_of_a_model() -> None:

@@ -28,7 +28,7 @@ def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[Us
     """
     try:
         folder = find(params)
-        config = read_config(folder, params)
+        config = read_config(folder)
     except UserError as error:
         return [named(params, error)]
     found: list[UserError] = []
@@ -36,7 +36,7 @@ def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[Us
     config.pad_token_id = None
     try:
         tokenizer, _ = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
-        found += templates.problems(tokenizer, [*templates.TRIED, *dialogues])
+        found += templates.problems(tokenizer, dialogues)
         found += _beyond(tokenizer, config)
     except UserError as error:
         found.append(error)
@@ -62,7 +62,7 @@ def pin(params: PretrainedBase, to: Path) -> list[str]:
     names = headers.shards(find(params)) or [headers.SINGLE]
     folder = find(params, [*SMALL, *names])
     names += [headers.INDEX] if names != [headers.SINGLE] else []
-    config = read_config(folder, params)
+    config = read_config(folder)
     tokenizer, notes = given_tokenizer(folder, params.chat_template, trust_remote_code=params.trust_remote_code)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]  # as it is loaded, and other programs may rely on it
@@ -74,7 +74,7 @@ def pin(params: PretrainedBase, to: Path) -> list[str]:
 def named(params: PretrainedBase, error: UserError) -> UserError:
     """The same error, of the model that params name."""
     revision = f" (revision {params.revision})" if params.revision else ""
-    colon = "" if error.what.startswith(("has ", "is ", "cannot ")) else ":"
+    colon = "" if error.what.startswith(("has ", "is ", "lacks ", "cannot ")) else ":"
     return UserError(f"base.model '{params.model}'{revision}{colon} {error.what}", remedy=error.remedy)
 
 
@@ -88,7 +88,7 @@ def find(params: PretrainedBase, files: Iterable[str] = SMALL) -> Path:
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(params.model, revision=params.revision, allow_patterns=list(files)))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of the network, or an answer that is not the hub's
             raise UserError(f"cannot be found: {first_line(error)}", remedy=FIND) from None
     if pointers := sorted(path.name for path in folder.iterdir() if path.is_file() and _is_pointer(path)):
         what = f"has git-lfs pointers in the place of files: {headers.some(pointers)}"
@@ -106,24 +106,19 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(headers.POINTER)) == headers.POINTER
 
 
-def read_config(folder: Path, params: PretrainedBase) -> PreTrainedConfig:
+def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a given model.
 
     Raises:
-        UserError: it cannot be read, needs code that params do not allow, or is not that of a language model whose weights can be trained.
+        UserError: it cannot be read, needs code of its own, or is not that of a language model whose weights can be trained.
     """
     try:
-        # where transformers knows the type, all stages run its code, not that beside the model
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file of wrong values fails wherever they are first used
-        if "custom code" not in str(error):
-            raise UserError(f"has no config.json that can be read: {first_line(error)}", remedy=FIND) from None
-        if not params.trust_remote_code:
-            what = "comes with code of its own, which would be run"
-            raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-        what = f"is of type '{config.model_type}', which code of its own alone knows how to compute, and no stage runs that code"
-        raise UserError(what, remedy="choose a model of a type that transformers knows (docs/own-model.md)") from None
+        if "custom code" in str(error):
+            what = "is of a type that transformers does not know, but only code that comes with it, which no stage runs"
+            raise UserError(what, remedy="choose a model of another family (docs/own-model.md)") from None
+        raise UserError(f"has no config.json that can be read: {first_line(error)}", remedy=FIND) from None
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
         raise UserError(
@@ -151,7 +146,7 @@ def read_heads(folder: Path, params: PretrainedBase) -> headers.Heads:
         return headers.published(params.model, params.revision)
     except NotASafetensorsRepoError:
         raise UserError("has no weights as safetensors", remedy=headers.CONVERT) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of the network, or of a file there that is no safetensors file
         raise UserError(f"cannot be found: {first_line(error)}", remedy=FIND) from None
 
 

@@ -131,6 +131,9 @@ def problems(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
     except UserError as error:
         return [error]
     except Exception as error:  # a config of wrong values fails wherever they are first used
+        if "scaled_dot_product_attention" in str(error):
+            what = f"is of type {config.model_type}, which has an attention of its own that cannot take packed rows"
+            return [UserError(what, remedy="choose a model of another family (docs/own-model.md)")]
         if "conversion" in str(error):  # transformers puts experts together, and says no more than that it failed
             return [UserError("has weights that cannot be put together, as of experts that are not all there", remedy=WHOLE)]
         return [UserError(f"cannot be loaded as a language model: {first_line(error)}", remedy=WHOLE)]
@@ -183,7 +186,7 @@ def _prefix(missing: set[str], spare: Iterable[str]) -> str | None:
 
 def _scalar(config: PreTrainedConfig) -> list[UserError]:
     """A reward model is made of the same config."""
-    what = f"a model of type {config.model_type} cannot be made a reward model: transformers has no such form with a head `score`"
+    what = f"is of type {config.model_type}, of which no reward model can be made: transformers has no such form with a head `score`"
     refused = UserError(what, remedy="choose a model of another family (docs/own-model.md)")
     try:
         with silence(), torch.device("meta"):

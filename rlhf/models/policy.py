@@ -84,6 +84,7 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are named below
+            trust_remote_code=False,  # left open, somebody would be asked
             **options,
         )
     except (OSError, ValueError, SafetensorError) as error:

@@ -86,7 +86,9 @@ def given_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    except Exception as error:  # the readers of damaged files raise whatever they stumble over
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # readers of damaged files raise what they stumble over, tokenizers' one even what is no Exception
         what = f"its tokenizer cannot be read: {first_line(error)}"
         raise UserError(what, remedy="give a folder with the tokenizer's files: tokenizer.json and tokenizer_config.json") from None
     if set(ids) <= {tokenizer.unk_token_id}:
@@ -110,7 +112,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: there is none, or it has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: no tokenizer could be read ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder"

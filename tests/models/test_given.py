@@ -113,6 +113,49 @@ def test_files_of_weights_are_pinned_as_they_are(untied: Path, tmp_path: Path) -
     assert all(torch.equal(weight, after.state_dict()[name]) for name, weight in before.state_dict().items())
 
 
+MANY = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt2": {},
+    "gpt_neox": {},
+    "mistral": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {"head_dim": 8},
+    "phi3": {},
+    "mixtral": MANY,
+    "qwen3_moe": MANY,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_of_each_family_are_known_as_whole(model: Path, tmp_path: Path, family: str) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else SIZES | FAMILIES[family]
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=400, **sizes, **ENDS))
+    (model / "model.safetensors").unlink()
+    made.save_pretrained(model, max_shard_size="30KB")
+    pin(given(model), tmp_path / "to")
+    kept = load_policy(tmp_path / "to", "fp32").state_dict()
+    assert all(torch.equal(weight, kept[name]) for name, weight in made.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "said"), [("gptj", "attention of its own that cannot take packed rows"), ("granite", "of which no reward model can be made")]
+)
+def test_families_that_cannot_be_trained_are_refused(model: Path, family: str, said: str) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=400, **SIZES, **ENDS)).save_pretrained(model)
+    what, remedy = only(model)
+    assert f"is of type {family}, " in what
+    assert said in what
+    assert "another family" in remedy
+
+
 # ------------------------------------------------------------------------------------------------ weights that would be random
 
 
