@@ -47,7 +47,10 @@ def shards(folder: Path) -> list[str]:
     if not index.is_file():
         return []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        read = json.loads(index.read_text(encoding="utf-8"))
+        if not isinstance(read["metadata"], dict):
+            raise TypeError("'metadata'")  # transformers asks for it
+        names = sorted(set(read["weight_map"].values()))
         # one with a folder in it would be read, and written, elsewhere
         if strange := [name for name in names if Path(name).name != name]:
             raise ValueError(f"'{strange[0]}' is no name of a file")
@@ -157,7 +160,7 @@ def _differences(report: dict[str, Any], heads: Heads, form: str) -> list[UserEr
     """What the files hold otherwise than the config says."""
     missing, spare = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     # buffers that older versions saved are no weights
-    spare = [name for name in spare if heads[name].is_floating_point() and heads[name].ndim]
+    spare = [name for name in spare if name not in heads or (heads[name].is_floating_point() and heads[name].ndim)]
     if missing and (prefix := _prefix(set(missing), spare)):
         what = f"before the names of its weights stands '{prefix}', as torch.compile, DDP and FSDP put it: {some(spare)}"
         rename = "save_file({name.replace(PREFIX, ''): w for name, w in load_file(FILE).items()}, FILE, metadata={'format': 'pt'})"

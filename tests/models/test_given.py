@@ -287,7 +287,9 @@ def test_files_of_weights_that_are_absent_are_named(untied: Path) -> None:
     what, _ = only(untied)
     assert "lacks files of its weights: model.safetensors.index.json names 4, and model-00002-of-00004.safetensors is not there" in what
     index = untied / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {}}))
+    assert "has an index that cannot be read, model.safetensors.index.json: 'metadata'" in only(untied)[0]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}))
     assert "'../model.safetensors' is no name of a file" in only(untied)[0]
     index.write_text("{")
     assert "has an index that cannot be read, model.safetensors.index.json" in only(untied)[0]
