@@ -81,6 +81,30 @@ def test_code_of_a_model_runs_only_where_params_allow_it(
     assert marker.exists() == trust  # what the tokenizer is read with
 
 
+def test_code_of_a_tokenizer_runs_once_where_params_allow_it(
+    tmp_path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf.models.given import pin
+    from rlhf.models.tokenizer import load_tokenizer
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n\n\n"
+    (folder / "own.py").write_text(f"{code}open({str(marker)!r}, 'w').close()\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"its tokenizer comes with code of its own.*trust_remote_code"):
+        pin(given(folder), tmp_path / "to")
+    assert not marker.exists()
+    pin(given(folder, trust=True), tmp_path / "to")
+    assert marker.exists()
+    kept = load_tokenizer(tmp_path / "to")
+    assert kept("What is 2+2?<|end|>")["input_ids"] == tokenizer("What is 2+2?<|end|>")["input_ids"]
+
+
 def test_no_preset_trusts_code_of_a_model() -> None:
     for path in (PROJECT / "presets").glob("*.yaml"):
         assert not yaml.safe_load(path.read_text(encoding="utf-8"))["base"].get("trust_remote_code")

@@ -70,7 +70,9 @@ class PretrainedBase(Section):
     source: Literal["pretrained"]
     model: str = Field(description="folder of a Hugging Face model, or a hub id")
     revision: str | None = Field(description="commit or tag of the hub model; null for a folder")
-    trust_remote_code: bool = Field(description="run Python code that comes with the model; leave off unless you have read that code")
+    trust_remote_code: bool = Field(
+        description="run Python code that comes with the model's tokenizer, once, to pin it; leave off unless you have read that code"
+    )
     chat_template: Literal["keep", "turns"] = Field(
         description="keep: the tokenizer's own chat template (required then); turns: the project's plain Human/Assistant template"
     )

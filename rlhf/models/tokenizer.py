@@ -89,8 +89,16 @@ def given_tokenizer(
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # readers of damaged files raise what they stumble over, tokenizers' one even what is no Exception
+        if "custom code" in str(error):
+            what = "its tokenizer comes with code of its own, which would be run"
+            raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
         what = f"its tokenizer cannot be read: {first_line(error)}"
         raise UserError(what, remedy="give a folder with the tokenizer's files: tokenizer.json and tokenizer_config.json") from None
+    if tokenizer.init_kwargs.pop("auto_map", None):
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            what = "its tokenizer is one that only code of its own can read, which no later stage runs"
+            raise UserError(what, remedy="give the model with a tokenizer.json, which needs no code")
+        tokenizer = plain(tokenizer)
     if set(ids) <= {tokenizer.unk_token_id}:
         what = "its tokenizer has no words: the folder lacks the tokenizer's files"
         raise UserError(what, remedy="copy tokenizer.json and tokenizer_config.json of the model into it")
@@ -103,6 +111,13 @@ def given_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, notes
+
+
+def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokenizer, as it is saved: of a class that transformers knows, for which no code of its own is needed."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map
+    )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
