@@ -150,6 +150,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+_OF_TURNS = {"role", "from", "content"}
+_TURNS = re.compile(r"""\[\{\s*['"](role|from|content)['"]\s*:""")
 _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
@@ -242,13 +244,12 @@ def _cell(text: str) -> Any:
     """CSV has no lists: a message list stands in its cell as JSON, or as pandas writes it, in Python's form."""
     if not text.startswith("[{"):
         return text
-    value = _value(text)
-    if value is None:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return text
-    turns = isinstance(value, list) and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    try:
+        value = ast.literal_eval(text) if text.startswith("[{'") else json.loads(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        # a list of turns that is damaged is no text
+        return [text] if _TURNS.match(text) else text
+    turns = isinstance(value, list) and any(isinstance(turn, dict) and turn.keys() & _OF_TURNS for turn in value)
     return value if turns else text
 
 
@@ -274,7 +275,12 @@ def _arrow(file: IO[bytes]) -> Records:
         else:
             batches = stored = pyarrow.ipc.open_stream(seekable)
         _check_columns(stored.schema.names)
-        yield from _rows_of(batches)
+        yield from _rows_of(map(_validated, batches))
+
+
+def _validated(batch: Any) -> Any:
+    batch.validate(full=True)  # what it says of its own sizes is believed otherwise, and may point anywhere
+    return batch
 
 
 def _seekable(file: IO[bytes]) -> IO[bytes]:

@@ -109,8 +109,9 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
             gold = None if isinstance(source, FileSource) else record.get("gold")
             fields = complete(record, parse(record), needed.values()) if isinstance(source, FileSource) else parse(record)
             yield Row(source.name, file, line, source.kind, gold=gold, **fields)
-        except BadRow as reason:
-            yield Quarantined(source.name, file, line, str(reason), raw)
+        except (BadRow, RecursionError) as reason:
+            deep = isinstance(reason, RecursionError)  # nor can it be written
+            yield Quarantined(source.name, file, line, "malformed: nested too deeply" if deep else str(reason), None if deep else raw)
     if not read_count:
         raise UserError(f"{key}: {file} holds no rows", remedy="give a file with rows, or take the source out of params.yaml")
     for name, count in missing.items():

@@ -114,7 +114,7 @@ def vicuna(record: Record) -> Fields:
     """A text with ``USER:`` and ``ASSISTANT:`` that ends where the label goes on; what stands before the first is the system turn."""
     system, *parts = re.split(r"(?:^|\s)(USER|ASSISTANT)[:：]", string(record, "prompt"))
     said = zip(parts[::2], parts[1::2], strict=True)
-    turns = [{"role": role.lower(), "content": content.replace("</s>", "").strip()} for role, content in said]
+    turns = [{"role": role.lower(), "content": content.strip().removesuffix("</s>").strip()} for role, content in said]
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     before = [{"role": "system", "content": system.strip()}] if system.strip() else []

@@ -126,9 +126,13 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"not UTF-8: {what} has a lone surrogate") from None
     except (ValueError, RecursionError):
         raise BadRow(f"malformed: {what} is not JSON") from None
+    return parsed
 
 
 def unread(record: Record, columns: Collection[str]) -> tuple[str, ...]:
@@ -249,4 +253,7 @@ def _tools(value: Any) -> list[Mapping[str, Any]]:
     tools = _parsed(value, "'tools'")
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("malformed: 'tools' is not a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    made = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in made):
+        raise BadRow("malformed: 'tools' has one without a name")
+    return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,36 @@ def test_what_often_stands_in_the_place_of_data(name: str, content: bytes, words
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n{"text": "c"}\n')
     assert texts(tmp_path / "a.jsonl") == ["malformed: not JSON (the key 'text' stands twice in one object)", "c"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ('[{"role": "user", "content": "Hi"}]', "Hi"),
+        ("[{'role': 'user', 'content': \"Don't\"}]", "Don't"),
+        ('[{"name": "Ada"}]', '[{"name": "Ada"}]'),
+        ("[{ no JSON", "[{ no JSON"),
+        ('[{"role": "user", "content": "Hi"}, ""]', "malformed: turn 2 of 'prompt' is not an object with role and content as text"),
+        ('[{"role": "user", "content": "\\4"}]', "malformed: turn 1 of 'prompt' is not an object with role and content as text"),
+        ("[{'role': 'user' 'content': 'Hi'}]", "malformed: turn 1 of 'prompt' is not an object with role and content as text"),
+    ],
+)
+def test_lists_of_turns_in_cells(cell: str, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,chosen,rejected\n"{}",a,b\n'.format(cell.replace('"', '""')), encoding="utf-8")
+    (row,) = rows_of("pairs", path)
+    assert (row.prompt[0]["content"] if isinstance(row, Row) else row.reason) == expected
+
+
+def test_arrow_that_lies_about_its_sizes_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["one", "two"]})
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table)
+    content = (tmp_path / "a.arrow").read_bytes()
+    sizes = struct.pack("<3i", 0, 3, 6)
+    assert content.count(sizes) == 1
+    (tmp_path / "a.arrow").write_bytes(content.replace(sizes, struct.pack("<3i", 0, 3, -6)))
+    assert "a.arrow cannot be read" in refusal("text", tmp_path / "a.arrow")
 
 
 # ----------------------------------------------------------------------------------------------------------------- folders

@@ -151,6 +151,7 @@ def test_a_dialogue_that_ends_in_a_call(tmp_path: Path) -> None:
         ({"tool_calls": "{oops"}, "malformed: the call in turn 1 of 'm' is not JSON"),
         ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "malformed: turn 1 of 'm' calls a tool without a name"),
         ({"tool_calls": [{"name": "f", "arguments": "{oops"}]}, "malformed: the arguments of 'f' in turn 1 of 'm' is not JSON"),
+        ({"tool_calls": '[{"name": "\\ud800"}]'}, "not UTF-8: the call in turn 1 of 'm' has a lone surrogate"),
         ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "malformed: the arguments of 'f' in turn 1 of 'm' are no object"),
     ],
 )
