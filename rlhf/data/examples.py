@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rlhf.data.fields import Turns
 from rlhf.data.formats import Row
-from rlhf.data.turns import Turns
 
 Form = tuple[tuple[str, ...], ...]  # of each turn: who speaks, and what it holds beside its text
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
+Turn = dict[str, Any]  # role, content; where given: weight (0: not to be learnt), tool_calls, …; the first one may hold tools
+Turns = tuple[Turn, ...]
 Fields = dict[str, Any]  # of a row: prompt, chosen, rejected, text, …
 
 

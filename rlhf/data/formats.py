@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
-from rlhf.data.fields import BadRow, Fields, Record, string
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, string
 from rlhf.data.files import Unreadable
 from rlhf.data.named import DATASETS
 from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
-from rlhf.data.turns import Turn, Turns, answered, complete, demonstration, last_answer, plain, turns, turns_or_question
+from rlhf.data.turns import answered, complete, demonstration, last_answer, plain, turns, turns_or_question
 from rlhf.errors import UserError
 
 # Categories of rows that are there by design, and say nothing of damage: datasets hold them, and datasets overlap.

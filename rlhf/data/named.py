@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data import ranked
-from rlhf.data.fields import BadRow, Fields, Record, name_of, number, string, value_at
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, name_of, number, string, value_at
 from rlhf.data.files import Records
-from rlhf.data.turns import Turn, Turns, asks, demonstration, keyed_turns, marked_turns
+from rlhf.data.turns import asks, demonstration, keyed_turns, marked_turns
 
 Path = tuple[str | int, ...]
 

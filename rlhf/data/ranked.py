@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhf.data.fields import BadRow, Fields, Record, number, string, value_at
+from rlhf.data.fields import BadRow, Fields, Record, Turns, number, string, value_at
 from rlhf.data.files import Records, Unreadable
-from rlhf.data.turns import Turns, answered, asks, keyed_turns, last_answer, marked_turns, plain, turns_or_question
+from rlhf.data.turns import answered, asks, keyed_turns, last_answer, marked_turns, plain, turns_or_question
 
 
 def nectar(record: Record) -> Fields:

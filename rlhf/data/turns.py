@@ -7,10 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from rlhf.data.fields import BadRow, Fields, Record, string
-
-Turn = dict[str, Any]  # role, content; where they are given: weight (0: not to be learnt), tool_calls, …; the first one may hold tools
-Turns = tuple[Turn, ...]
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, string
 
 SPEAKERS, TEXTS = ("role", "from"), ("content", "value", "text")
 ROLES = {"human": "user", "prompter": "user", "developer": "system", "observation": "tool", "function": "tool"}
@@ -23,6 +20,7 @@ CALLS = ("tool_calls", "function_call")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 OF_TOOLS = ("name", "tool_call_id")
 KNOWN = frozenset((*SPEAKERS, *TEXTS, *MARKS, *CALLS, *THOUGHTS))
+PLAIN = {"role", "content"}
 BESIDE_TEXT = ("tool_calls", *THOUGHTS)  # what an answer may hold beside its text
 
 
@@ -56,6 +54,9 @@ def keyed_turns(value: Any, column: str, role: str = "role", content: str = "con
         raise BadRow(f"malformed: '{column}' is of type {type(value).__name__}, not a list of turns")
     found = []
     for place, turn in enumerate(value, start=1):
+        if _is_plain(turn):
+            found.append(dict(turn))
+            continue
         where = f"turn {place} of '{column}'"
         speaker, text = (_first(turn, names) for names in ((role, *SPEAKERS), (content, *TEXTS)))
         calls = any(turn.get(name) for name in CALLS) if isinstance(turn, dict) else False
@@ -64,6 +65,17 @@ def keyed_turns(value: Any, column: str, role: str = "role", content: str = "con
             raise BadRow(f"malformed: {where} is not an object with {role} and {content} as text")
         found.append(_turn(turn, turn[speaker], said, where))
     return tuple(found)
+
+
+def _is_plain(turn: Any) -> bool:
+    """Whether there is nothing to read but a role and a text: almost all turns are so."""
+    return (
+        isinstance(turn, dict)
+        and turn.keys() == PLAIN
+        and isinstance(turn["content"], str)
+        and isinstance(turn["role"], str)
+        and turn["role"] not in ROLES
+    )
 
 
 def _first(turn: Any, names: Collection[str]) -> str | None:
@@ -138,7 +150,7 @@ def _parsed(value: Any, what: str) -> Any:
 def unread(record: Record, columns: Collection[str]) -> tuple[str, ...]:
     """Names of the fields of turns that nothing reads."""
     lists = (value for value in map(record.get, columns) if isinstance(value, list))
-    found = (turn for value in lists for turn in value if isinstance(turn, dict) and any(name in turn for name in SPEAKERS))
+    found = (turn for value in lists for turn in value if not _is_plain(turn) and _first(turn, SPEAKERS))
     return tuple(sorted({name for turn in found for name in _unread(turn)}))
 
 
@@ -207,7 +219,7 @@ def answered(answer: Turn) -> Fields:
 
 def plain(answer: Turn, column: str) -> str:
     """An answer of a pair."""
-    if more := [name for name in BESIDE_TEXT if name in answer]:
+    if len(answer) > len(PLAIN) and (more := [name for name in BESIDE_TEXT if name in answer]):
         raise BadRow(f"malformed: the answer in '{column}' has '{more[0]}', and an answer of a pair is its text alone")
     return str(answer["content"])
 
@@ -216,6 +228,7 @@ def plain(answer: Turn, column: str) -> str:
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+BESIDE = {*SYSTEM_COLUMNS, *NOT_TEXT, "tools"}
 
 
 def complete(record: Record, fields: Fields, columns: Collection[str]) -> Fields:
@@ -226,6 +239,8 @@ def complete(record: Record, fields: Fields, columns: Collection[str]) -> Fields
     """
     if "prompt" not in fields:
         return fields
+    if not (record.keys() & BESIDE or "tools" in fields):
+        return fields | {"unread": unread(record, columns)}
     for name in NOT_TEXT:
         if record.get(name) and name not in columns:
             raise BadRow(f"malformed: the row has '{name}', and only text can be read")

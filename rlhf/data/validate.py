@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
+from rlhf.data.fields import Turns
 from rlhf.data.formats import Quarantined, Row
-from rlhf.data.turns import Turns
 
 
 class Checker:

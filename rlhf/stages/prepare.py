@@ -15,9 +15,9 @@ from typing import Any
 from rlhf.config import Params
 from rlhf.config.data import WEIGHTED
 from rlhf.data.examples import as_example, dialogue, first_of_each
+from rlhf.data.fields import Turn
 from rlhf.data.formats import BY_DESIGN, Quarantined, Row, read
 from rlhf.data.split import blend, deal_sources, key_of, shared_prompts, shuffled, without_leaks
-from rlhf.data.turns import Turn
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.job import Job, run, write_lines

@@ -51,12 +51,29 @@ def _at(writer: str, content: bytes, line: int) -> dict[str, Any] | None:
             buffer = io.BytesIO(content)
             table = pyarrow.parquet.read_table(buffer) if writer == "parquet" else pyarrow.ipc.open_file(buffer).read_all()
             return dict(table.to_pylist()[line - 1])
-        if writer == "jsonl" and content.split(b"\n")[0].strip() not in (b"{", b"[", b"[{"):
-            return dict(json.loads(content.split(b"\n")[line - 1].decode("utf-8-sig")))
+        if writer == "jsonl":
+            objects = _one_after_the_other(content.decode("utf-8-sig"))
+            return dict(objects[line - 1] if objects else json.loads(content.split(b"\n")[line - 1].decode("utf-8-sig")))
         whole = json.loads(content.decode("utf-8-sig"))
         return dict((whole["data"] if isinstance(whole, dict) else whole)[line - 1])
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
         return None
+
+
+def _one_after_the_other(text: str) -> list[Any]:
+    """The objects of a text whose first line is none; nothing where its lines count, as the first is one, or where it is damaged."""
+    found: list[Any] = []
+    rest = text.strip()
+    while rest:
+        try:
+            value, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            return []
+        if not found and "\n" not in rest[:end]:
+            return []
+        found.append(value)
+        rest = rest[end:].strip()
+    return found
 
 
 def _not_in_text(content: bytes, row: Row) -> str | None:

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from rlhf.config.data import SLICES, Split
+from rlhf.data.fields import Turns
 from rlhf.data.formats import Quarantined, Row
 from rlhf.data.split import deal, targets, without_leaks
-from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker, turns_problem
 
 
