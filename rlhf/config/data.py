@@ -56,7 +56,9 @@ class SandboxSource(Section):
 class Columns(Section):
     """Names of the columns (or JSON keys) that the format reads."""
 
-    prompt: str | None = Field(description="pairs: the prompt, text or a message list; null where chosen and rejected hold whole dialogues")
+    prompt: str | None = Field(
+        description="pairs, prompts: the prompt, text or a message list; null where chosen and rejected hold whole dialogues"
+    )
     chosen: str = Field(description="hh, pairs: the preferred answer or dialogue")
     rejected: str = Field(description="hh, pairs: the other answer or dialogue")
     messages: str = Field(description="messages: the list of {role, content}")
@@ -94,7 +96,7 @@ class FileSource(Section):
 class ColumnSource(FileSource):
     """Rows of a file, a folder written by `datasets`, or a hub dataset, with columns of any name."""
 
-    format: Literal["hh", "pairs", "messages", "qa", "text"] = Field(description="how a row is read")
+    format: Literal["hh", "pairs", "messages", "qa", "prompts", "text"] = Field(description="how a row is read")
     columns: Columns
 
     @property

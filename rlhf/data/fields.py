@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
 Turn = dict[str, Any]  # role, content; where given: weight (0: not to be learnt), tool_calls, …; the first one may hold tools
 Turns = tuple[Turn, ...]
 Fields = dict[str, Any]  # of a row: prompt, chosen, rejected, text, …
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands where an object should stand."""
+
+    reason: str
+    raw: str
+
+
+Records = Iterable[tuple[int, Record | Unreadable]]  # each with its line or number, from 1
 
 
 class BadRow(Exception):  # noqa: N818 - not an error of the program: its message is the reason for quarantine

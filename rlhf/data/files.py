@@ -12,25 +12,15 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
+from rlhf.data import jsons
+from rlhf.data.fields import Records, Unreadable
 from rlhf.errors import UserError
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """What stands where an object should stand."""
-
-    reason: str
-    raw: str
-
-
-Records = Iterable[tuple[int, Mapping[str, Any] | Unreadable]]
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -94,7 +84,7 @@ def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Records]
         UserError: it is what often stands in the place of data.
     """
     with _opened(path) as file:
-        start = file.read(64)
+        start = file.read(jsons.CHUNK)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{key}.path: {path} is a pointer of git-lfs, not the data", remedy="`git lfs pull` where it comes from")
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
@@ -105,6 +95,8 @@ def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Records]
         return _parquet
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or suffix == ".arrow":
         return _arrow
+    if start.lstrip().startswith(b"[") and len(start) == jsons.CHUNK and b"\n" not in start.strip():
+        return jsons.of_document  # a list in one line, which need not be read to know it
     with _opened(path) as file:
         return _text_reader(*_first_lines(file), suffix)
 
@@ -123,12 +115,12 @@ def _text_reader(first: str, second: str, suffix: str) -> Callable[[IO[bytes]], 
         given = {".csv": ",", ".tsv": "\t"}[suffix]
         return partial(_csv, delimiter=next((mark for mark in (given, ",", "\t", ";") if mark in first), given))
     if isinstance(value, dict) and (second or suffix in (".jsonl", ".ndjson")):
-        return _jsonl
+        return jsons.of_lines
     if isinstance(value, dict | list) and not second:
-        return _json
+        return jsons.of_document
     if opens and value is None and (first.endswith(("[", "{")) or not isinstance(_value(second), dict)):
-        return _json if suffix == ".json" else _json_or_lines
-    return _jsonl
+        return jsons.of_document if suffix == ".json" or first.startswith("[") else jsons.of_document_or_lines
+    return jsons.of_lines
 
 
 def _value(text: str) -> Any:
@@ -139,69 +131,10 @@ def _value(text: str) -> Any:
         return None
 
 
-# ----------------------------------------------------------------------------------------------------------------- JSON
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key '{twice}' stands twice in one object")
-    return found
-
+# ---------------------------------------------------------------------------------------------------------------- tables
 
 _OF_TURNS = {"role", "from", "content"}
 _TURNS = re.compile(r"""\[\{\s*['"](role|from|content)['"]\s*:""")
-_SPACE = re.compile(r"\s*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_once)
-
-
-def _jsonl(file: Iterable[bytes]) -> Records:
-    for number, raw in enumerate(file, start=1):
-        text = raw.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip()
-        if text:
-            yield number, _object(text)
-
-
-def _object(text: str) -> Mapping[str, Any] | Unreadable:
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        return Unreadable(f"malformed: not JSON ({error})", text)
-    return value if isinstance(value, dict) else Unreadable("malformed: not a JSON object", text)
-
-
-def _json(file: IO[bytes]) -> Records:
-    """A list, an object ``{"data": list}``, or objects one after the other, each over as many lines as it likes."""
-    text = file.read().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-    values, place = [], _behind_space(text, 0)
-    while place < len(text):
-        value, place = _DECODER.raw_decode(text, place)
-        values.append(value)
-        place = _behind_space(text, place)
-    rows = values
-    if len(values) == 1:
-        rows = values[0].get("data", values) if isinstance(values[0], dict) else values[0]
-    if not isinstance(rows, list):
-        raise ValueError('it holds neither a list nor an object {"data": [...]}')
-    for number, row in enumerate(rows, start=1):
-        yield number, row if isinstance(row, dict) else Unreadable("malformed: not a JSON object", json.dumps(row))
-
-
-def _behind_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    return found.end() if found else place
-
-
-def _json_or_lines(file: IO[bytes]) -> Records:
-    content = file.read()
-    try:
-        yield from list(_json(io.BytesIO(content)))
-    except (ValueError, RecursionError):
-        yield from _jsonl(io.BytesIO(content))
-
-
-# ---------------------------------------------------------------------------------------------------------------- tables
 
 
 def _csv(file: IO[bytes], delimiter: str) -> Records:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
-from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, string
-from rlhf.data.files import Unreadable
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, Unreadable, string
 from rlhf.data.named import DATASETS
 from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
@@ -172,7 +171,7 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record, Columns], Fields]]]
     "pairs": (("prompt", "chosen", "rejected"), lambda record, columns: _pair(record, columns, columns.prompt)),
     "messages": (("messages",), lambda record, columns: demonstration(turns(record, columns.messages), columns.messages)),
     "qa": (("question", "answer"), _exchange),
-    "prompts": (("prompt",), lambda record, columns: {"prompt": turns(record, columns.prompt or "prompt")}),
+    "prompts": (("prompt",), lambda record, columns: {"prompt": turns_or_question(record, columns.prompt or "prompt")}),
     "text": (("text",), lambda record, columns: {"text": string(record, columns.text)}),
 }
 

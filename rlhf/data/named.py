@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data import ranked
-from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, name_of, number, string, value_at
-from rlhf.data.files import Records
+from rlhf.data.fields import BadRow, Fields, Record, Records, Turn, Turns, name_of, number, string, value_at
 from rlhf.data.turns import asks, demonstration, keyed_turns, marked_turns
 
 Path = tuple[str | int, ...]
@@ -41,7 +40,7 @@ def marked_pair(record: Record) -> Fields:
     dialogue = marked_turns(string(record, "prompt"), "prompt")
     if dialogue and dialogue[-1] == {"role": "assistant", "content": ""}:
         dialogue = dialogue[:-1]
-    answers = [string(record, side).strip().removeprefix("Assistant:") for side in ("chosen", "rejected")]
+    answers = [re.sub(r"^Assistant[:：]", "", string(record, side).strip()) for side in ("chosen", "rejected")]
     return _pair(dialogue, *answers)
 
 

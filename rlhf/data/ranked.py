@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rlhf.data.fields import BadRow, Fields, Record, Turns, number, string, value_at
-from rlhf.data.files import Records, Unreadable
+from rlhf.data.fields import BadRow, Fields, Record, Records, Turns, Unreadable, number, string, value_at
 from rlhf.data.turns import answered, asks, keyed_turns, last_answer, marked_turns, plain, turns_or_question
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from rlhf.config.data import FileSource
 from rlhf.data import files, folders
-from rlhf.data.files import Records
+from rlhf.data.fields import Records
 from rlhf.errors import UserError
 from rlhf.paths import inside
 

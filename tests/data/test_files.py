@@ -71,6 +71,17 @@ def test_a_damaged_first_line_leaves_the_others(tmp_path: Path) -> None:
     assert row.reason.startswith("malformed: not JSON")
 
 
+def test_a_list_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "é" * 3 * number + "]},[{\n"} for number in range(1, 40)]
+    for indent in (None, 3):
+        (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8-sig")
+        whole = texts(tmp_path / "a.json")
+        assert whole == [row["text"] for row in rows]
+        for size in (1, 7, 64):
+            monkeypatch.setattr("rlhf.data.jsons.CHUNK", size)
+            assert texts(tmp_path / "a.json") == whole
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -79,7 +90,10 @@ def test_a_damaged_first_line_leaves_the_others(tmp_path: Path) -> None:
         ("a.csv", b"\n<!DOCTYPE html><html>", "is a web page, not the data"),
         ("a.csv", "text\nOne".encode("utf-16"), "is UTF-16"),
         ("a.csv", b"text,text\na,b\n", "two of its columns are named 'text'"),
-        ("a.json", b'[{"text": "a", "text": "b"}]', "the key 'text' stands twice in one object"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}', "row 2: it ends in the middle"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "row 1: '{' stands where ',' must stand"),
+        ("a.json", b'[{"text": "a"}] [', "more stands behind its list"),
+        ("a.json", b'[{"text": "a"}, {"text": "a", "text": "b"}]', "row 2: the key 'text' stands twice in one object"),
         ("a.jsonl.zst", zstd(LINES.encode())[:-3], "cannot be read: Truncated compressed stream"),
         ("a.arrow", b"ARROW1", "a.arrow cannot be read"),
     ],

@@ -170,6 +170,11 @@ def test_pairs_whose_dialogue_is_another_one(tmp_path: Path) -> None:
     assert reason(only("pairs", tmp_path, row)) == "malformed: 'chosen' is a dialogue that does not begin with the prompt"
 
 
+def test_prompts_alone(tmp_path: Path) -> None:
+    for prompt in ("Wie heißt du?", ASK):
+        assert only("prompts", tmp_path, {"prompt": prompt}) == Row("mine", "one.jsonl", 1, "prompts", tuple(ASK))
+
+
 def test_message_without_content(tmp_path: Path) -> None:
     row = {"messages": [*ASK, {"role": "assistant", "content": None}]}
     assert reason(only("messages", tmp_path, row)) == "malformed: turn 2 of 'messages' is not an object with role and content as text"
