@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from rlhf.config import text
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.section import Section
 from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
-from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 
 STAGES = ("prepare", "base", "sft", "reward", "ppo", "dpo", "evaluate")
@@ -117,12 +117,7 @@ def read(path: Path) -> Any:
     Raises:
         UserError: the file is missing or is not YAML.
     """
-    try:
-        return load_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", remedy="write it with `rlhf use sandbox`") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}", remedy=f"correct {path}, or `rlhf use PRESET`") from None
+    return text.read(path, remedy="write it with `rlhf use sandbox`")
 
 
 def validate(raw: object, origin: str) -> Params:

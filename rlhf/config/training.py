@@ -16,7 +16,10 @@ class Optimizer(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(description="course of the learning rate after warm-up, down to final_ratio")
     final_ratio: Fraction = Field(description="last learning rate as a share of the peak (linear and cosine)")
     warmup_ratio: Fraction = Field(description="share of the steps over which the learning rate rises from 0")
-    betas: tuple[Fraction, Fraction] = Field(description="Adam's β1 and β2")
+    betas: tuple[Fraction, Fraction] = Field(
+        strict=False,  # YAML has lists
+        description="Adam's β1 and β2",
+    )
     epsilon: Positive = Field(description="Adam's ε")
     weight_decay: NonNegative = Field(description="decoupled weight decay, on matrices only")
     max_grad_norm: Positive = Field(description="gradients are scaled down to this global norm")
@@ -141,7 +144,8 @@ class Ppo(Section):
     gae_lambda: Fraction = Field(description="λ of GAE")
     whiten_advantages: bool = Field(description="scale advantages to mean 0, std 1 over the valid tokens of the global rollout batch")
     policy_clip: tuple[Fraction, Positive] = Field(
-        description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO"
+        strict=False,
+        description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO",
     )
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         description="bound of the ratio for tokens with a negative advantage; null: none"

@@ -55,7 +55,7 @@ def _given(root: Path, base: PretrainedBase, findings: Findings) -> Model:
     tokenizer, shape, context = None, None, None
     try:
         folder = given.find(base)
-        config = given.read_config(folder, base)
+        config = given.read_config(folder)
         shape = shape_of(config, given.read_heads(folder, base))
         context = None if base.trust_remote_code else context_of(folder)
         findings.seen.append(("model", _described(base.model, shape, context)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import STAGES, STAGES_OF, Params
+from rlhf.config import STAGES, STAGES_OF, Params, text
 from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import inside
@@ -41,14 +41,14 @@ def read_graph(root: Path) -> dict[str, Node]:
         UserError: dvc.yaml is missing, holds no stages, or names a path outside its folder.
     """
     path = root / "dvc.yaml"
+    content = text.read(path, remedy="run in the folder of the project")
+    stages = content.get("stages") if isinstance(content, dict) else None
     try:
-        stages = load_yaml(path.read_text(encoding="utf-8"))["stages"]
+        if not isinstance(stages, dict):
+            raise ValueError("it has none")
         return {name: _node(name, entry) for name, entry in stages.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file", remedy="run in the folder of the project") from None
-    except (YAMLError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a DVC graph with a map `stages`: {reason}", remedy=f"restore it: git checkout {path.name}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a DVC graph with a map `stages`: {error}", remedy=f"restore it: git checkout {path.name}") from None
 
 
 def check_algorithm(graph: Iterable[str], params: Params) -> None:
@@ -65,25 +65,35 @@ def check_algorithm(graph: Iterable[str], params: Params) -> None:
         )
 
 
-def _node(name: str, entry: Mapping[str, Any]) -> Node:
+def _node(name: Any, entry: Any) -> Node:
+    if not isinstance(name, str) or not isinstance(entry, dict):
+        raise ValueError(f"stage {name!r} is no map of values")
+
     def paths(key: str) -> tuple[str, ...]:
-        return tuple(_options(entry.get(key, [])))
+        return tuple(_options(name, key, entry.get(key, [])))
 
     # numbers are metrics whether DVC lists them or not
     numbers = [path for path in paths("outs") if path.startswith("metrics/")]
     outputs = tuple(path for path in paths("outs") if path not in numbers)
     metrics = (*numbers, *paths("metrics"))
-    node = Node(name, paths("deps"), outputs, metrics, _options(entry.get("plots", [])), entry.get("desc", ""))
+    plots = _options(name, "plots", entry.get("plots", []))
+    node = Node(name, paths("deps"), outputs, metrics, plots, str(entry.get("desc", "")))
     for path in (*node.inputs, *node.written):
-        if Path(path).is_absolute() or ".." in Path(path).parts:
+        if "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
             raise UserError(f"dvc.yaml: stage {name}: {path} leads out of the workspace", remedy="give a path below the folder of dvc.yaml")
     return node
 
 
-def _options(entries: Iterable[Any]) -> dict[str, dict[str, Any]]:
+def _options(stage: str, key: str, entries: Any) -> dict[str, dict[str, Any]]:
     # DVC writes an entry as `path`, or as `path: {options}`
-    pairs = [(entry, {}) if isinstance(entry, str) else next(iter(entry.items())) for entry in entries]
-    return {path: dict(options or {}) for path, options in pairs}
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        pairs = [(entry, None)] if isinstance(entry, str) else list(entry.items()) if isinstance(entry, dict) else []
+        path, options = pairs[0] if len(pairs) == 1 else (None, None)
+        if not isinstance(entries, list) or not isinstance(path, str) or not isinstance(options, dict | None):
+            raise ValueError(f"{key} of stage {stage} has {entry!r}, and is to be a list of paths")
+        found[path] = dict(options or {})
+    return found
 
 
 def check_inputs(root: Path, stage: str, graph: Mapping[str, Node]) -> None:

@@ -26,7 +26,6 @@ from ruamel.yaml.util import load_yaml_guess_indent
 
 from rlhf import config
 from rlhf.config.data import FileSource
-from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import check_links, inside
 
@@ -65,7 +64,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
             raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
         done.append(_set(raw, key, _parse(value), origin))
     try:
-        params = config.validate(load_yaml(_text(raw, editor)), origin)
+        params = config.validate(config.text.parse(_text(raw, editor), origin), origin)
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     dag = graph(root, params.algorithm)
@@ -164,7 +163,10 @@ def _set(raw: Any, key: str, value: object, origin: str) -> str:
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # it holds itself
+        return str(value)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -177,7 +179,7 @@ def _parse(text: str) -> object:
     try:
         value = YAML().load(text)  # a number keeps the form that it was given in, 1.0e-4
         return YAML(typ="safe", pure=True).load(text) if isinstance(value, dict | list) else value
-    except YAMLError:
+    except Exception:  # of tags that make no sense of what follows, whatever they stumble over: the schema refuses it
         return text
 
 
