@@ -12,7 +12,7 @@ from rich.table import Table
 from rlhf import config, plan
 from rlhf.plan.findings import Findings
 from rlhf.plan.memory import COLUMNS
-from rlhf.workspace import fingerprint
+from rlhf.workspace import fingerprint, presets
 
 
 def check(root: Path) -> Findings:
@@ -28,9 +28,12 @@ def check(root: Path) -> Findings:
     findings = Findings()
     with findings.collecting():
         fingerprint.check_algorithm(fingerprint.read_graph(root), params)
+        if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params.algorithm):
+            findings.notes.append("dvc.yaml is not as `rlhf use` writes it: DVC does not see a change of what it does not list")
     found = plan.check(root, params, config.STAGES_OF[params.algorithm])
     plan.check_champion(root, params, found)
     found.problems[:0] = findings.problems
+    found.notes += findings.notes
     return found
 
 

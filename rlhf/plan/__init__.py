@@ -18,6 +18,7 @@ from rlhf.workspace.find import home
 if TYPE_CHECKING:
     from rlhf.plan.model import Model
 
+PINNED = "models/base"
 PROMPTS = "data/prepared/heldout_prompts.jsonl"
 
 
@@ -45,19 +46,30 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
 
 def _model(root: Path, params: Params, stages: Sequence[str], findings: Findings) -> Model | None:
     """The model to start from; None where the stages need none, or build a small one, of which there is nothing to look at."""
-    if isinstance(params.base, BuiltBase) or list(stages) == ["prepare"]:
+    base = params.base
+    if isinstance(base, BuiltBase) or list(stages) == ["prepare"]:
         return None
-    before = len(findings.problems)
-    if "base" in stages:
-        with findings.collecting():
-            check_base(root, "base", params)
-    if len(findings.problems) > before:
-        return None
+    is_pinned = "base" not in stages
+    if not is_pinned and (gone := _gone(root, params)):
+        if not (root / PINNED / "config.json").is_file():
+            findings.problems.append(gone)
+            return None
+        findings.notes.append(f"{gone.what}: {PINNED} stands for it, as long as nothing that it was made of has changed")
+        is_pinned = True
     from rlhf.plan import model  # both frameworks take seconds, which nothing else here needs
 
-    found = model.look_at(root, params, findings, is_pinned="base" not in stages)
+    found = model.look_at(root, params, findings, is_pinned=is_pinned)
     model.check_lengths(found, _lengths(params, stages), findings)
     return found
+
+
+def _gone(root: Path, params: Params) -> UserError | None:
+    """Why there is no folder of the given model, where there is none."""
+    try:
+        check_base(root, "base", params)
+    except UserError as error:
+        return error
+    return None
 
 
 def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:

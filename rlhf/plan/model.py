@@ -19,8 +19,6 @@ from rlhf.models.tokenizer import given_tokenizer, load_tokenizer
 from rlhf.plan.findings import Findings
 from rlhf.plan.memory import Shape
 
-PINNED = "models/base"
-
 
 @dataclass(frozen=True)
 class Model:
@@ -34,15 +32,16 @@ class Model:
 
 def look_at(root: Path, params: Params, findings: Findings, *, is_pinned: bool) -> Model:
     """The model that params name, or the one that stage base has pinned."""
+    pinned = "models/base"
     base = params.base
     if is_pinned or not isinstance(base, PretrainedBase):
         with findings.collecting():
-            folder = root / PINNED
+            folder = root / pinned
             tokenizer, context = load_tokenizer(folder), context_of(folder)
             shape = shape_of(AutoConfig.from_pretrained(folder), headers.local(folder))
-            findings.seen.append(("model", _described(PINNED, shape, context)))
-            return Model(PINNED, tokenizer, shape, context)
-        return Model(PINNED, None, None)
+            findings.seen.append(("model", _described(pinned, shape, context)))
+            return Model(pinned, tokenizer, shape, context)
+        return Model(pinned, None, None)
     return _given(root, base, findings)
 
 
