@@ -56,7 +56,7 @@ def _given(root: Path, base: PretrainedBase, findings: Findings) -> Model:
         folder = given.find(base)
         config = given.read_config(folder)
         shape = shape_of(config, given.read_heads(folder, base))
-        context = None if base.trust_remote_code else context_of(folder)
+        context = context_of(folder)
         findings.seen.append(("model", _described(base.model, shape, context)))
         tokenizer, notes = given_tokenizer(folder, base.chat_template, trust_remote_code=base.trust_remote_code)
         findings.notes += [f"{name}: {note}" for note in notes]
