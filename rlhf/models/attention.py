@@ -15,13 +15,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from rlhf.errors import UserError
 from rlhf.models import ragged
 from rlhf.models.last_layer import LastLayer
+from rlhf.models.options import ANOTHER, Options, options_of, seen, weigh
 from rlhf.models.pieces import Piece, Ragged, seen_by
 
 NAME = "packed"  # under which transformers' models find `attend`
 
 
 def attend_to_pieces(model: PreTrainedModel) -> None:
-    """Have a model that attends by scaled_dot_product_attention take packed rows.
+    """Have a model that attends by what transformers calls an attention interface take packed rows.
 
     Raises:
         UserError: its attention is its own, and knows nothing of pieces.
@@ -30,8 +31,10 @@ def attend_to_pieces(model: PreTrainedModel) -> None:
     if model.config._attn_implementation != NAME:
         raise UserError(
             f"a model of type {model.config.model_type} has an attention of its own, which cannot take packed rows",
-            remedy="choose a model of another family (docs/own-model.md)",
+            remedy=ANOTHER,
         )
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for a loss of experts, over masks that packed rows have not: it is not added
     LastLayer(model)
 
 
@@ -54,43 +57,62 @@ def attend(
         read: (n,) places of the tokens whose outputs are read; None: all.
 
     Raises:
-        UserError: the row is packed, and the model did not hand its pieces on.
+        UserError: the row is packed, and the model did not hand its pieces on; the layer asks for what is not applied here.
     """
+    asked = options_of(module, options)
     if pieces is None:
-        if attention_mask is not None and not attention_mask.numel():
-            raise UserError(
-                "a layer of this model does not hand on to its attention what the model is called with, so that it cannot take packed rows",
-                remedy="choose a model of another family (docs/own-model.md)",
-            )
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if isinstance(pieces, Ragged):
-        found = _attend_at_once(query, key, value, pieces, options.get("scaling"))
+        return _attend_to_rows(module, query, key, value, attention_mask, asked, options), None
+    if attention_mask is None or attention_mask.numel():
+        raise UserError(
+            f"a layer of this model ({type(module).__name__}) has a mask of its own, which packed rows have not", remedy=ANOTHER
+        )
+    if isinstance(pieces, Ragged) and asked.plain and not asked.narrower(pieces.longest_keys) and value.shape[-1] == query.shape[-1]:
+        found = _attend_at_once(query, key, value, pieces, asked.scale)
     else:
-        found = _attend_in_turn(query, key, value, pieces, options.get("scaling"))
+        found = _attend_in_turn(query, key, value, pieces.pieces if isinstance(pieces, Ragged) else pieces, asked)
     if last := getattr(module, "last_layer", None):
         last.attended(read, query.shape[2])
     return found, None
 
 
-def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], scale: float | None) -> Tensor:
+def _attend_to_rows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Options, options: dict[str, Any]
+) -> Tensor:
+    if mask is not None and not mask.numel():
+        raise UserError(
+            "a layer of this model does not hand on to its attention what the model is called with, so that it cannot take packed rows",
+            remedy=ANOTHER,
+        )
+    if asked.plain:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    if mask is None:
+        mask = seen(query.shape[2], key.shape[2], None, query.device)
+    return weigh(query, key, value, mask, asked).transpose(1, 2)
+
+
+def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[Piece], asked: Options) -> Tensor:
     # split, not slices: the gradient of each slice would be as large as the row
     queries, keys, values = (states.split([piece.length for piece in pieces], dim=2) for states in (query, key, value))
     found = []
     for number, piece in enumerate(pieces):
         k, v = keys[number], values[number]
-        mask = None
         if piece.after is not None:
             k, v = (torch.cat([states[i] for i in seen_by(pieces, number)], dim=2) for states in (keys, values))
-            mask = torch.ones(piece.length, k.shape[2], dtype=torch.bool, device=query.device).tril(k.shape[2] - piece.length)
-        attended = scaled_dot_product_attention(
-            queries[number],
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        window, mask = asked.narrower(k.shape[2]), None
+        if piece.after is not None or window is not None or not asked.plain:
+            mask = seen(piece.length, k.shape[2], window, query.device)
+        if mask is not None and not asked.plain:
+            attended = weigh(queries[number], k, v, mask, asked)
+        else:
+            attended = scaled_dot_product_attention(
+                queries[number],
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=asked.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         found.append(attended.transpose(1, 2))
     return torch.cat(found, dim=1)
 

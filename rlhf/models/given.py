@@ -14,6 +14,8 @@ from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError, first_line
 from rlhf.models import headers, saving, templates
 from rlhf.models.dialogues import Messages
+from rlhf.models.options import ANOTHER
+from rlhf.models.supported import unsupported
 from rlhf.models.tokenizer import given_tokenizer
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")  # all files of a hub model but its weights
@@ -21,7 +23,7 @@ FIND = "give a folder with config.json, tokenizer and weights, or a hub id and r
 
 
 def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[UserError]:
-    """All that is wrong with a given model: config, tokenizer, chat template, names and shapes of weights, of which none are loaded.
+    """All that is wrong with a given model: family, config, tokenizer, chat template, names and shapes of weights; none are loaded.
 
     Args:
         dialogues: that its chat template is to render besides some small ones, for example a sample of the data.
@@ -31,7 +33,8 @@ def check(params: PretrainedBase, dialogues: Iterable[Messages] = ()) -> list[Us
         config = read_config(folder)
     except UserError as error:
         return [named(params, error)]
-    found: list[UserError] = []
+    why = unsupported(config)
+    found = [UserError(why, remedy=ANOTHER)] if why else []
     # a pad token beyond the embedding fails in a model's making, and those of the tokenizer are looked at by themselves
     config.pad_token_id = None
     try:

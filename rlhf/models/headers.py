@@ -16,7 +16,6 @@ from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import logging
 
 from rlhf.errors import UserError, first_line
-from rlhf.models.attention import attend_to_pieces
 from rlhf.models.policy import ATTENTION
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -129,14 +128,10 @@ def problems(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
             model, report = type(model).from_pretrained(
                 None, config=config, state_dict=heads, device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
             )
-            attend_to_pieces(model)
         return [*_differences(report, heads, type(model).__name__), *_scalar(config)]
     except UserError as error:
         return [error]
     except Exception as error:  # a config of wrong values fails wherever they are first used
-        if "scaled_dot_product_attention" in str(error):
-            what = f"is of type {config.model_type}, which has an attention of its own that cannot take packed rows"
-            return [UserError(what, remedy="choose a model of another family (docs/own-model.md)")]
         if "conversion" in str(error):  # transformers puts experts together, and says no more than that it failed
             return [UserError("has weights that cannot be put together, as of experts that are not all there", remedy=WHOLE)]
         return [UserError(f"cannot be loaded as a language model: {first_line(error)}", remedy=WHOLE)]

@@ -14,6 +14,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError
+from rlhf.models.options import ANOTHER
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model that writes text.
+
+    Raises:
+        UserError: it has none that are known as such.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for part in model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == depth:
+            return part
+    raise UserError(f"a model of type {model.config.model_type} has no list of its {depth} layers", remedy=ANOTHER)
 
 
 class LastLayer:
@@ -22,13 +36,14 @@ class LastLayer:
     def __init__(self, model: PreTrainedModel) -> None:
         self.read: Tensor | None = None  # (n,) places in the row of the tokens that are read, each once; None: all
         self.tokens = 0  # of the row
-        depth = model.config.get_text_config().num_hidden_layers
-        layer = next(part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)[-1]
+        layer = layers_of(model)[-1]
         layer.register_forward_pre_hook(self._begin)
+        # each of a list of experts is given some of the tokens, in places of its own
+        experts = {part for several in layer.modules() if isinstance(several, nn.ModuleList) for part in several.modules()}
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 vars(module)["last_layer"] = self
-            if type(module) in (nn.Linear, Conv1D):
+            if type(module) in (nn.Linear, Conv1D) and module not in experts:
                 module.register_forward_pre_hook(self._pick)
                 module.register_forward_hook(self._spread)
 
@@ -40,7 +55,7 @@ class LastLayer:
         """
         if self.read is not None:
             what = "a layer of this model attends twice, the second time to what was left out after the first"
-            raise UserError(what, remedy="choose a model of another family (docs/own-model.md)")
+            raise UserError(what, remedy=ANOTHER)
         self.read, self.tokens = read, tokens
 
     def _begin(self, *_: Any) -> None:

@@ -23,8 +23,6 @@ class Packed:
     What sequences begin alike with stands there once: a system prompt, or the prompt of a preference pair or of several answers. Each one's
     own part sees it and itself.
 
-    Attention knows nothing of sliding windows here, so sequences must not be longer than a model's window.
-
     It stands in the processor's memory; what a model needs of it is sent to the model's device, where nothing waits for it.
     """
 

@@ -32,6 +32,7 @@ def seen_by(pieces: Sequence[Piece], number: int) -> list[int]:
 class Ragged:
     """The pieces of a row as kernels take them that attend in all of them at once. Tensors stand on the GPU."""
 
+    pieces: Sequence[Piece]
     starts: Tensor  # (P + 1,) int32: the first query of each piece, and the end
     longest: int  # queries of the longest piece
     key_starts: Tensor  # (P + 1,) int32: the same of the keys that each piece sees
@@ -46,6 +47,7 @@ class Ragged:
         shared = any(piece.after is not None for piece in pieces)
         keys = torch.tensor([place for numbers in seen for i in numbers for place in range(starts[i], starts[i + 1])]) if shared else None
         return cls(
+            pieces=pieces,
             starts=send(torch.tensor(starts, dtype=torch.int32), device),
             longest=max(piece.length for piece in pieces),
             key_starts=send(torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32), device),

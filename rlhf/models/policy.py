@@ -15,12 +15,13 @@ from transformers.utils import logging
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError, first_line
 from rlhf.models.attention import attend_to_pieces
+from rlhf.models.limits import limits
 from rlhf.models.packed import Packed
 from rlhf.tensors import send
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# the one that rlhf.models.attention goes back to; a family without it (GPT-J, BLOOM, MPT) cannot take packed rows
-ATTENTION = "sdpa"
+# the one that every family has, until rlhf.models.attention puts its own in its place
+ATTENTION = "eager"
 
 
 def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
@@ -116,7 +117,7 @@ def logits_at(model: Any, packed: Packed, places: Tensor) -> Tensor:
 
 
 def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
-    """Check that a model sees the whole of each sequence of so many tokens; packed rows know nothing of a sliding window.
+    """Check that a model computes rightly on sequences of so many tokens.
 
     Args:
         key: what in params.yaml sets the length.
@@ -124,14 +125,14 @@ def check_length(model: PreTrainedModel, tokens: int, key: str) -> None:
     Raises:
         UserError: names the key and the model's limit.
     """
-    for name, limit in _limits(model.config).items():
+    for name, limit in limits(model.config).items():
         if tokens > limit:
             raise UserError(f"{key}: {tokens} tokens are more than the model's {name}, {limit}", remedy=f"lower it to {limit} at most")
 
 
 def context_tokens(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence of which a model sees the whole."""
-    return min(_limits(model.config).values(), default=sys.maxsize)
+    """Tokens of the longest sequence that a model takes."""
+    return min(limits(model.config).values(), default=sys.maxsize)
 
 
 def context_of(folder: Path) -> int:
@@ -141,17 +142,9 @@ def context_of(folder: Path) -> int:
         UserError: the folder holds no model that transformers knows.
     """
     try:
-        return min(_limits(AutoConfig.from_pretrained(folder)).values(), default=sys.maxsize)
+        return min(limits(AutoConfig.from_pretrained(folder)).values(), default=sys.maxsize)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no model ({str(error).splitlines()[0]})", remedy="give a Hugging Face model folder") from None
-
-
-def _limits(config: Any) -> dict[str, int]:
-    limits = {
-        "number of positions": getattr(config, "max_position_embeddings", None),
-        "sliding attention window": getattr(config, "sliding_window", None),
-    }
-    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
@@ -159,16 +152,6 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for name in (
-        "attention_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout",
-        "dropout",
-        "activation_dropout",
-        "layerdrop",
-    ):
-        for part in model.modules():
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
+        for name, value in vars(module).items():  # attention_dropout, resid_pdrop, layerdrop, …, and the noise that routers of experts add
+            if isinstance(value, float) and ("drop" in name or name in ("jitter_noise", "input_jitter_noise")):
+                setattr(module, name, 0.0)

@@ -19,8 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.models import attention
+from rlhf.models.options import Options, options_of, weigh
 from rlhf.models.packed import Packed
-from rlhf.rollout.gpu import attend_at_once
+from rlhf.rollout.gpu import attend_at_once, attend_with_options
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
@@ -41,6 +42,7 @@ class SlotCache:
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
         self.width = 0  # columns that a decoding step reads
+        self.spans: list[tuple[int, int]] = []  # first slot of each and its width
 
     @contextmanager
     def reading(self) -> Iterator[list[Layer]]:
@@ -60,8 +62,8 @@ class SlotCache:
         self.lengths, self.width = torch.tensor(lengths, device=device), max(lengths) + 1
         hidden = torch.arange(self.width, device=device) > self.lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        spans = [(first, max(lengths[first : first + SPAN]) + 1) for first in range(0, len(lengths), SPAN)]
-        return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "spans": spans}
+        self.spans = [(first, max(lengths[first : first + SPAN]) + 1) for first in range(0, len(lengths), SPAN)]
+        return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "held": self}
 
     def decode_at_once(self, lengths: Tensor) -> dict[str, Any]:
         """The same on a GPU. Nothing but the number of slots decides what will be computed, so that it can be captured.
@@ -139,7 +141,6 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
-    spans: Sequence[tuple[int, int]] | None = None,
     held: SlotCache | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -150,23 +151,34 @@ def attend(
     And each span of slots, on a GPU each slot, has its own width.
 
     Args:
-        spans: first slot of each and its width.
-        held: the slots, on a GPU, where key and value are only what is new. Neither is given while prompts are read.
+        held: the slots; on a GPU key and value are only what is new. Not given while prompts are read.
     """
-    if held is not None:
-        keys, values = held.layers[module.layer_idx]
-        scale = options.get("scaling") or query.shape[-1] ** -0.5
-        return attend_at_once()(query, key, value, keys, values, held.lengths, scale).transpose(1, 2), None
-    if spans is None:
+    if held is None:
         return attention.attend(module, query, key, value, attention_mask, **options)
+    asked = options_of(module, options)
+    if query.device.type == "cpu":
+        return _attend_in_spans(query, key, value, attention_mask, held, asked), None
+    keys, values = held.layers[module.layer_idx]
+    if asked.plain and not asked.narrower(held.capacity) and value.shape[-1] == query.shape[-1]:
+        scale = asked.scale or query.shape[-1] ** -0.5
+        return attend_at_once()(query, key, value, keys, values, held.lengths, scale).transpose(1, 2), None
+    return attend_with_options(query, key, value, keys, values, held.lengths, asked).transpose(1, 2), None
+
+
+def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, held: SlotCache, asked: Options) -> Tensor:
     rows, heads, _, width = query.shape
+    if window := asked.narrower(held.width):
+        before = torch.arange(held.width) <= (held.lengths - window)[:, None]
+        mask = mask.masked_fill(before[:, None, None], float("-inf"))
+    if not asked.plain:
+        return weigh(query, key, value, mask, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
-    found = torch.empty_like(grouped)
-    for first, columns in spans:
+    found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
+    for first, columns in held.spans:
         part = slice(first, first + SPAN)
         inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns])
-        found[part] = scaled_dot_product_attention(*inputs, attn_mask=attention_mask[part, ..., :columns], scale=options.get("scaling"))
-    return found.reshape(rows, 1, heads, width), None
+        found[part] = scaled_dot_product_attention(*inputs, attn_mask=mask[part, ..., :columns], scale=asked.scale)
+    return found.reshape(rows, 1, heads, value.shape[-1])
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models import ragged
+from rlhf.models.options import Options, weigh
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,8 @@ def attend_by_torch(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tens
     """What `attend` of rlhf/rollout/fused.py does, by the kernels that prompts are read with."""
     rows, heads, _, width = query.shape
     sharing, capacity = key.shape[1:3]
-    slots, group = torch.arange(rows, device=query.device), heads // sharing
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # no place is written to twice, and the way that allows for it is slow
-    for held, new in ((key, new_key), (value, new_value)):
-        held[slots, :, lengths] = new[:, :, 0]
-    torch.use_deterministic_algorithms(before)
+    group = heads // sharing
+    _put(new_key, new_value, key, value, lengths)
     # heads that share keys stand where the tokens of a sequence would
     queries = query.view(rows, sharing, group, width).transpose(1, 2).reshape(-1, sharing, width)
     keys, values = (held[:rows].transpose(1, 2).reshape(-1, sharing, width) for held in (key, value))
@@ -48,3 +45,25 @@ def attend_by_torch(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tens
     used = (lengths + 1).int()
     found = ragged.attend(queries, keys, values, starts, key_starts, group, capacity, scale=scale, causal=False, used=used)
     return found.view(rows, group, sharing, width).transpose(1, 2).reshape(rows, heads, 1, width)
+
+
+def attend_with_options(
+    query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor, options: Options
+) -> Tensor:
+    """The same where a layer asks for what no kernel knows (rlhf/models/options.py): over all that slots have room for."""
+    rows, capacity = len(query), key.shape[2]
+    _put(new_key, new_value, key, value, lengths)
+    at, last = torch.arange(capacity, device=query.device), lengths[:, None]
+    held = at <= last
+    if window := options.narrower(capacity):
+        held &= at > last - window
+    return weigh(query, key[:rows], value[:rows], held[:, None, None], options)
+
+
+def _put(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> None:
+    slots = torch.arange(len(new_key), device=key.device)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # no place is written to twice, and the way that allows for it is slow
+    for held, new in ((key, new_key), (value, new_value)):
+        held[slots, :, lengths] = new[:, :, 0]
+    torch.use_deterministic_algorithms(before)

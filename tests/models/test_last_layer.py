@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
+from rlhf.models.attention import attend_to_pieces
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
+from tests.models.families import near, sequences, tiny
 
 PACKED = pack([[5] * 20, [6, 7] * 5], "cpu")  # 30 tokens
 FEW = torch.tensor([3, 19, 19, 20, 29])
@@ -70,3 +74,31 @@ def test_a_layer_that_attends_again_is_refused(llama: LlamaForCausalLM) -> None:
     last.attended(FEW, 30)
     with pytest.raises(UserError, match="attends twice"):
         last.attended(FEW, 30)
+
+
+def test_experts_that_are_given_some_of_the_tokens_are_left_out_of_the_last_layers_saving() -> None:
+    """Theirs are rows of their own: none of them stands where a token of the row does."""
+    model = tiny("llama")
+    layer: Any = cast(Any, model).model.layers[-1]
+    layer.mlp = Routed([layer.mlp, copy.deepcopy(layer.mlp)])
+    attend_to_pieces(model)
+    given = sequences()
+    packed = pack(given, "cpu")
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in given])
+        near(logits_at(model, packed, packed.last), expected)
+
+
+class Routed(torch.nn.Module):
+    """Experts as a list of layers, as older code has them: odd tokens go to one of them."""
+
+    def __init__(self, experts: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(experts)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        odd = hidden.sum(-1) > 0
+        made = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            made[odd == bool(number)] = expert(hidden[odd == bool(number)])
+        return made

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from rlhf.algorithms.language_model import next_token_loss
+from rlhf.models.attention import attend
 from rlhf.models.packed import SHARED, Packed, pack, pad_rows
+from rlhf.models.pieces import Ragged
 from rlhf.models.policy import logits_at
 
 LENGTHS = (7, 30, 1, 12, 90, 25, 60)
@@ -118,3 +121,14 @@ def test_loss_and_gradient_of_a_packed_row_are_those_of_single_ones(llama: Llama
 
 def test_rows_are_padded_on_the_right() -> None:
     assert pad_rows([[1, 2], [3], [4, 5, 6]], 9).tolist() == [[1, 2, 9], [3, 9, 9], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("asked", [{"softcap": 2.0}, {"s_aux": torch.tensor([0.5, 2.0])}, {"sliding_window": 10}])
+def test_a_row_as_kernels_take_it_goes_piece_by_piece_where_a_layer_asks_for_more(asked: dict[str, Any]) -> None:
+    packed = pack([*sequences((40, 12)), [*sequences((40,))[0], 3]], "cpu")
+    states = torch.randn(1, 2, packed.ids.shape[1], 8)
+    unfit = torch.empty(1, 1, 0, 0)
+    rows = (packed.pieces, Ragged.of(packed.pieces, torch.device("cpu")))
+    one, other = (attend(torch.nn.Identity(), states, states, states, unfit, row, **asked)[0] for row in rows)
+    assert torch.equal(one, other)
+    assert not torch.allclose(one, attend(torch.nn.Identity(), states, states, states, unfit, packed.pieces)[0])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.models.options import Options
 from rlhf.rollout.decoding import size_for
 from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.gpu import attend_with_options
 from rlhf.rollout.sampling import Sampling, sample
 
 PROMPTS = [[11, 12, 13, 14, 15], [21], [31, 32, 33, 34, 35, 36, 37, 38, 39], [41, 42]]
@@ -179,3 +181,20 @@ def test_seeds_draw_as_the_probabilities_say(llama: LlamaForCausalLM) -> None:
     # five standard deviations of a count
     assert ((counts - expected).abs() <= 5 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
     assert expected.max() > 0.03
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_one_token_of_each_answer_attends_to_its_slot_with_all_options(window: int | None) -> None:
+    """What takes the place of a GPU's kernel; each answer by itself, step by step."""
+    torch.manual_seed(1)
+    lengths, sinks = torch.tensor([9, 0, 5]), torch.randn(4)
+    query, new_key, new_value = (torch.randn(3, heads, 1, 8) for heads in (4, 2, 2))
+    held = [torch.randn(5, 2, 12, 8) for _ in range(2)]
+    found = attend_with_options(query, new_key, new_value, held[0], held[1], lengths, Options(0.7, window, 2.0, sinks))
+    for row, length in enumerate(lengths.tolist()):
+        first = 0 if window is None else max(0, length + 1 - window)
+        keys, values = (states[row : row + 1, :, first : length + 1] for states in held)
+        assert torch.equal(keys[:, :, -1:], new_key[row : row + 1])
+        scores = 2 * torch.tanh(0.7 * query[row : row + 1] @ keys.repeat_interleave(2, 1).mT / 2)
+        weights = torch.cat([scores, sinks.view(1, -1, 1, 1)], -1).softmax(-1)[..., :-1]
+        torch.testing.assert_close(found[row : row + 1], weights @ values.repeat_interleave(2, 1))
