@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.errors import UserError
-from rlhf.models import ragged
+from rlhf.models import half, ragged
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.options import ANOTHER, Options, options_of, seen, weigh
 from rlhf.models.pieces import Piece, Ragged, seen_by
@@ -98,23 +98,20 @@ def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[
         k, v = keys[number], values[number]
         if piece.after is not None:
             k, v = (torch.cat([states[i] for i in seen_by(pieces, number)], dim=2) for states in (keys, values))
-        window, mask = asked.narrower(k.shape[2]), None
-        if piece.after is not None or window is not None or not asked.plain:
-            mask = seen(piece.length, k.shape[2], window, query.device)
-        if mask is not None and not asked.plain:
-            attended = weigh(queries[number], k, v, mask, asked)
-        else:
-            attended = scaled_dot_product_attention(
-                queries[number],
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=asked.scale,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        found.append(attended.transpose(1, 2))
+        found.append(_attend_to_one(queries[number], k, v, asked).transpose(1, 2))
     return torch.cat(found, dim=1)
+
+
+def _attend_to_one(query: Tensor, key: Tensor, value: Tensor, asked: Options) -> Tensor:
+    """Of a piece's queries to all keys that its last one sees."""
+    window, follows = asked.narrower(key.shape[2]), query.shape[2] < key.shape[2]
+    if asked.plain and window is None and half.suits(query, value):
+        return half.attend(query, key, value, asked.scale)
+    mask = seen(query.shape[2], key.shape[2], window, query.device) if follows or window is not None or not asked.plain else None
+    if mask is not None and not asked.plain:
+        return weigh(query, key, value, mask, asked)
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=asked.scale, enable_gqa=grouped)
 
 
 def _attend_at_once(query: Tensor, key: Tensor, value: Tensor, row: Ragged, scale: float | None) -> Tensor:
