@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, Unreadable, st
 from rlhf.data.named import DATASETS
 from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
-from rlhf.data.turns import answered, complete, demonstration, last_answer, plain, turns, turns_or_question
+from rlhf.data.turns import answered, complete, demonstration, last_answer, left_over, plain, turns, turns_or_question
 from rlhf.errors import UserError
 
 # Categories of rows that are there by design, and say nothing of damage: datasets hold them, and datasets overlap.
@@ -38,7 +38,7 @@ class Row:
     text: str | None = None
     gold: dict[str, Any] | None = None
     beside: dict[str, Any] | None = None  # what the answer holds beside its text: calls of tools, thoughts
-    unread: tuple[str, ...] = ()  # fields of its turns that nothing reads
+    unread: tuple[str, ...] = ()  # columns and fields of turns that nothing reads
 
     @property
     def content(self) -> dict[str, Any]:
@@ -106,8 +106,7 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
             if absent:
                 raise BadRow(f"malformed: no column '{needed[absent[0]]}'")
             gold = None if isinstance(source, FileSource) else record.get("gold")
-            fields = complete(record, parse(record), needed.values()) if isinstance(source, FileSource) else parse(record)
-            yield Row(source.name, file, line, source.kind, gold=gold, **fields)
+            yield Row(source.name, file, line, source.kind, gold=gold, **_fields(source, record, needed.values(), parse))
         except (BadRow, RecursionError) as reason:
             deep = isinstance(reason, RecursionError)  # nor can it be written
             yield Quarantined(source.name, file, line, "malformed: nested too deeply" if deep else str(reason), None if deep else raw)
@@ -120,6 +119,16 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
                 f"{key}: no row of {file} has a column '{needed[name]}'; its columns are {', '.join(map(repr, present))}",
                 remedy=own if isinstance(source, ColumnSource) else f"set another {key}.format in params.yaml",
             )
+
+
+def _fields(source: Source, record: Record, columns: Collection[str], parse: Callable[[Record], Fields]) -> Fields:
+    """All that a record says. Of a public dataset it is known what its other columns are."""
+    fields = parse(record)
+    if isinstance(source, SandboxSource):
+        return fields
+    fields = complete(record, fields, columns)
+    unread = left_over(record, columns) if isinstance(source, ColumnSource) and len(record) > len(columns) else []
+    return fields | {"unread": (*fields.get("unread", ()), *unread)} if unread else fields
 
 
 def _check_utf8(raw: Any) -> None:

@@ -151,7 +151,7 @@ def unread(record: Record, columns: Collection[str]) -> tuple[str, ...]:
     """Names of the fields of turns that nothing reads."""
     lists = (value for value in map(record.get, columns) if isinstance(value, list))
     found = (turn for value in lists for turn in value if not _is_plain(turn) and _first(turn, SPEAKERS))
-    return tuple(sorted({name for turn in found for name in _unread(turn)}))
+    return tuple(sorted({f"turns.{name}" for turn in found for name in _unread(turn)}))
 
 
 def _unread(turn: Record) -> Iterator[str]:
@@ -272,3 +272,8 @@ def _tools(value: Any) -> list[Mapping[str, Any]]:
     if not all(isinstance(tool["function"], dict) and isinstance(tool["function"].get("name"), str) for tool in made):
         raise BadRow("malformed: 'tools' has one without a name")
     return made
+
+
+def left_over(record: Record, columns: Collection[str]) -> list[str]:
+    """Names of the columns that hold something and that nothing reads."""
+    return [name for name in record if name not in columns and name not in BESIDE and record[name] not in (None, "", [], {})]

@@ -63,13 +63,11 @@ def told(name: str, good: Sequence[Row], bad: Sequence[Quarantined]) -> str:
     reasons = Counter(row.category for row in bad).most_common()
     listed = f" ({', '.join(f'{reason} {count}' for reason, count in reasons)})" if reasons else ""
     fields = ", ".join(f"'{field}' ({count})" for field, count in sorted(unread(good).items()))
-    return f"{name}: {len(good)} rows, {len(bad)} in quarantine{listed}" + (
-        f"; fields of turns that are not read: {fields}" if fields else ""
-    )
+    return f"{name}: {len(good)} rows, {len(bad)} in quarantine{listed}" + (f"; not read: {fields}" if fields else "")
 
 
 def unread(rows: Iterable[Row]) -> Counter[str]:
-    """Fields of turns that nothing reads, and how many rows have them."""
+    """Columns and fields of turns that nothing reads, and how many rows have them."""
     return Counter(field for row in rows for field in row.unread)
 
 

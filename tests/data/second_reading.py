@@ -145,7 +145,7 @@ def _messages(record: dict[str, Any], row: Row) -> str | None:
         return "an answer to be learnt is left out, or one not to be is learnt"
     turns = json.loads(record["messages"]) if isinstance(record["messages"], str) else record["messages"]
     unknown = {name for turn in turns for name, value in turn.items() if value not in (None, "", [], {}) and name not in READ}
-    if not unknown <= set(row.unread):
+    if not {f"turns.{name}" for name in unknown} <= set(row.unread):
         return f"nothing says that {unknown} is not read"
     if any(turn.get("tool_calls") for turn in turns[: len(found)]) and "tool_calls" not in str([row.prompt, row.beside, row.unread]):
         return "calls of tools are lost"

@@ -66,7 +66,7 @@ def test_marks_that_cannot_be_honoured_are_named(mark: dict[str, Any], expected:
 def test_null_is_no_mark_and_unknown_fields_are_named(tmp_path: Path) -> None:
     turn: dict[str, Any] = RIGHT | {"weight": None, "loss": True, "mood": "glad", "tool_calls": None, "votes": []}
     row = row_of("messages", tmp_path, {"messages": [ASK | {"name": "Ada"}, turn], "id": 7})
-    assert (dialogue(row), row.unread) == ((ASK, RIGHT), ("mood", "name"))
+    assert (dialogue(row), row.unread) == ((ASK, RIGHT), ("turns.mood", "turns.name", "id"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ forms

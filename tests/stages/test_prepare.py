@@ -117,7 +117,7 @@ def test_what_turns_hold_goes_on_to_the_stages_and_what_is_not_read_is_named(tmp
     call = {"type": "function", "function": {"name": "count", "arguments": {}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
     (tmp_path / "chat.jsonl").write_text(
-        json.dumps({"messages": [ASK, answer | {"weight": 0, "mood": "glad"}, ASK, answer]})
+        json.dumps({"id": 7, "messages": [ASK, answer | {"weight": 0, "mood": "glad"}, ASK, answer]})
         + "\n"
         + json.dumps({"messages": [ASK, calling], "tools": [call["function"]]})
         + "\n"
@@ -133,8 +133,8 @@ def test_what_turns_hold_goes_on_to_the_stages_and_what_is_not_read_is_named(tmp
     assert [ASK, answer | {"weight": 0}, ASK, answer] in found
     assert [asking, calling] in found
     assert [row["row"] for row in files["examples"]] == ["pairs.jsonl:1", "chat.jsonl:1", "chat.jsonl:2"]
-    assert "chat: 2 rows, 1 in quarantine (no answer 1); fields of turns that are not read: 'mood' (1)" in capsys.readouterr().out
-    assert metrics(job)["sources"]["chat"]["unread"] == {"mood": 1}
+    assert "chat: 2 rows, 1 in quarantine (no answer 1); not read: 'id' (1), 'turns.mood' (1)" in capsys.readouterr().out
+    assert metrics(job)["sources"]["chat"]["unread"] == {"id": 1, "turns.mood": 1}
 
 
 def test_held_out_prompts_leave_training_and_are_counted(tmp_path: Path) -> None:
