@@ -31,14 +31,12 @@ def asks(question: str) -> Turns:
 def turns(record: Record, column: str) -> Turns:
     """A dialogue: a list of turns, or Anthropic's text."""
     value = record[column]
-    if not isinstance(value, list):
-        return marked_turns(string(record, column), column)
-    return keyed_turns(value, column)
+    return keyed_turns(value, column) if isinstance(value, list | dict) else marked_turns(string(record, column), column)
 
 
 def turns_or_question(record: Record, column: str) -> Turns:
     """A list of turns, or the text of a user's only turn."""
-    return turns(record, column) if isinstance(record[column], list) else asks(string(record, column))
+    return turns(record, column) if isinstance(record[column], list | dict) else asks(string(record, column))
 
 
 # --------------------------------------------------------------------------------------------------------- lists of turns
@@ -50,6 +48,7 @@ def keyed_turns(value: Any, column: str, role: str = "role", content: str = "con
     Args:
         role, content: the keys of an object that say who speaks, and what; where they are not there, one of the other usual ones.
     """
+    value = _as_list(value)
     if not isinstance(value, list):
         raise BadRow(f"malformed: '{column}' is of type {type(value).__name__}, not a list of turns")
     found = []
@@ -65,6 +64,15 @@ def keyed_turns(value: Any, column: str, role: str = "role", content: str = "con
             raise BadRow(f"malformed: {where} is not an object with {role} and {content} as text")
         found.append(_turn(turn, turn[speaker], said, where))
     return tuple(found)
+
+
+def _as_list(value: Any) -> Any:
+    """A list of turns, out of what `datasets` makes of one in a `Sequence`: an object of lists."""
+    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+        columns = list(value.values())
+        if all(len(column) == len(columns[0]) for column in columns):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+    return value
 
 
 def _is_plain(turn: Any) -> bool:
@@ -149,7 +157,7 @@ def _parsed(value: Any, what: str) -> Any:
 
 def unread(record: Record, columns: Collection[str]) -> tuple[str, ...]:
     """Names of the fields of turns that nothing reads."""
-    lists = (value for value in map(record.get, columns) if isinstance(value, list))
+    lists = (value for value in map(_as_list, map(record.get, columns)) if isinstance(value, list))
     found = (turn for value in lists for turn in value if not _is_plain(turn) and _first(turn, SPEAKERS))
     return tuple(sorted({f"turns.{name}" for turn in found for name in _unread(turn)}))
 

@@ -121,6 +121,8 @@ def _turn(turn: dict[str, Any]) -> tuple[str, str, bool]:
 
 
 def _dialogue(value: Any) -> list[tuple[str, str, bool]]:
+    if isinstance(value, dict):
+        value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     return [_turn(turn) for turn in (json.loads(value) if isinstance(value, str) else value)]  # text: in a cell of CSV
 
 
@@ -144,6 +146,8 @@ def _messages(record: dict[str, Any], row: Row) -> str | None:
     if any(who == "assistant" and not marked for who, _, marked in there[len(found) :]) or found[-1][2]:
         return "an answer to be learnt is left out, or one not to be is learnt"
     turns = json.loads(record["messages"]) if isinstance(record["messages"], str) else record["messages"]
+    if isinstance(turns, dict):
+        return None
     unknown = {name for turn in turns for name, value in turn.items() if value not in (None, "", [], {}) and name not in READ}
     if not {f"turns.{name}" for name in unknown} <= set(row.unread):
         return f"nothing says that {unknown} is not read"

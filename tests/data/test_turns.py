@@ -77,10 +77,11 @@ def test_null_is_no_mark_and_unknown_fields_are_named(tmp_path: Path) -> None:
     [
         [{"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": RIGHT["content"]}],
         [{"role": "user", "value": ASK["content"]}, {"role": "model", "text": RIGHT["content"]}],
+        {"from": ["human", "gpt"], "value": [ASK["content"], RIGHT["content"]]},  # of a `Sequence` of datasets
         [{"role": "user", "content": [{"type": "text", "text": "Name a "}, {"type": "text", "text": "red fruit."}]}, RIGHT],
     ],
 )
-def test_turns_under_other_names(messages: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_turns_under_other_names(messages: Any, tmp_path: Path) -> None:
     row = row_of("messages", tmp_path, {"messages": messages})
     assert (dialogue(row), row.unread) == ((ASK, RIGHT), ())
 
