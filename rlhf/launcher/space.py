@@ -30,7 +30,7 @@ WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
 MOMENTS = {"fp32": 8, "bf16": 12, "fp16": 12}  # in half precision the optimiser holds fp32 weights, too
 AVERAGE = 4
 TOKEN = 4
-COMPRESSED = {".gz": 10, ".parquet": 10}
+COMPRESSED = dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".parquet"), 10)
 
 
 @dataclass(frozen=True)

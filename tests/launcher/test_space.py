@@ -87,6 +87,10 @@ def test_raw_files_are_counted_for_prepare(tmp_path: Path) -> None:
     assert space.estimate(tmp_path, "prepare", config.validate(raw, "")).total == 2.5 * 11_000
 
 
+def test_every_packing_of_a_data_file_counts_as_compressed() -> None:
+    assert set(files.PACKED) < set(space.COMPRESSED)
+
+
 def test_a_stage_without_room_is_refused_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params(operations__spare_gib=1e9).model_dump(mode="json")), encoding="utf-8")
