@@ -19,6 +19,9 @@ def dialogue(row: Row) -> Turns:
 
 
 def form_of(row: Row) -> Form:
+    """The form of a row; a passage has none."""
+    if row.kind == "text":
+        return ()
     return tuple((str(turn["role"]), *sorted(turn.keys() - {"role", "content", "weight"})) for turn in dialogue(row))
 
 
@@ -26,8 +29,8 @@ def first_of_each(rows: Iterable[Row]) -> dict[Form, Row]:
     """The first row of each form."""
     found: dict[Form, Row] = {}
     for row in rows:
-        if row.kind != "text":
-            found.setdefault(form_of(row), row)
+        if form := form_of(row):
+            found.setdefault(form, row)
     return found
 
 

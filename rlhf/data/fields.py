@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 Record = Mapping[str, Any]
 Turn = dict[str, Any]  # role, content; where given: weight (0: not to be learnt), tool_calls, …; the first one may hold tools
 Turns = tuple[Turn, ...]
 Fields = dict[str, Any]  # of a row: prompt, chosen, rejected, text, …
+DEEPEST = 200  # objects and lists in each other: what sends a row to another process, and what writes it, has limits not far above
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Unreadable:
 
 
 Records = Iterable[tuple[int, Record | Unreadable]]  # each with its line or number, from 1
+# bytes: a line of JSON; whoever takes the records need not parse it itself
+Unparsed = Iterable[tuple[int, Record | Unreadable | bytes]]
 
 
 class BadRow(Exception):  # noqa: N818 - not an error of the program: its message is the reason for quarantine
@@ -56,6 +60,28 @@ def number(record: Record, column: str) -> float:
     if not math.isfinite(value):
         raise BadRow(f"malformed: '{column}' is {record[column]!r}, not a number")
     return value
+
+
+def check_texts(value: Any, levels: int = DEEPEST) -> None:
+    """Check that UTF-8 can say every text in a value, which has the types of JSON."""
+    if isinstance(value, str):
+        if not value.isascii():
+            _check_text(value)
+    elif isinstance(value, Mapping | list | tuple):
+        if not levels:
+            raise BadRow("malformed: nested too deeply")
+        for inner in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+            check_texts(inner, levels - 1)
+
+
+def _check_text(text: str) -> None:
+    # files are decoded with surrogateescape and JSON may hold "\ud800": a lone surrogate is what UTF-8 cannot say
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+        raise BadRow(f"not UTF-8: {what}") from None
 
 
 def name_of(path: Sequence[str | int]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from rlhf.data import jsons
-from rlhf.data.fields import Records, Unreadable
+from rlhf.data.fields import Unparsed, Unreadable
 from rlhf.errors import UserError
 
 FORMS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -28,8 +28,8 @@ ENDINGS = tuple(form + packed for form in FORMS for packed in ("", *PACKED))
 KINDS = f"{', '.join(FORMS)}, each also with {', '.join(PACKED)}"
 
 
-def records_of_file(path: Path, key: str) -> Records:
-    """The objects of a file, each with its line (JSON lines, CSV) or its number, from 1.
+def records_of_file(path: Path, key: str) -> Unparsed:
+    """The objects of a file, each with its line (JSON lines, CSV) or its number, from 1. Lines of JSON come as they are.
 
     What is not valid UTF-8 comes as lone surrogates.
 
@@ -77,7 +77,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield plain if unpack is None else io.BufferedReader(unpack(plain), 1 << 16)
 
 
-def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Records]:
+def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Unparsed]:
     """What reads a file.
 
     Raises:
@@ -108,7 +108,7 @@ def _first_lines(file: IO[bytes]) -> tuple[str, str]:
     return next(found, ""), next(found, "")
 
 
-def _text_reader(first: str, second: str, suffix: str) -> Callable[[IO[bytes]], Records]:
+def _text_reader(first: str, second: str, suffix: str) -> Callable[[IO[bytes]], Unparsed]:
     value, table = _value(first), suffix in (".csv", ".tsv")
     opens = first.startswith(("[{", '{"')) or first in ("[", "{")  # JSON, whatever the name is
     if table and not opens:
@@ -137,7 +137,7 @@ _OF_TURNS = {"role", "from", "content"}
 _TURNS = re.compile(r"""\[\{\s*['"](role|from|content)['"]\s*:""")
 
 
-def _csv(file: IO[bytes], delimiter: str) -> Records:
+def _csv(file: IO[bytes], delimiter: str) -> Unparsed:
     csv.field_size_limit(2**31 - 1)
     taken: list[str] = []
     lines = _noting(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), taken)
@@ -186,7 +186,7 @@ def _cell(text: str) -> Any:
     return value if turns else text
 
 
-def _parquet(file: IO[bytes]) -> Records:
+def _parquet(file: IO[bytes]) -> Unparsed:
     import pyarrow.parquet
 
     with _arrow_errors():
@@ -195,7 +195,7 @@ def _parquet(file: IO[bytes]) -> Records:
         yield from _rows_of(table.iter_batches(batch_size=1000))
 
 
-def _arrow(file: IO[bytes]) -> Records:
+def _arrow(file: IO[bytes]) -> Unparsed:
     import pyarrow.ipc
 
     with _arrow_errors():
@@ -230,7 +230,7 @@ def _arrow_errors() -> Iterator[None]:
         raise ValueError(str(error)) from None
 
 
-def _rows_of(batches: Iterable[Any]) -> Records:
+def _rows_of(batches: Iterable[Any]) -> Unparsed:
     number = 0
     for batch in batches:
         for index in range(batch.num_rows):

@@ -5,15 +5,15 @@ A bad row never stops the reading; a file that cannot be read at all does.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
-from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, Unreadable, string
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, Unparsed, Unreadable, check_texts, string
+from rlhf.data.jsons import of_line, parsed
 from rlhf.data.named import DATASETS
 from rlhf.data.records import parts_of, records_of
 from rlhf.data.sandbox import make_rows
@@ -81,44 +81,83 @@ def read(source: Source, key: str, root: Path, seed: int) -> Iterator[Row | Quar
     Raises:
         UserError: the file or hub dataset cannot be read, holds no rows, or a column is missing from every row.
     """
-    if not isinstance(source, SandboxSource) and (parts := parts_of(source, key, root)):
-        for part in parts:
-            yield from read(part, key, root, seed)
+    for file, records in files_of(source, key, root, seed):
+        seen = Seen()
+        yield from rows_of(source, file, records, seen)
+        seen.check(source, key, file)
+
+
+def files_of(source: Source, key: str, root: Path, seed: int) -> Iterator[tuple[str, Unparsed]]:
+    """The files of a source, in order, each with its records, which become one row each.
+
+    Raises:
+        UserError: one cannot be read; also as its records are taken.
+    """
+    if isinstance(source, SandboxSource):
+        yield "sandbox", enumerate(make_rows(source.kind, source.rows, seed, source.label_noise), start=1)
         return
-    if isinstance(source, FileSource):
-        file, records = source.path or f"{source.hub}@{source.revision}", records_of(source, key, root)
-    else:
-        file, records = "sandbox", enumerate(make_rows(source.kind, source.rows, seed, source.label_noise), start=1)
-    if isinstance(source, NamedSource) and (gather := DATASETS[source.format].gather):
-        records = gather(records)
+    gather = DATASETS[source.format].gather if isinstance(source, NamedSource) else None
+    for part in parts_of(source, key, root) or [source]:
+        records = records_of(part, key, root)
+        yield part.path or f"{part.hub}@{part.revision}", gather(parsed(records)) if gather else records
+
+
+@dataclass
+class Seen:
+    """What stood in the records of a file, or of a part of it."""
+
+    records: int = 0
+    missing: Counter[str] = field(default_factory=Counter)  # keys of columns in params.yaml: how many records have no such column
+    present: dict[str, None] = field(default_factory=dict)
+
+    def add(self, further: Seen) -> None:
+        """Count the next part of the file in."""
+        self.records += further.records
+        self.missing.update(further.missing)
+        self.present.update(further.present)
+
+    def check(self, source: Source, key: str, file: str) -> None:
+        """Check what only a whole file shows.
+
+        Raises:
+            UserError: it holds no rows, or a column is missing from every row.
+        """
+        if not self.records:
+            raise UserError(f"{key}: {file} holds no rows", remedy="give a file with rows, or take the source out of params.yaml")
+        needed, _ = _reader(source)
+        for name, count in self.missing.items():
+            if count == self.records:
+                own = f"set {key}.columns.{name} in params.yaml, or another format"
+                raise UserError(
+                    f"{key}: no row of {file} has a column '{needed[name]}'; its columns are {', '.join(map(repr, self.present))}",
+                    remedy=own if isinstance(source, ColumnSource) else f"set another {key}.format in params.yaml",
+                )
+
+
+def rows_of(source: Source, file: str, records: Unparsed, seen: Seen) -> Iterator[Row | Quarantined]:
+    """The rows of a file, or of a part of it, good and bad. They are counted in `seen`."""
     needed, parse = _reader(source)
-    read_count, missing, present = 0, Counter[str](), dict[str, None]()
-    for line, record in records:
-        read_count += 1
+    for line, found in records:
+        record = of_line(found) if isinstance(found, bytes) else found
+        if record is None:
+            continue
+        seen.records += 1
         raw = record.raw if isinstance(record, Unreadable) else record
+        plain_ascii = isinstance(found, bytes) and found.isascii() and b"\\u" not in found
         try:
-            _check_utf8(raw)
+            if not plain_ascii:
+                check_texts(raw)
             if isinstance(record, Unreadable):
                 raise BadRow(record.reason)
-            present.update(dict.fromkeys(record))
-            absent = [name for name, column in needed.items() if column not in record]
-            missing.update(absent)
-            if absent:
+            seen.present.update(dict.fromkeys(record))
+            if absent := [name for name, column in needed.items() if column not in record]:
+                seen.missing.update(absent)
                 raise BadRow(f"malformed: no column '{needed[absent[0]]}'")
             gold = None if isinstance(source, FileSource) else record.get("gold")
             yield Row(source.name, file, line, source.kind, gold=gold, **_fields(source, record, needed.values(), parse))
         except (BadRow, RecursionError) as reason:
             deep = isinstance(reason, RecursionError)  # nor can it be written
             yield Quarantined(source.name, file, line, "malformed: nested too deeply" if deep else str(reason), None if deep else raw)
-    if not read_count:
-        raise UserError(f"{key}: {file} holds no rows", remedy="give a file with rows, or take the source out of params.yaml")
-    for name, count in missing.items():
-        if count == read_count:
-            own = f"set {key}.columns.{name} in params.yaml, or another format"
-            raise UserError(
-                f"{key}: no row of {file} has a column '{needed[name]}'; its columns are {', '.join(map(repr, present))}",
-                remedy=own if isinstance(source, ColumnSource) else f"set another {key}.format in params.yaml",
-            )
 
 
 def _fields(source: Source, record: Record, columns: Collection[str], parse: Callable[[Record], Fields]) -> Fields:
@@ -129,16 +168,6 @@ def _fields(source: Source, record: Record, columns: Collection[str], parse: Cal
     fields = complete(record, fields, columns)
     unread = left_over(record, columns) if isinstance(source, ColumnSource) and len(record) > len(columns) else []
     return fields | {"unread": (*fields.get("unread", ()), *unread)} if unread else fields
-
-
-def _check_utf8(raw: Any) -> None:
-    # files are decoded with surrogateescape and JSON may hold "\ud800": a lone surrogate is what UTF-8 cannot say
-    try:
-        json.dumps(raw, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        code = ord(error.object[error.start])
-        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
-        raise BadRow(f"not UTF-8: {what}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- formats

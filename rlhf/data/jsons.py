@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
-from rlhf.data.fields import Records, Unreadable
+from rlhf.data.fields import Records, Unparsed, Unreadable
 
 CHUNK = 1 << 20
 _SPACE = re.compile(r"\s*")
@@ -27,10 +27,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
-def of_lines(file: Iterable[bytes]) -> Records:
-    """The objects of JSON lines, by number of the line."""
-    for number, line in enumerate(file, start=1):
-        if (found := of_line(line)) is not None:
+def of_lines(file: Iterable[bytes]) -> Unparsed:
+    """JSON lines as they are, by number of the line."""
+    yield from enumerate(file, start=1)
+
+
+def parsed(records: Unparsed) -> Records:
+    """The objects of records, those of lines among them."""
+    for number, record in records:
+        found = of_line(record) if isinstance(record, bytes) else record
+        if found is not None:
             yield number, found
 
 
@@ -58,7 +64,7 @@ def of_document(file: IO[bytes]) -> Records:
         yield number, row if isinstance(row, dict) else Unreadable("malformed: not a JSON object", json.dumps(row))
 
 
-def of_document_or_lines(file: IO[bytes]) -> Records:
+def of_document_or_lines(file: IO[bytes]) -> Unparsed:
     """A document; lines, if as a whole it is none."""
     content = file.read()
     try:

@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 from rlhf.config.data import FileSource
 from rlhf.data import files, folders
-from rlhf.data.fields import Records
+from rlhf.data.fields import Unparsed
 from rlhf.errors import UserError
 from rlhf.paths import inside
 
 Reading = TypeVar("Reading", bound=FileSource)
 
 
-def records_of(source: FileSource, key: str, root: Path) -> Records:
-    """The objects of a source, each with its line (JSON lines, CSV) or its number, from 1.
+def records_of(source: FileSource, key: str, root: Path) -> Unparsed:
+    """The objects of a source, each with its line (JSON lines, CSV) or its number, from 1. Lines of JSON come as they are.
 
     What is not valid UTF-8 comes as lone surrogates.
 
@@ -49,7 +49,7 @@ def parts_of(source: Reading, key: str, root: Path) -> list[Reading]:
     return [source.model_copy(update={"path": (PurePath(source.path) / part).as_posix(), "hub_split": None}) for part in found]
 
 
-def _of_folder(path: Path, split: str | None, key: str) -> Records:
+def _of_folder(path: Path, split: str | None, key: str) -> Unparsed:
     import datasets
 
     _check_names(path, key)
@@ -77,7 +77,7 @@ def _check_names(folder: Path, key: str) -> None:
             inside(folder, listing.parent / str(name), f"{key}.path: {listing}")
 
 
-def _of_hub(source: FileSource, key: str) -> Records:
+def _of_hub(source: FileSource, key: str) -> Unparsed:
     import datasets
 
     try:
@@ -91,7 +91,7 @@ def _of_hub(source: FileSource, key: str) -> Records:
     yield from _numbered(_one_split(content, None, str(source.hub), key), f"{key}.hub: {source.hub}")
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]], where: str) -> Records:
+def _numbered(rows: Iterable[Mapping[str, Any]], where: str) -> Unparsed:
     try:
         yield from enumerate(rows, start=1)
     except Exception as error:  # as above: each kind of column has a library of its own that decodes it

@@ -1,25 +1,20 @@
-"""Dealing rows to the slices that stages read, keeping what is held out away from training, and blending sources by weight."""
+"""Dealing rows to the slices that stages read, keeping what is held out away from training, and blending sources by weight.
+
+Rows are numbers. `prompts` holds for each row the number of the first one with the same prompt or passage.
+"""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlhf.config.data import SLICES, Source, Split
-from rlhf.data.formats import Row
 
-Key = tuple[str, ...]
-Item = TypeVar("Item")
+Numbers = NDArray[np.int64]
 Seeded = Callable[..., random.Random]  # a generator of its own for each purpose
-
-
-def key_of(row: Row) -> Key:
-    """What must not stand both in training and in the held-out rows: the prompt, or the passage."""
-    if row.text is not None:
-        return (row.text.strip(),)
-    return tuple(part for turn in row.prompt for part in (turn["role"], turn["content"].strip()))
 
 
 def targets(count: int, split: Split) -> dict[str, int]:
@@ -34,42 +29,49 @@ def targets(count: int, split: Split) -> dict[str, int]:
     return dealt
 
 
-def deal(rows: Sequence[Row], split: Split, generator: random.Random, placed: Mapping[Key, str]) -> dict[str, list[Row]]:
+def deal(rows: Numbers, prompts: Numbers, split: Split, generator: random.Random, placed: NDArray[np.int8]) -> dict[str, Numbers]:
     """Each row to one slice, rows with the same prompt to the same one. Sizes are those of `targets` where prompts do not repeat.
 
     Args:
-        placed: the training slice of prompts that other sources hold too; they go there if `split` uses it.
+        placed: by prompt, the training slice (its number in SLICES) of those that other sources hold too, else -1; they go there if
+            `split` uses it.
     """
-    groups: dict[Key, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key_of(row), []).append(row)
+    groups, first, group_of, sizes = np.unique(prompts[rows], return_index=True, return_inverse=True, return_counts=True)
     missing = targets(len(rows), split)
-    dealt: dict[str, list[Row]] = {name: [] for name in missing}
-    bound = {key: placed[key] for key in groups if placed.get(key) in missing}
+    bound = np.isin(placed[groups], [SLICES.index(name) for name in missing])
+    order = shuffled(np.argsort(first), generator)
     # bound ones first, so that the others can fill what is missing
-    for key in sorted(shuffled(list(groups), generator), key=lambda key: key not in bound):
-        name = bound.get(key) or max(missing, key=lambda name: missing[name])
-        dealt[name] += groups[key]
-        missing[name] -= len(groups[key])
-    return dealt
+    order = np.concatenate([order[bound[order]], order[~bound[order]]])
+    slice_of = np.empty(len(groups), np.int8)
+    for group in order:
+        name = SLICES[placed[groups[group]]] if bound[group] else max(missing, key=missing.__getitem__)
+        missing[name] -= int(sizes[group])
+        slice_of[group] = SLICES.index(name)
+    rank = np.empty(len(groups), np.int64)
+    rank[order] = np.arange(len(groups))
+    by_rank = np.argsort(rank[group_of], kind="stable")
+    return {name: rows[by_rank[slice_of[group_of[by_rank]] == SLICES.index(name)]] for name in missing}
 
 
-def deal_sources(good: Mapping[str, Sequence[Row]], sources: Sequence[Source], seeded: Seeded) -> dict[str, list[Row]]:
+def deal_sources(good: Mapping[str, Numbers], prompts: Numbers, sources: Sequence[Source], seeded: Seeded) -> dict[str, Numbers]:
     """The rows of every source, dealt to the slices by its split. No row is in two slices.
 
     A prompt that several divided sources hold goes to one training slice, but where their splits have none in common; those that feed
     fewer slices are dealt first, so that the others follow them. A source for one training slice is used there whole, whatever the others
     hold.
     """
-    parts: dict[str, dict[str, list[Row]]] = {}
-    placed: dict[Key, str] = {}
+    parts: dict[str, dict[str, Numbers]] = {}
+    nowhere = np.full(len(prompts), -1, np.int8)
+    placed = nowhere.copy()
     for source in sorted(sources, key=lambda source: len(trained(source.split))):
         divided = len(trained(source.split)) > 1
-        part = parts[source.name] = deal(good[source.name], source.split, seeded("split", source.name), placed if divided else {})
-        if divided:
-            for name in trained(source.split):
-                placed |= {key_of(row): name for row in part[name] if key_of(row) not in placed}
-    return {name: [row for source in sources for row in parts[source.name].get(name, [])] for name in SLICES}
+        seed = seeded("split", source.name)
+        part = parts[source.name] = deal(good[source.name], prompts, source.split, seed, placed if divided else nowhere)
+        for name in trained(source.split) if divided else ():
+            own = prompts[part[name]]
+            placed[own[placed[own] < 0]] = SLICES.index(name)
+    none = np.empty(0, np.int64)
+    return {name: np.concatenate([parts[source.name].get(name, none) for source in sources]) for name in SLICES}
 
 
 def trained(split: Split) -> list[str]:
@@ -77,33 +79,46 @@ def trained(split: Split) -> list[str]:
     return [name for name in SLICES if name != "heldout" and split.uses(name)]
 
 
-def shared_prompts(slices: Mapping[str, Sequence[Row]]) -> int:
+def shared_prompts(slices: Mapping[str, Numbers], prompts: Numbers) -> int:
     """Prompts that stand in more than one training slice, out of different sources."""
-    places = Counter(key for name, rows in slices.items() if name != "heldout" for key in {key_of(row) for row in rows})
-    return sum(count > 1 for count in places.values())
+    places = np.zeros(len(prompts), np.int8)
+    for name, rows in slices.items():
+        if name != "heldout":
+            places[np.unique(prompts[rows])] += 1
+    return int((places > 1).sum())
 
 
-def without_leaks(slices: Mapping[str, Sequence[Row]]) -> tuple[dict[str, list[Row]], list[Row]]:
+def without_leaks(slices: Mapping[str, Numbers], prompts: Numbers) -> tuple[dict[str, Numbers], Numbers]:
     """The slices without those training rows whose prompt or passage is also held out, and the rows removed."""
-    held_out = {key_of(row) for row in slices["heldout"]}
-    kept = {name: [row for row in rows if name == "heldout" or key_of(row) not in held_out] for name, rows in slices.items()}
-    removed = [row for name, rows in slices.items() if name != "heldout" for row in rows if key_of(row) in held_out]
-    return kept, removed
+    held_out = np.zeros(len(prompts), bool)
+    held_out[prompts[slices["heldout"]]] = True
+    kept = {name: rows if name == "heldout" else rows[~held_out[prompts[rows]]] for name, rows in slices.items()}
+    removed = [rows[held_out[prompts[rows]]] for name, rows in slices.items() if name != "heldout"]
+    return kept, np.concatenate(removed)
 
 
-def blend(rows: Sequence[Row], weights: Mapping[str, float], seeded: Seeded) -> list[Row]:
+def one_of_each_prompt(rows: Numbers, prompts: Numbers) -> Numbers:
+    """The first of the rows of each prompt."""
+    _, first = np.unique(prompts[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
+def blend(rows: Numbers, source_of: NDArray[np.int16], weights: Mapping[str, float], seeded: Seeded) -> Numbers:
     """Each row as often as the weight of its source says: ⌊w⌋ times, and a random w − ⌊w⌋ of the source's rows once more.
 
     Repetitions stand one pass behind the other, so that no row follows itself.
+
+    Args:
+        source_of: for each row, which one of the sources in `weights` it is from.
     """
-    times = [int(weights[row.source]) for row in rows]
-    for source, weight in weights.items():
-        own = [place for place, row in enumerate(rows) if row.source == source]
-        for place in seeded("weight", source).sample(own, round(weight % 1 * len(own))):
-            times[place] += 1
-    return [row for number in range(max(times, default=0)) for row, count in zip(rows, times, strict=True) if count > number]
+    times = np.zeros(len(rows), np.int64)
+    for number, (source, weight) in enumerate(weights.items()):
+        own = np.flatnonzero(source_of[rows] == number)
+        times[own] = int(weight)
+        times[own[seeded("weight", source).sample(range(len(own)), round(weight % 1 * len(own)))]] += 1
+    return np.concatenate([rows[:0], *(rows[times > number] for number in range(times.max(initial=0)))])
 
 
-def shuffled(items: Sequence[Item], generator: random.Random) -> list[Item]:
+def shuffled(items: Numbers, generator: random.Random) -> Numbers:
     """The items in a new order."""
-    return generator.sample(items, len(items))
+    return items[generator.sample(range(len(items)), len(items))]

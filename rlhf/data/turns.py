@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, string
+from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, check_texts, string
 
 SPEAKERS, TEXTS = ("role", "from"), ("content", "value", "text")
 ROLES = {"human": "user", "prompter": "user", "developer": "system", "observation": "tool", "function": "tool"}
@@ -143,15 +143,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any, what: str) -> Any:
-    if not isinstance(value, str):
-        return value
+    """A value that may stand there as a text; what JSON cannot say comes out of tables."""
     try:
-        parsed = json.loads(value)
+        parsed = json.loads(value) if isinstance(value, str) else value
         json.dumps(parsed, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRow(f"not UTF-8: {what} has a lone surrogate") from None
-    except (ValueError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         raise BadRow(f"malformed: {what} is not JSON") from None
+    check_texts(parsed)
     return parsed
 
 

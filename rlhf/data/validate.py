@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import marshal
 from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 from rlhf.data.fields import Turns
 from rlhf.data.formats import Quarantined, Row
@@ -16,7 +16,7 @@ class Checker:
 
     def __init__(self, max_characters: int) -> None:
         self.max_characters = max_characters
-        self._seen: dict[bytes, tuple[str, str]] = {}  # source and place of the first such row
+        self._seen: dict[bytes, tuple[bool, str, str]] = {}  # the first such row: whether it is swapped, its source and place
 
     def divide(self, rows: Iterable[Row | Quarantined]) -> tuple[list[Row], list[Quarantined]]:
         """The rows to use, and those to keep in quarantine."""
@@ -33,28 +33,28 @@ class Checker:
 
     def problem(self, row: Row) -> str | None:
         """Why the row cannot be used, or None."""
-        return self._text_problem(row) or self._repetition(row)
-
-    def _text_problem(self, row: Row) -> str | None:
-        texts = {"text": row.text, "chosen": row.chosen, "rejected": row.rejected}
-        for name, text in texts.items():
-            if text is not None and not text.strip() and not (name == "chosen" and row.beside and "tool_calls" in row.beside):
-                return f"empty: {name}"
-        if row.kind != "text" and (reason := turns_problem(row.prompt)):
-            return reason
-        if row.chosen is not None and row.chosen == row.rejected:
-            return "chosen equals rejected"
-        longest = sum(len(turn["content"]) for turn in row.prompt) + max(len(text or "") for text in texts.values())
-        return f"over-long: {longest} characters, at most {self.max_characters}" if longest > self.max_characters else None
+        return text_problem(row, self.max_characters) or self._repetition(row)
 
     def _repetition(self, row: Row) -> str | None:
-        digest = _digest(row)
+        digest, swapped = identity(row)
         if earlier := self._seen.get(digest):
-            return f"{'duplicate' if earlier[0] == row.source else 'in another source'}: same as {earlier[1]}"
-        if row.rejected is not None and (earlier := self._seen.get(_digest(replace(row, chosen=row.rejected, rejected=row.chosen)))):
-            return f"contradiction: prefers the opposite of {earlier[1]}"
-        self._seen[digest] = row.source, f"line {row.line} of {row.file}"
+            return repetition(earlier[0] == swapped, earlier[1] == row.source, earlier[2])
+        self._seen[digest] = swapped, row.source, place_of(row.line, row.file)
         return None
+
+
+def text_problem(row: Row, max_characters: int) -> str | None:
+    """Why the row by itself cannot be used, or None."""
+    texts = {"text": row.text, "chosen": row.chosen, "rejected": row.rejected}
+    for name, text in texts.items():
+        if text is not None and not text.strip() and not (name == "chosen" and row.beside and "tool_calls" in row.beside):
+            return f"empty: {name}"
+    if row.kind != "text" and (reason := turns_problem(row.prompt)):
+        return reason
+    if row.chosen is not None and row.chosen == row.rejected:
+        return "chosen equals rejected"
+    longest = sum(len(turn["content"]) for turn in row.prompt) + max(len(text or "") for text in texts.values())
+    return f"over-long: {longest} characters, at most {max_characters}" if longest > max_characters else None
 
 
 _NEXT = {"user": ("assistant",), "assistant": ("user",), "call": ("tool",), "tool": ("assistant", "tool")}
@@ -81,5 +81,43 @@ def turns_problem(prompt: Turns) -> str | None:
     return None if prompt and "assistant" in expected else "malformed: no user turn before the answer"
 
 
-def _digest(row: Row) -> bytes:
-    return hashlib.blake2b(json.dumps([row.kind, row.content], ensure_ascii=False).encode(), digest_size=16).digest()
+# --------------------------------------------------------------------------------------------------------- repetitions
+
+
+def identity(row: Row) -> tuple[bytes, bool]:
+    """A digest that the row shares with its repetitions and with pairs that say the opposite; and whether the row is the swapped one.
+
+    So the first row of a digest is used, and each later one repeats it, where both are swapped or neither is, or contradicts it.
+    """
+    swapped = row.rejected is not None and (row.chosen or "") > row.rejected
+    answers = (row.rejected, row.chosen) if swapped else (row.chosen, row.rejected)
+    return digest_of((row.kind, row.content | dict(zip(("chosen", "rejected"), answers, strict=True)))), swapped
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """What must not stand both in training and in the held-out rows: the prompt, or the passage."""
+    if row.text is not None:
+        return (row.text.strip(),)
+    return tuple(part for turn in row.prompt for part in (turn["role"], turn["content"].strip()))
+
+
+def digest_of(value: Any) -> bytes:
+    """Of a value that has the types of JSON, and tuples."""
+    # of version 2, the last in which the same value always has the same bytes
+    return hashlib.blake2b(marshal.dumps(value, 2), digest_size=16).digest()
+
+
+def repetition(same: bool, same_source: bool, place: str) -> str:
+    """The reason for quarantine.
+
+    Args:
+        same: as the earlier row; else its opposite.
+        place: of the earlier row.
+    """
+    if not same:
+        return f"contradiction: prefers the opposite of {place}"
+    return f"{'duplicate' if same_source else 'in another source'}: same as {place}"
+
+
+def place_of(line: int, file: str) -> str:
+    return f"line {line} of {file}"

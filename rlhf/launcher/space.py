@@ -6,7 +6,8 @@ The estimate, in bytes:
                   weights and Adam's two moments; in half precision the fp32 weights besides; with adapters the weights alone
     models        weights of each model that the stage writes, a given one that base pins among them; DVC's cache and the registry link
                   to them
-    records       4 bytes for each token of ppo's rollouts; for prepare the raw files, ten times those that are compressed
+    records       4 bytes for each token of ppo's rollouts; for prepare the raw files, ten times those that are compressed,
+                  and as much again for what it packs for as long as it runs
 
 Logs, metrics and what an estimate misses have operations.spare_gib. What the stage has on the disk already is not needed again.
 """
@@ -143,13 +144,13 @@ def weights(folder: Path) -> int:
 
 
 def _raw(root: Path, source: ColumnSource | NamedSource) -> int:
-    """Bytes of a source's rows as JSON lines; those of a hub dataset are not known before it is there."""
+    """Bytes of a source's rows, packed and as JSON lines; those of a hub dataset are not known before it is there."""
     if source.path is None:
         return 0
     place = root / source.path
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
     passes = max(1.0, source.weight)
-    return int(passes * sum(path.stat().st_size * COMPRESSED.get(path.suffix, 1) for path in files))
+    return int((1 + passes) * sum(path.stat().st_size * COMPRESSED.get(path.suffix, 1) for path in files))
 
 
 def text(size: int) -> str:

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf.config.data import SLICES, SLICES_OF_KIND, ColumnSource, Split
 from rlhf.data.formats import Quarantined, Row
-from rlhf.data.split import blend, deal, deal_sources, key_of, shared_prompts, trained, without_leaks
-from rlhf.data.validate import Checker
+from rlhf.data.split import Numbers, blend, deal, deal_sources, shared_prompts, trained, without_leaks
+from rlhf.data.validate import Checker, key_of
 from rlhf.stages.prepare import main
 from tests.stages.test_prepare import ALL, job_in, metrics, of_file, prepared, write_pairs
 
@@ -44,11 +45,37 @@ def seeded(*purpose: object) -> random.Random:
     return random.Random(str(purpose))
 
 
-def dealt(sources: list[ColumnSource], draw: random.Random) -> tuple[dict[str, list[Row]], Slices]:
+class Numbered:
+    """Rows of sources, by number, as `split` takes them."""
+
+    def __init__(self, good: dict[str, list[Row]]) -> None:
+        self.rows = [row for rows in good.values() for row in rows]
+        starts = np.cumsum([0, *map(len, good.values())])
+        self.good = {name: np.arange(start, start + len(rows)) for (name, rows), start in zip(good.items(), starts, strict=False)}
+        self.source = np.repeat(np.arange(len(good), dtype=np.int16), [len(rows) for rows in good.values()])
+        first: dict[tuple[str, ...], int] = {}
+        self.prompts = np.array([first.setdefault(key_of(row), number) for number, row in enumerate(self.rows)], np.int64)
+
+    def of(self, numbers: Numbers) -> list[Row]:
+        return [self.rows[number] for number in numbers]
+
+    def deal(self, name: str, shares: Split, generator: random.Random) -> dict[str, Numbers]:
+        """One source by itself."""
+        return deal(self.good[name], self.prompts, shares, generator, np.full(len(self.rows), -1, np.int8))
+
+    def leaks(self, slices: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], list[Row]]:
+        number = {id(row): number for number, row in enumerate(self.rows)}
+        given = {name: np.array([number[id(row)] for row in rows], np.int64) for name, rows in slices.items()}
+        kept, removed = without_leaks(given, self.prompts)
+        return {name: self.of(rows) for name, rows in kept.items()}, self.of(removed)
+
+
+def dealt(sources: list[ColumnSource], draw: random.Random) -> tuple[Numbered, dict[str, Numbers]]:
     """Checked rows of each source, and the slices that they were dealt to."""
     checker = Checker(1000)
     good = {s.name: checker.divide([row_of(s.name, s.kind, i, draw, 25) for i in range(draw.randrange(60))])[0] for s in sources}
-    return good, deal_sources(good, sources, partial(seeded, draw.random()))
+    numbered = Numbered(good)
+    return numbered, deal_sources(numbered.good, numbered.prompts, sources, partial(seeded, draw.random()))
 
 
 # ----------------------------------------------------------------------------------------------------------------- dealing
@@ -56,7 +83,9 @@ def dealt(sources: list[ColumnSource], draw: random.Random) -> tuple[dict[str, l
 
 def test_deepspeed_chats_split_gives_each_stage_rows_of_its_own() -> None:
     rows = [Row("mine", "f", i, "pairs", ({"role": "user", "content": f"{i}?"},), "a", "b") for i in range(1000)]
-    parts = deal(rows, split(sft=2, reward=4, ppo=4), random.Random(1), {})
+    numbered = Numbered({"mine": rows})
+    dealt = numbered.deal("mine", split(sft=2, reward=4, ppo=4), random.Random(1))
+    parts = {name: numbered.of(part) for name, part in dealt.items()}
     assert {name: len(part) for name, part in parts.items()} == {"sft": 200, "reward": 400, "ppo": 400}
     assert sorted(row.line for part in parts.values() for row in part) == list(range(1000))
     # shuffled before it is cut: each slice holds rows from the beginning and from the end
@@ -72,10 +101,11 @@ def test_no_two_slices_share_a_row_whatever_the_sources(trial: int) -> None:
             kind = draw.choice(("text", "messages", "pairs"))
             fed = draw.sample(sorted(SLICES_OF_KIND[kind]), draw.randint(1, len(SLICES_OF_KIND[kind])))
             sources.append(source(f"s{number}", kind, split(**{name: draw.choice((0.5, 1, 3)) for name in fed})))
-        good, slices = dealt(sources, draw)
-        kept, removed = without_leaks(slices)
+        numbered, numbers = dealt(sources, draw)
+        slices = {name: numbered.of(rows) for name, rows in numbers.items()}
+        kept, removed = numbered.leaks(slices)
 
-        assert Counter((row.source, row.line) for rows in good.values() for row in rows) == Counter(
+        assert Counter((row.source, row.line) for row in numbered.rows) == Counter(
             (row.source, row.line) for rows in (*kept.values(), removed) for row in rows
         )
         places: dict[str, set[str]] = {}
@@ -105,10 +135,11 @@ def test_a_prompt_of_several_divided_sources_goes_to_one_training_slice() -> Non
             for width in (draw.randint(2, 5) for _ in range(3))
         ]
         sources = list({s.name: s for s in sources}.values())
-        good, slices = dealt(sources, draw)
-        assert shared_prompts(slices) == 0
-        alone = {s.name: deal(good[s.name], s.split, seeded(trial, s.name), {}) for s in sources}
-        shared_before += shared_prompts({name: [row for part in alone.values() for row in part.get(name, [])] for name in SLICES})
+        numbered, slices = dealt(sources, draw)
+        assert shared_prompts(slices, numbered.prompts) == 0
+        alone = [numbered.deal(s.name, s.split, seeded(trial, s.name)) for s in sources]
+        together = {name: np.concatenate([part[name] for part in alone if name in part] or [slices[name][:0]]) for name in SLICES}
+        shared_before += shared_prompts(together, numbered.prompts)
     # dealt one by one, they would have shared many
     assert shared_before > 100
 
@@ -116,39 +147,42 @@ def test_a_prompt_of_several_divided_sources_goes_to_one_training_slice() -> Non
 def test_a_source_for_one_slice_is_used_there_whole() -> None:
     draw = random.Random(1)
     sources = [source("extra", "messages", split(sft=1)), source("mixed", "pairs", split(sft=2, reward=4, ppo=4))]
-    good, slices = dealt(sources, draw)
-    assert sorted(row.line for row in slices["sft"] if row.source == "extra") == [row.line for row in good["extra"]]
+    numbered, slices = dealt(sources, draw)
+    assert sorted(number for number in slices["sft"] if numbered.source[number] == 0) == numbered.good["extra"].tolist()
     assert trained(sources[0].split) == ["sft"]
-    alone = deal(good["mixed"], sources[1].split, random.Random(1), {})
-    assert {name: len([row for row in slices[name] if row.source == "mixed"]) for name in alone} == {n: len(p) for n, p in alone.items()}
-    assert shared_prompts(slices) > 0
+    alone = numbered.deal("mixed", sources[1].split, random.Random(1))
+    assert {name: int((numbered.source[slices[name]] == 1).sum()) for name in alone} == {name: len(part) for name, part in alone.items()}
+    assert shared_prompts(slices, numbered.prompts) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- blending
 
 
-def lines_of(name: str, count: int) -> list[Row]:
-    return [Row(name, "f", line, "text", text=f"{name} {line}") for line in range(count)]
+def blended(counts: dict[str, int], weights: dict[str, float], seeds: Any = seeded) -> list[tuple[str, int]]:
+    """Names of sources and numbers of their rows."""
+    rows = [(name, line) for name, count in counts.items() for line in range(count)]
+    source = np.repeat(np.arange(len(counts), dtype=np.int16), list(counts.values()))
+    return [rows[number] for number in blend(np.arange(len(rows)), source, weights, seeds)]
 
 
 def test_a_weight_counts_passes() -> None:
-    rows = lines_of("a", 4) + lines_of("b", 3) + lines_of("c", 10)
-    weights = {"a": 1.0, "b": 2.5, "c": 0.3}
-    used = Counter((row.source, row.line) for row in blend(rows, weights, seeded))
+    counts, weights = {"a": 4, "b": 3, "c": 10}, {"a": 1.0, "b": 2.5, "c": 0.3}
+    used = Counter(blended(counts, weights))
     assert [used["a", line] for line in range(4)] == [1] * 4
     # two passes, and half of three rows, rounded to even, once more
     assert sorted(used["b", line] for line in range(3)) == [2, 3, 3]
     assert sorted(used["c", line] for line in range(10)) == [0] * 7 + [1] * 3
-    assert blend(rows, weights, seeded) == blend(rows, weights, seeded)
-    chosen = {number: {row.line for row in blend(rows, weights, partial(seeded, number)) if row.source == "c"} for number in range(5)}
+    assert blended(counts, weights) == blended(counts, weights)
+    chosen = {number: {row for row in blended(counts, weights, partial(seeded, number)) if row[0] == "c"} for number in range(5)}
     assert len(set(map(frozenset, chosen.values()))) > 1
 
 
 def test_a_weight_of_one_leaves_everything_as_it_was_and_repetitions_stand_apart() -> None:
-    rows = lines_of("a", 5) + lines_of("b", 5)
-    assert blend(rows, {"a": 1.0, "b": 1.0}, seeded) == rows
-    assert blend(rows, {"a": 2.0, "b": 1.0}, seeded) == rows + rows[:5]
-    assert blend([], {"a": 2.0}, seeded) == []
+    counts = {"a": 5, "b": 5}
+    rows = blended(counts, {"a": 1.0, "b": 1.0})
+    assert rows == [(name, line) for name in "ab" for line in range(5)]
+    assert blended(counts, {"a": 2.0, "b": 1.0}) == rows + rows[:5]
+    assert blended({"a": 0}, {"a": 2.0}) == []
 
 
 def test_weights_change_what_is_trained_on_and_nothing_that_is_measured(tmp_path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.data.examples import dialogue
 from rlhf.data.fields import BadRow
 from rlhf.data.formats import Quarantined, Row
+from rlhf.data.prepared import as_text
 from rlhf.data.turns import keyed_turns, marked_turns
 from rlhf.data.validate import Checker
-from rlhf.stages.prepare import as_text, dialogue
 from tests.data.test_formats import only, reason
 
 ASK, AGAIN = {"role": "user", "content": "Name a red fruit."}, {"role": "user", "content": "Are you sure?"}
@@ -154,6 +156,8 @@ def test_a_dialogue_that_ends_in_a_call(tmp_path: Path) -> None:
         ({"tool_calls": [{"name": "f", "arguments": "{oops"}]}, "malformed: the arguments of 'f' in turn 1 of 'm' is not JSON"),
         ({"tool_calls": '[{"name": "\\ud800"}]'}, "not UTF-8: the call in turn 1 of 'm' has a lone surrogate"),
         ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "malformed: the arguments of 'f' in turn 1 of 'm' are no object"),
+        ({"tool_calls": [{"name": "f", "arguments": {"at": date(2026, 1, 1)}}]}, "malformed: the call in turn 1 of 'm' is not JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": ' + "[" * 300 + "]" * 300 + "}"}]}, "malformed: nested too deeply"),
     ],
 )
 def test_damaged_calls(turn: dict[str, Any], expected: str) -> None:

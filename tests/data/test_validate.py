@@ -10,8 +10,9 @@ import pytest
 from rlhf.config.data import SLICES, Split
 from rlhf.data.fields import Turns
 from rlhf.data.formats import Quarantined, Row
-from rlhf.data.split import deal, targets, without_leaks
+from rlhf.data.split import targets
 from rlhf.data.validate import Checker, turns_problem
+from tests.data.test_blend import Numbered
 
 
 def turns(*pairs: tuple[str, str]) -> Turns:
@@ -119,22 +120,27 @@ def test_targets_add_up(count: int, shares: dict[str, float], expected: dict[str
     assert targets(count, split(**shares)) == expected
 
 
+def dealt(rows: list[Row], shares: Split, seed: str) -> tuple[Numbered, dict[str, list[int]]]:
+    numbered = Numbered({"mine": rows})
+    return numbered, {name: part.tolist() for name, part in numbered.deal("mine", shares, random.Random(seed)).items()}
+
+
 def test_deal_is_exact_seeded_and_loses_nothing() -> None:
     rows = [pair(line, prompt=f"{line}?") for line in range(100)]
     shares = split(sft=0.7, reward=0.2, heldout=0.1)
-    dealt = deal(rows, shares, random.Random("a"), {})
-    assert {name: len(part) for name, part in dealt.items()} == {"sft": 70, "reward": 20, "heldout": 10}
-    assert sorted(row.line for part in dealt.values() for row in part) == list(range(100))
-    assert dealt == deal(rows, shares, random.Random("a"), {})
-    assert dealt != deal(rows, shares, random.Random("b"), {})
-    assert [row.line for row in dealt["sft"]] != sorted(row.line for row in dealt["sft"])
+    _, parts = dealt(rows, shares, "a")
+    assert {name: len(part) for name, part in parts.items()} == {"sft": 70, "reward": 20, "heldout": 10}
+    assert sorted(number for part in parts.values() for number in part) == list(range(100))
+    assert parts == dealt(rows, shares, "a")[1]
+    assert parts != dealt(rows, shares, "b")[1]
+    assert parts["sft"] != sorted(parts["sft"])
 
 
 def test_deal_keeps_rows_of_one_prompt_together() -> None:
     rows = [pair(line, prompt=f"{line % 20}?") for line in range(60)]
-    dealt = deal(rows, split(reward=0.5, heldout=0.5), random.Random(1), {})
-    assert {name: len(part) for name, part in dealt.items()} == {"reward": 30, "heldout": 30}
-    _, removed = without_leaks({name: dealt.get(name, []) for name in SLICES})
+    numbered, parts = dealt(rows, split(reward=0.5, heldout=0.5), "a")
+    assert {name: len(part) for name, part in parts.items()} == {"reward": 30, "heldout": 30}
+    _, removed = numbered.leaks({name: [rows[number] for number in parts.get(name, [])] for name in SLICES})
     assert removed == []
 
 
@@ -143,7 +149,7 @@ def test_leaks_are_removed_from_training_only() -> None:
     slices: dict[str, list[Row]] = {name: [] for name in SLICES}
     slices |= {"heldout": [pair(1), passage(2, "One.")], "sft": [demonstration, pair(3, prompt="How?")], "judge": [pair(4, chosen="Hm.")]}
     slices |= {"text": [passage(5, "One. "), passage(6, "Two.")], "reward": [pair(7, prompt="How?")]}
-    kept, removed = without_leaks(slices)
+    kept, removed = Numbered(slices).leaks(slices)
     assert {name: [row.line for row in rows] for name, rows in kept.items() if rows} == {
         "heldout": [1, 2],
         "sft": [3],

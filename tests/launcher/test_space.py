@@ -14,6 +14,7 @@ import yaml
 
 from rlhf import config
 from rlhf.config.training import BuiltBase
+from rlhf.data import files
 from rlhf.errors import UserError, full_disk
 from rlhf.launcher import space
 from rlhf.launcher.console import Console
@@ -79,12 +80,12 @@ def test_the_estimate_by_hand(llama: LlamaForCausalLM, tmp_path: Path) -> None:
 def test_raw_files_are_counted_for_prepare(tmp_path: Path) -> None:
     raw = tiny_params()
     (tmp_path / "data/raw").mkdir(parents=True)
-    for name, size in (("pairs.jsonl", 1000), ("pairs.jsonl.gz", 10_000)):
+    for name, size in (("pairs.jsonl", 1000), ("pairs.jsonl.gz", 10_000), ("pairs.csv.xz", 10_000)):
         (tmp_path / "data/raw" / name).write_bytes(b"0" * 1000)
         raw["data"]["sources"][0] |= {"path": f"data/raw/{name}", "weight": 1}
-        assert space.estimate(tmp_path, "prepare", config.validate(raw, "")).total == size
+        assert space.estimate(tmp_path, "prepare", config.validate(raw, "")).total == 2 * size
     raw["data"]["sources"][0] |= {"path": "data/raw", "weight": 2.5}
-    assert space.estimate(tmp_path, "prepare", config.validate(raw, "")).total == 2.5 * 11_000
+    assert space.estimate(tmp_path, "prepare", config.validate(raw, "")).total == 3.5 * 21_000
 
 
 def test_every_packing_of_a_data_file_counts_as_compressed() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +181,90 @@ def test_same_params_same_bytes_and_another_seed_other_rows(tmp_path: Path) -> N
     assert first["out/data/prepared/sft.jsonl"] != other["out/data/prepared/sft.jsonl"]
 
 
+def several_sources(root: Path) -> list[dict[str, Any]]:
+    """Files of all kinds of rows, good and bad, that overlap each other; the largest takes several batches."""
+    draw = random.Random(7)
+
+    def pair(number: int) -> dict[str, Any]:
+        asked = f"Frage {number % 1900}, wieso? {' ' * draw.randrange(2)}"
+        chosen, rejected = draw.sample(["Ja – ä.", "Nein.", "日本。", 'So "it" is.\n\tYes.', "Hm \u2028"], 2)
+        return {"prompt": asked, "chosen": chosen, "rejected": rejected}
+
+    def lines(rows: list[Any]) -> bytes:
+        return b"".join((json.dumps(row, ensure_ascii=bool(draw.randrange(2))) + "\n").encode() for row in rows)
+
+    bad = [{"prompt": "", "chosen": "a", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "x"}, 7, "\ud800"]
+    (root / "parts").mkdir()
+    (root / "parts/a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines([pair(n) for n in range(2300)]) + b"\n{oops\n\xff\n" + lines(bad))
+    (root / "parts/b.jsonl.gz").write_bytes(gzip.compress(lines([pair(n) for n in range(1500, 2200)])))
+    with (root / "parts/c.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["rejected", "prompt", "chosen"])
+        writer.writeheader()
+        writer.writerows(pair(n) for n in range(300))
+    swapped = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in map(pair, range(1850, 2000))]
+    (root / "other.json").write_text(json.dumps({"data": [*swapped, *map(pair, range(1800, 2100))]}), encoding="utf-8")
+    (root / "asked.jsonl").write_bytes(lines([{"question": pair(n)["prompt"], "answer": "So."} for n in range(100, 1300, 3)]))
+    (root / "told.jsonl").write_bytes(lines([{"text": f"Passage {n % 300}. {'long ' * (n % 250)}"} for n in range(400)]))
+    said = [
+        {"instruction": f"Tell {n}.", "input": "Of it." * (n % 2), "output": "" if n % 40 == 1 else None if n % 9 == 0 else "Told."}
+        for n in range(200)
+    ]
+    (root / "said.jsonl").write_bytes(lines(said))
+    (root / "chat.json").write_bytes(lines(list(map(chat, range(2500)))))
+    names = ("helpfulness", "correctness", "coherence")
+    rated = [{"prompt": f"Frage {n // 3}?", "response": f"So {n}."} | {name: draw.randrange(5) for name in names} for n in range(2600)]
+    (root / "rated.csv").write_bytes(lines(rated))
+    return [
+        of_file("mine", "pairs", "parts", **ALL) | {"weight": 2.5},
+        of_file("other", "pairs", "other.json", reward=1, judge=1, heldout=0.5),
+        of_file("asked", "qa", "asked.jsonl", sft=1) | {"weight": 0.3},
+        of_file("told", "text", "told.jsonl", text=0.9, heldout=0.1),
+        of_dataset("said", "alpaca", "said.jsonl", sft=1, ppo=2) | {"weight": 1.7},
+        of_file("chat", "messages", "chat.json", sft=1, text=0.5, heldout=0.2),
+        of_dataset("rated", "helpsteer", "rated.csv", reward=1),
+    ]
+
+
+def of_dataset(name: str, form: str, path: str, **split: float) -> dict[str, Any]:
+    return {key: value for key, value in of_file(name, form, path, **split).items() if key != "columns"}
+
+
+def chat(number: int) -> dict[str, Any]:
+    """A dialogue: of ever other forms, with fields that nothing reads, answers that are not to be learnt, calls of tools."""
+    asking, answer = {"role": "user", "content": f"Frage {number % 2300}, wieso?"}, {"role": "assistant", "content": "Ja – ä."}
+    earlier = [asking, answer | {"weight": 0}] * (number % 4)
+    if number % 5 == 0:
+        call = {"function": {"name": "nachschlagen", "arguments": json.dumps({"n": number, "wo": "日本"})}}
+        earlier += [asking, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "Nichts."}, answer]
+    last = answer | ({"mood": "froh"} if number % 3 == 0 else {}) | ({f"extra {number // 500}": 1} if number % 7 == 0 else {})
+    row = {"messages": [*earlier, asking, last if number % 11 else last | {"weight": 0}], "system": "Be brief." if number % 2 else None}
+    return row | ({"tools": [{"name": "nachschlagen", "parameters": {}}]} if number % 5 == 0 else {})
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_same_bytes_as_ever_on_any_number_of_cores(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    job = job_in(tmp_path, several_sources(tmp_path), max_quarantined_share=0.5, max_characters=1000)
+    main(job)
+    counts = metrics(job)
+    assert {reason for source in counts["sources"].values() for reason in source["reasons"]} == {
+        "chosen equals rejected",
+        "contradiction",
+        "duplicate",
+        "empty",
+        "in another source",
+        "malformed",
+        "no answer",
+        "not UTF-8",
+        "over-long",
+    }
+    assert counts["leaked"] > 0
+    # those of the first way of preparing, which held all rows as objects: a change here changes every run
+    found = hashlib.sha256(json.dumps(digests(job), sort_keys=True).encode()).hexdigest()
+    assert found == "7d10db826fc72b26e4a9286b27bc0355cf43b59cf5f414e73df3729655753440"
+    assert not (job.folder / "rows").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -202,16 +290,42 @@ def test_a_slice_without_rows_is_refused(slice_name: str, tmp_path: Path) -> Non
         main(job)
 
 
-def test_as_a_process(tmp_path: Path) -> None:
+def process_in(root: Path, path: str) -> subprocess.Popen[str]:
+    """The stage by itself, on a file of pairs."""
     raw = yaml.safe_load((REPOSITORY / "presets" / "sandbox.yaml").read_text(encoding="utf-8"))
-    raw["data"]["sources"] = [of_file("mine", "pairs", "data/raw/gone.jsonl", **ALL)]
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    environment = os.environ | {"RLHF_ROOT": str(tmp_path), "RLHF_JOB_DIR": str(tmp_path / "job"), "RLHF_DEVICE": "cpu"}
-    environment["RLHF_PARAMS"] = str(tmp_path / "params.yaml")
+    raw["data"]["sources"] = [of_file("mine", "pairs", path, **ALL)]
+    (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    environment = os.environ | {"RLHF_ROOT": str(root), "RLHF_JOB_DIR": str(root / "job"), "RLHF_DEVICE": "cpu"}
+    environment["RLHF_PARAMS"] = str(root / "params.yaml")
     command = [sys.executable, "-m", "rlhf.stages.prepare"]
-    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: data.sources.0.path: no such file: {tmp_path}/data/raw/gone.jsonl\n")
+    return subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    process = process_in(tmp_path, "data/raw/gone.jsonl")
+    _, said = process.communicate()
+    assert process.returncode == 1
+    assert said.startswith(f"error: data.sources.0.path: no such file: {tmp_path}/data/raw/gone.jsonl\n")
+    assert list((tmp_path / "job").iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", 30_000)
+    job, packed = job_in(tmp_path, [of_file("mine", "pairs", path, **ALL)]), tmp_path / "job/rows"
+    process = process_in(tmp_path, path)
+    while not packed.exists() or packed.stat().st_size < 1 << 20:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()  # ends when the processes of the other cores have closed it, too
+    assert not (job.folder / "FINISHED").exists()
+    assert process_in(tmp_path, path).wait() == 0
+    assert (job.folder / "FINISHED").exists()
+    assert not packed.exists()
+    after = digests(job)
+    shutil.rmtree(job.folder)
+    main(job)
+    assert digests(job) == after
 
 
 def test_real_preferences(tmp_path: Path) -> None:
