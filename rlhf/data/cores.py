@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-AHEAD = 4  # tasks for each core that are under way, or done and not yet taken: what is in memory at once
+AHEAD = 4  # tasks beyond one for each core that are begun, or done and not yet taken: what is in memory at once
 
 
 class Cores:
@@ -44,7 +44,7 @@ class Cores:
         waiting = deque[tuple[Task, Future[Result]]]()
         for task in chain(first, coming):
             waiting.append((task, self._pool.submit(function, task)))
-            if len(waiting) > AHEAD * self.count:
+            if len(waiting) > self.count + AHEAD:
                 yield _result(function, *waiting.popleft())
         while waiting:
             yield _result(function, *waiting.popleft())

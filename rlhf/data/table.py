@@ -163,7 +163,7 @@ class Table:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        self.packed.unlink()
+        self.packed.unlink(missing_ok=True)
 
 
 def chunks(rows: Numbers) -> Iterator[Numbers]:
