@@ -64,11 +64,11 @@ class Cores:
 def _result(function: Callable[[Task], Result], task: Task, future: Future[Result]) -> Result:
     try:
         return future.result()
-    except RecursionError:
-        return function(task)  # what is nested too deeply to be sent
     except BrokenProcessPool:
         what = "a process of this stage was killed; mostly the system does that when memory runs out"
         raise UserError(what, remedy="free memory, or run it on fewer cores (`taskset --cpu-list 0 rlhf run`)") from None
+    except Exception:
+        return function(task)  # what cannot be sent, or is nested too deeply for it; an error of the function's own comes again
 
 
 def _begin() -> None:

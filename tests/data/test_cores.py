@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,10 @@ def die(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
+
+
+def inverse(number: int) -> float:
+    return 1 / number
 
 
 def depth_of(nested: list) -> int:
@@ -71,6 +76,9 @@ def test_results_come_in_order_and_tasks_are_taken_as_needed(cores: Cores) -> No
 def test_what_cannot_be_sent_is_done_here(cores: Cores) -> None:
     depths = [1, 700, 2]
     assert list(cores.in_order(depth_of, map(nested, depths))) == depths
+    assert list(cores.in_order(bool, [1, threading.Lock(), 0])) == [True, True, False]
+    with pytest.raises(ZeroDivisionError):
+        list(cores.in_order(inverse, [1, 0, 2]))
 
 
 def test_a_killed_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
