@@ -39,7 +39,7 @@ def texts(path: Path, **changes: Any) -> list[str | None]:
         ("data.json", json.dumps({"version": 1, "data": TEXTS})),
         ("one_after_the_other.json", "\n".join(json.dumps(row, indent=2) for row in TEXTS)),
         ("a_row_a_line.json", "[" + ",\n".join(json.dumps(row) for row in TEXTS) + "]"),
-        ("packed.jsonl", gzip.compress(LINES.encode())),
+        ("packed.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("packed.jsonl.gz", zstd(LINES.encode())),
         ("plain.jsonl.gz", LINES),
         ("UPPER.JSONL", LINES),
