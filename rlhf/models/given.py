@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError, first_line
-from rlhf.models import headers, saving, templates
+from rlhf.models import headers, templates
 from rlhf.models.dialogues import Messages
 from rlhf.models.options import ANOTHER
 from rlhf.models.supported import unsupported
@@ -60,6 +60,8 @@ def pin(params: PretrainedBase, to: Path) -> list[str]:
     Raises:
         UserError: something is wrong with it.
     """
+    from rlhf.models import saving  # with DeepSpeed, for which those who only check a model need not wait
+
     for error in check(params):
         raise error
     names = headers.shards(find(params)) or [headers.SINGLE]
@@ -85,7 +87,7 @@ def find(params: PretrainedBase, files: Iterable[str] = SMALL) -> Path:
     """The folder of a given model; of one on the hub these files alone are sure to be there.
 
     Raises:
-        UserError: there is none, what stands in it are pointers to files, or it is no whole model but an adapter.
+        UserError: there is none, what stands in it are pointers or links to files, or it is no whole model but an adapter.
     """
     folder = Path(params.model)
     if not folder.is_dir():
@@ -96,6 +98,9 @@ def find(params: PretrainedBase, files: Iterable[str] = SMALL) -> Path:
     if pointers := sorted(path.name for path in folder.iterdir() if path.is_file() and _is_pointer(path)):
         what = f"has git-lfs pointers in the place of files: {headers.some(pointers)}"
         raise UserError(what, remedy=f"run `git lfs install && git lfs pull` in {params.model}")
+    if broken := sorted(path.name for path in folder.iterdir() if not path.exists()):
+        what = f"has links to files that are not there: {headers.some(broken)}"
+        raise UserError(what, remedy="copy the folder with what its links lead to (cp -rL), as of a snapshot in the hub's cache")
     if (folder / "adapter_config.json").is_file():
         what = "is a LoRA adapter (adapter_config.json), which is no model by itself"
         merge = "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
@@ -105,8 +110,11 @@ def find(params: PretrainedBase, files: Iterable[str] = SMALL) -> Path:
 
 
 def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(headers.POINTER)) == headers.POINTER
+    try:
+        with path.open("rb") as file:
+            return file.read(len(headers.POINTER)) == headers.POINTER
+    except OSError:  # whoever needs the file says so
+        return False
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

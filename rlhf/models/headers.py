@@ -91,13 +91,13 @@ def local(folder: Path) -> Heads:
 def damage(path: Path, otherwise: str) -> str:
     """What is wrong with a file that is no whole safetensors file."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
             tensors = json.loads(file.read(min(length, size)))
-            whole = 8 + length + max(head["data_offsets"][1] for name, head in tensors.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"has {path.name}, which is cut off at {size:,} bytes, or no safetensors file ({otherwise})"
+        whole = 8 + length + max(head["data_offsets"][1] for name, head in tensors.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"has {path.name}, which is cut off at {size:,} bytes, or no safetensors file ({otherwise})"
     return f"has {path.name}, which is {f'cut off: {size:,} of {whole:,} bytes' if size < whole else f'damaged ({otherwise})'}"
 
 

@@ -267,6 +267,14 @@ def test_a_pointer_of_git_lfs_is_named(model: Path, name: str) -> None:
     assert "git lfs pull" in remedy
 
 
+def test_a_link_that_leads_nowhere_is_named(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").symlink_to("../../blobs/0123")  # a snapshot of the hub's cache, copied without what it links to
+    what, remedy = only(model)
+    assert "has links to files that are not there: model.safetensors" in what
+    assert "cp -rL" in remedy
+
+
 def test_a_file_that_is_cut_off_or_no_weights_at_all_is_named(model: Path) -> None:
     path = model / "model.safetensors"
     whole = path.read_bytes()

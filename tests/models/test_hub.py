@@ -24,9 +24,10 @@ from pathlib import Path
 from rlhf.config.training import PretrainedBase
 from rlhf.models.given import check, pin
 given = PretrainedBase(source="pretrained", model="me/model", revision="main", trust_remote_code=False, chat_template="keep")
-print(json.dumps([error.what for error in check(given)]))
+found = [error.what for error in check(given)]
 if len(sys.argv) > 1:
     pin(given, Path(sys.argv[1]))
+print(json.dumps(found))
 """
 
 
