@@ -56,5 +56,5 @@ def _shown(messages: Messages) -> Iterable[tuple[str, str]]:
 
 
 def _stands_in(said: str, text: str) -> bool:
-    # a template may write it as JSON
-    return said.strip() in text or json.dumps(said, ensure_ascii=False)[1:-1].strip() in text
+    # a template may write it as JSON, or trim and wrap it
+    return json.dumps(said, ensure_ascii=False)[1:-1].strip() in text or "".join(said.split()) in "".join(text.split())

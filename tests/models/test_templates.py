@@ -153,6 +153,8 @@ def test_rows_that_a_template_refuses_or_leaves_out_are_named(model: Path) -> No
     what, _ = only(model, [SYSTEM, USER], [SYSTEM, USER, ANSWER], [SYSTEM, USER, ANSWER])
     assert "the chat template refuses a dialogue of system, user" in what
     assert what.endswith("System role not supported")
+    trimming = TURNS.replace("m['content']", "m['content'] | trim | replace('\n', ' ')") + ASKS
+    assert check(given(with_template(model, trimming)), [[USER | {"content": " Two\nlines\n"}, ANSWER]]) == []
     dropping = TURNS.replace("messages %}", "messages if m['role'] != 'system' %}")
     assert "the chat template leaves out what system says" in only(with_template(model, dropping + ASKS), [SYSTEM, USER, ANSWER])[0]
     assert check(given(model, chat_template="turns"), [[SYSTEM, USER, ANSWER]]) == []
