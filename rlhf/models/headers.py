@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import logging
 
@@ -125,10 +126,8 @@ def problems(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
             forms = (".qweight", ".weight_packed", "_blocks")
             if packed := sorted(n for n, head in heads.items() if n.endswith(forms) or (n in own and head.dtype not in FLOATS)):
                 return [UserError(f"has quantised weights, which cannot be trained: {some(packed)}", remedy=DEQUANTISE)]
-            model, report = type(model).from_pretrained(
-                None, config=config, state_dict=heads, device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        return [*_differences(report, heads, type(model).__name__), *_scalar(config)]
+            model, report = _load(type(model), heads, config)
+        return _differences(report, heads, type(model).__name__) or _scalar(heads, config)
     except UserError as error:
         return [error]
     except Exception as error:  # a config of wrong values fails wherever they are first used
@@ -182,15 +181,29 @@ def _prefix(missing: set[str], spare: Iterable[str]) -> str | None:
     return None
 
 
-def _scalar(config: PreTrainedConfig) -> list[UserError]:
-    """A reward model is made of the same config."""
-    what = f"is of type {config.model_type}, of which no reward model can be made: transformers has no such form with a head `score`"
-    refused = UserError(what, remedy="choose a model of another family (docs/own-model.md)")
+def _scalar(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
+    """A reward model is made of the same weights, but for its head."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
     try:
         with silence(), torch.device("meta"):
-            return [] if hasattr(AutoModelForSequenceClassification.from_config(config), "score") else [refused]
+            model = AutoModelForSequenceClassification.from_config(config)
+            _, report = _load(type(model), heads, config)
     except ValueError:
-        return [refused]
+        model = None
+    if not hasattr(model, "score"):
+        what = f"is of type {config.model_type}, of which no reward model can be made: transformers has no such form with a head `score`"
+        return [UserError(what, remedy="choose a model of another family (docs/own-model.md)")]
+    if lacking := sorted(report["missing_keys"] - {"score.weight"}):
+        return [UserError(f"has no weights for {some(lacking)}, which would be random in a reward model", remedy=WHOLE)]
+    return []
+
+
+def _load(form: Any, heads: Heads, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model on the device without memory, and what transformers found in loading it."""
+    return form.from_pretrained(
+        None, config=config, state_dict=dict(heads), device_map={"": "meta"}, ignore_mismatched_sizes=True, output_loading_info=True
+    )
 
 
 def some(names: Sequence[str]) -> str:
