@@ -21,6 +21,7 @@ FORMS = (
     ("float", r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9_]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 )
+LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of YAML 1.1
 
 
 class Loader(yaml.SafeLoader):
@@ -72,6 +73,10 @@ def parse(text: str, origin: str) -> Any:
     Raises:
         UserError: it is not YAML.
     """
+    if found := LINE_ENDS.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        what = f"{origin}, line {line}: not valid YAML: U+{ord(found[0]):04X} ends a line for some readers, and none for others"
+        raise UserError(what, remedy=f"take it out of {origin}")
     try:
         return deepcopy(_parsed(text))
     except RecursionError:

@@ -42,6 +42,7 @@ def test_values_are_those_of_yaml_1_2(text: str, value: object) -> None:
     [
         ("a: 1\na: 2", "key 'a' stands there twice"),
         ("a: 1\n<<: {b: 2}", "maps are not merged here"),
+        ("a: 1\n\u2028b: 2", "line 2: not valid YAML: U\\+2028 ends a line for some readers"),
         ("[" * 5000, "nested too deeply"),
         ("a: !!int x", "invalid literal"),
         ("a: " + "9" * 5000, "Exceeds the limit"),
