@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -76,6 +77,16 @@ def _value(text: str, chance: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _number(text: str, chance: random.Random) -> str:
+    """A number in another form, or another number."""
+    found = list(re.finditer(r"(?<=: )-?[0-9]+(?=[.,}\n])", text))
+    if not found:
+        return text
+    one = chance.choice(found)
+    forms = ("{0}0", "{0}.0", "{0}e0", "{0}.5e1", "+{0}", "0{0}", "{0}_0", "1{0}", "{0} # so many", "'{0}'", "{0}:0")
+    return text[: one.start()] + chance.choice(forms).format(one[0]) + text[one.end() :]
+
+
 def _key(text: str, chance: random.Random) -> str:
     lines = text.splitlines()
     places = [number for number, line in enumerate(lines) if ":" in line]
@@ -123,7 +134,8 @@ def _whole(text: str, chance: random.Random) -> str:
     return chance.choice(others + forms)
 
 
-MUTATIONS: tuple[Callable[[str, random.Random], str], ...] = (_value, _value, _value, _key, _line, _line, _character, _cut, _whole)
+OFTEN, SELDOM = (_value, _number, _line), (_key, _character, _cut, _whole)
+MUTATIONS: tuple[Callable[[str, random.Random], str], ...] = (*OFTEN, *OFTEN, *OFTEN, *SELDOM)
 
 
 # ---------------------------------------------------------------------------------------------------------------- oracle
