@@ -14,10 +14,11 @@ import pytest
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf import config, registry
+from rlhf import config, plan, registry
 from rlhf.cli import main as cli
 from rlhf.cli import standing
 from rlhf.models.saving import save_model
+from rlhf.plan.findings import Findings
 
 PROJECT = Path(__file__).parents[2]
 EVALUATION = {
@@ -101,6 +102,23 @@ def test_chat_talks_to_the_champion_or_else_the_candidate_and_says_so(root: Path
     assert rlhf("chat", "--max-tokens", "4")[2] == "assistant version 1 (champion; gates failed: min_reward_accuracy)\n"
     assert rlhf("status")[1].startswith("champion of assistant: version 1, promoted at ")
     assert list(standing.after_run({"version": 1, "champion": 1, "failed": [failed]})) == []
+
+
+def test_the_check_of_the_plan_looks_at_the_champion(root: Path) -> None:
+    params = config.load(root / "params.yaml")
+    version = registry.register(root, params)
+    registry.promote(version, None, root, params, by="test", why="test")
+    found = Findings()
+    plan.check_champion(root, params, found)
+    assert (found.seen, found.problems) == ([("champion", "version 1 of assistant")], [])
+    prompt = {"prompt": [{"role": "user", "content": "one two three"}], "gold": None}
+    (root / "data/prepared").mkdir()
+    (root / "data/prepared/heldout_prompts.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+    longer = params.model_copy(update={"ppo": params.ppo.model_copy(update={"max_answer_tokens": 10_000})})
+    plan.check_champion(root, longer, found)
+    (problem,) = found.problems
+    assert "the champion, takes 128 tokens: room for 0 of 1 held-out prompts" in problem.what
+    assert "makes this a line of its own" in problem.remedy
 
 
 def test_chat_explains_its_commands(root: Path, rlhf: Callable[..., tuple[int, str, str]]) -> None:
