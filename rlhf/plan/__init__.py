@@ -37,8 +37,9 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
         rows.render(examples, model.tokenizer, model.name, params, findings)
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
     gpus, nodes = launching.check(root, stages, params, findings)
-    if shape:
+    if shape and gpus is not None:
         memory.check(stages, params, shape, gpus, nodes, findings)
+    if shape:
         with findings.collecting():
             launching.check_disk(root, stages, params, shape.weights, findings)
     return findings

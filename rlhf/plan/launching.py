@@ -25,14 +25,14 @@ BATCHES = {
 SIDE_BY_SIDE = ("sft", "reward")
 
 
-def check(root: Path, stages: Sequence[str], params: Params, findings: Findings) -> tuple[list[int], int]:
+def check(root: Path, stages: Sequence[str], params: Params, findings: Findings) -> tuple[list[int] | None, int]:
     """Check what section launch asks for.
 
     Returns:
-        Bytes of each GPU, none where the stages run on the CPU; and the number of nodes.
+        Bytes of each GPU, none where the stages run on the CPU, None where those that params ask for are missing; and the number of nodes.
     """
     launch, nodes = params.launch, 1
-    gpus: list[int] = []
+    gpus: list[int] | None = None
     trained = [stage for stage in stages if stage != "prepare"]
     with findings.collecting():
         gpus = sizes(command.find_gpus(launch.accelerator))
@@ -48,8 +48,8 @@ def check(root: Path, stages: Sequence[str], params: Params, findings: Findings)
     if launch.port:
         with findings.collecting():
             command.choose_port(launch.port)
-        _check_shared_port(trained, params, len(gpus), findings)
-    if launch.precision == "fp16" and not gpus and not _computes_in_half():
+        _check_shared_port(trained, params, len(gpus or ()), findings)
+    if launch.precision == "fp16" and gpus == [] and not _computes_in_half():
         what = "launch.precision is fp16, in which this machine's processor cannot train"
         findings.problems.append(UserError(what, remedy="set it to fp32 or bf16"))
     return gpus, nodes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -221,6 +222,12 @@ def test_a_model_that_no_memory_holds_and_no_disk_is_told(root: Path) -> None:
     assert note.startswith("by the estimate there may be too little memory: sft ")
 
 
+def test_a_gpu_that_is_not_there_is_told_once(root: Path) -> None:
+    params = change(root, launch__accelerator="cuda", launch__precision="fp16")
+    if not torch.cuda.is_available():
+        assert said(plan.check(root, params, STAGES)) == ["params.yaml: launch.accelerator is cuda, but torch sees no GPU"]
+
+
 def test_the_account_of_memory_adds_up() -> None:
     params = config.validate(yaml.safe_load((PROJECT / "presets/llama-3.2-1b.yaml").read_text(encoding="utf-8")) | {}, "preset")
     shape = memory.Shape(10**9, width=2048, feed_forward=8192, layers=16, vocabulary=128256, key_values=1024, linear=10**6)
@@ -248,7 +255,6 @@ def test_a_server_that_is_away_is_a_note(root: Path, monkeypatch: pytest.MonkeyP
 
 def large_model(folder: Path) -> None:
     """A model of the shape of Llama 2 7B: config and heads, the weights being holes in their files."""
-    import torch
     from transformers import LlamaConfig
 
     sizes: dict[str, Any] = {
