@@ -33,7 +33,7 @@ DEMONSTRATIONS_CORRECT = 0.75
 NEAR_MISSES = 0.05  # share of wrong answers that are of the right kind
 # Shares of pairs: SAME_MANNER right against wrong, which styles alone cannot tell; up to CAREFUL care against carelessness. With 0.3 of the
 # first, what the reward model knew of the facts hung on the seed and on rounding (LOG.md).
-SAME_MANNER, CAREFUL = 0.5, 0.8
+SAME_MANNER, CAREFUL = 0.6, 0.9
 MULTI_TURN = 0.15  # share of prompts with an earlier question and answer before them
 MIN_GOLD_GAP = 0.1  # pairs that the gold score can hardly tell apart would only be noise
 
