@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -86,6 +87,8 @@ def given_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+        # half of a surrogate pair can be read, and not written again
+        json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], ensure_ascii=False, default=str).encode()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # readers of damaged files raise what they stumble over, tokenizers' one even what is no Exception

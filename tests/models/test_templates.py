@@ -203,6 +203,11 @@ def test_a_tokenizer_that_is_absent_or_damaged_is_refused(model: Path, content: 
     assert "tokenizer.json" in remedy
 
 
+def test_a_tokenizer_that_cannot_be_written_again_is_refused(model: Path) -> None:
+    configure(model, padding_side="left", name_of_its_own="\ud800")
+    assert "its tokenizer cannot be read: 'utf-8' codec can't encode" in only(model)[0]
+
+
 def test_a_tokenizer_without_words_is_refused(model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
