@@ -152,7 +152,7 @@ def as_dvc(text: bytes) -> Any:
 
 
 def same(read: Any, written: Any) -> bool:
-    """Whether a value was read as it was written: a whole number may be a float, and nothing else changes."""
+    """Whether a value was read as it was written: a whole number and a float may be the same one, and nothing else changes."""
     if isinstance(read, dict):
         return isinstance(written, dict) and read.keys() == written.keys() and all(same(read[key], written[key]) for key in read)
     if isinstance(read, list | tuple):
@@ -161,9 +161,9 @@ def same(read: Any, written: Any) -> bool:
         return read is written
     if isinstance(read, str):
         return read == (written if isinstance(written, str) else str(written))  # a date is a text here
-    if isinstance(read, float):
-        return isinstance(written, int | float) and read == float(written)
-    return type(read) is type(written) and read == written
+    if isinstance(read, int | float):
+        return isinstance(written, int | float) and (read == written or (isinstance(read, float) and read == float(written)))
+    return read is None and written is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
 from rlhf.redact import holds_password
@@ -89,6 +89,13 @@ class FrozenEngine(Section):
 
     zero_stage: Literal[0, 3] = Field(description="0: each rank holds the whole model; 3: each rank holds its part of every parameter")
     offload_parameters: bool = Field(description="keep the parts in the CPU's memory between uses; with zero_stage 3")
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        if type(value) is not int:  # to a Literal, false and 0.0 are 0
+            raise ValueError("Input should be 0 or 3")
+        return value
 
     @model_validator(mode="after")
     def _offload(self) -> Self:

@@ -63,6 +63,7 @@ def test_what_has_no_plain_meaning_is_refused(text: str, why: str) -> None:
         ("learning_rate: 2.0e-3", "learning_rate: yes", "base.optimizer.learning_rate: Input should be a valid number, got 'yes'"),
         ("no_eos_reward: -2.0", "no_eos_reward: .nan", "ppo.no_eos_reward: Input should be a finite number, got nan"),
         ("max_kl: 20.0", "max_kl: .inf", "promote.max_kl: Input should be a finite number, got inf"),
+        ("reference: {zero_stage: 0", "reference: {zero_stage: false", "reference.zero_stage: Input should be 0 or 3, got False"),
         ("gradient_checkpointing: false", "gradient_checkpointing: 0", "gradient_checkpointing: Input should be a valid boolean, got 0"),
     ],
 )
