@@ -159,6 +159,11 @@ def _move(
         client = connect(root, params)
         state = history.settle(client, model)
         _check_seen(state, model, seen)
+        if action == "rolled back" and state.aliases.get("previous") != number:  # the champion went, and came back from another one
+            what = (
+                f"{model}: version {state.aliases.get('previous')} was in service before by now, not version {number}; nothing was changed"
+            )
+            raise UserError(what, remedy="see `rlhf models`, and decide again")
         if seen == number:
             raise UserError(f"version {number} of {model} is champion already", remedy="`rlhf models` lists the others")
         move = Move(len(state.moves) + 1, history.now(), by, action, number, seen, state.aliases.get("previous"), why)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -21,7 +22,7 @@ from mlflow import MlflowClient
 from rlhf import config, registry
 from rlhf.cli import main as cli
 from rlhf.errors import UserError
-from rlhf.registry import history, serving
+from rlhf.registry import history, promotion, serving
 from rlhf.registry.versions import connect
 
 PROJECT = Path(__file__).parents[2]
@@ -31,6 +32,7 @@ PROCESSES, MOVES = 4, 50
 DECIDER = """
 import random, sys
 from pathlib import Path
+from typing import Any
 from rlhf import config, registry
 from rlhf.errors import UserError
 root, number, moves = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -179,6 +181,23 @@ def test_a_move_that_is_cut_off_is_undone_or_finished_by_the_next(root: Path, re
     assert registry.moves(root, load(root))[2].state == ("cut off" if reached < 3 else "done")
     # one that was in service does not come back by itself
     assert ("promoted" in registry.find(root, load(root), 3).tags) == (reached >= 3)
+
+
+def test_a_rollback_is_refused_where_the_champion_went_and_came_back_meanwhile(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, seen in ((1, None), (2, 1), (1, 2)):
+        put(root, number, seen)
+    look = promotion.model_folder
+
+    def meanwhile(*arguments: Any) -> Path:
+        monkeypatch.setattr(promotion, "model_folder", look)
+        put(root, 3, 1)
+        put(root, 1, 3)
+        return look(*arguments)
+
+    monkeypatch.setattr(promotion, "model_folder", meanwhile)
+    with pytest.raises(UserError, match="version 3 was in service before by now, not version 2; nothing was changed"):
+        registry.rollback(1, root, load(root), by="me", why="for a test")
+    assert registry.aliases(root, load(root)) == {"champion": 1, "previous": 3}
 
 
 def test_a_changed_byte_is_refused_and_named(root: Path, tmp_path: Path) -> None:
