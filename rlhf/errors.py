@@ -27,8 +27,10 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as far as one line of a terminal or two go."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    """What an error of a library says, as far as one line of a terminal or two go; what it announces with a colon is said, too."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    cause = next(iter(filter(None, map(str.strip, others))), "") if first.rstrip().endswith(":") else ""
+    return f"{first.rstrip()} {cause}".strip()[:200]
 
 
 def full_disk(error: BaseException, place: Path) -> UserError | None:

@@ -20,6 +20,7 @@ PARTS = (
     "{%- if content is string %}{%- set content = [{'type': 'text', 'text': content}] %}{%- endif %}"
     "{%- set taken.messages = taken.messages + [dict(message, content=content)] %}{%- endfor %}{%- set messages = taken.messages %}\n"
 )
+DRAWS = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")
 QUESTION, ANSWER = {"role": "user", "content": "A question"}, {"role": "assistant", "content": "An answer"}
 TRIED: tuple[Messages, ...] = ([QUESTION], [QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION, ANSWER])
 
@@ -28,7 +29,7 @@ def settle(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Make a tokenizer's templates functions of the dialogue alone that take contents as texts; what was changed, for people.
 
     Raises:
-        UserError: there are several, and none is the default.
+        UserError: there are several, and none is the default; or one draws at random.
     """
     given = tokenizer.chat_template
     if isinstance(given, dict) and "default" not in given:
@@ -42,6 +43,9 @@ def settle(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _settled(tokenizer: PreTrainedTokenizerBase, text: str, notes: list[str]) -> str:
+    if drawn := DRAWS.search(text):
+        what = f"its chat template draws at random ({drawn[0]}): each reading of a row would be another one"
+        raise UserError(what, remedy="write one of the choices into the template, or set base.chat_template: turns")
     if "strftime_now" in text:
         text = _clock(text) + text
         notes.append(f"the chat template asks for the date: pinned, it says {DATE:%d %B %Y} for good")

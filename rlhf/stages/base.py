@@ -44,11 +44,15 @@ def main(job: Job) -> None:
         history = []
     held_out = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))]
     rows = blocks(held_out, tokenizer, 128)
+    found = perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None
+    if found is not None and not math.isfinite(found) and isinstance(params, PretrainedBase):
+        what = f"base.model '{params.model}' computes no numbers: its perplexity on held-out text is {found}"
+        raise UserError(what, remedy="compare weights and config.json with the publisher's; in fp16, set launch.precision to bf16 or fp32")
     metrics = {
         "parameters": sum(math.prod(shape(p)) for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "loss": history[-1]["loss"] if history else None,
-        "heldout_perplexity": perplexity(model, rows, layout(job).micro_batch_tokens) if rows else None,
+        "heldout_perplexity": found,
     }
     if isinstance(params, BuiltBase):
         saving.save(job, model, tokenizer, job.output(BASE))

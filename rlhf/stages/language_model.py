@@ -22,6 +22,7 @@ from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
 
 Row = tuple[list[int], list[int]]  # token ids and loss mask
+MOST = 700.0  # whose exponential is a number
 
 
 def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase | Sft) -> list[dict[str, float]]:
@@ -60,7 +61,10 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Sequence[list[int]], tokens: int) -> float:
-    """exp of the mean next-token loss over all tokens of the rows but each row's first; so many tokens to a forward pass."""
+    """exp of the mean next-token loss over all tokens of the rows but each row's first; so many tokens to a forward pass.
+
+    Infinite where it is larger than any number.
+    """
     model.eval()
     device = next(model.parameters()).device
     counted = sum(len(row) - 1 for row in rows)
@@ -69,4 +73,4 @@ def perplexity(model: PreTrainedModel, rows: Sequence[list[int]], tokens: int) -
         packed = pack(part, device)
         wanted = packed.predictions([[1] * len(row) for row in part])
         loss += next_token_loss(logits_at(model, packed, wanted.places), wanted.targets, counted).item()
-    return math.exp(loss)
+    return math.inf if loss > MOST else math.exp(loss)

@@ -200,6 +200,12 @@ def test_spare_weights_are_named(model: Path) -> None:
     assert check(given(model)) == []  # a buffer of older versions
 
 
+def test_a_config_of_wrong_values_is_refused_with_what_is_wrong(model: Path) -> None:
+    configure(model, num_attention_heads=3)
+    what, _ = only(model)
+    assert "(32) is not a multiple of the number of attention heads (3)" in what
+
+
 def test_other_shapes_are_named(model: Path) -> None:
     configure(model, intermediate_size=64)
     errors = check(given(model))

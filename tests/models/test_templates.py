@@ -148,6 +148,14 @@ def test_a_template_that_fails_is_refused(model: Path, template: str, said: str)
     assert "base.chat_template: turns" in remedy
 
 
+@pytest.mark.parametrize("draws", ["{{ ['Hi', 'Hello'] | random }}", "{{ ['Hi']|random }}", "{{ lipsum() }}"])
+def test_a_template_that_draws_at_random_is_refused(model: Path, draws: str) -> None:
+    (error,) = check(given(with_template(model, draws + TURNS + ASKS)))
+    assert "its chat template draws at random" in error.what
+    assert "base.chat_template: turns" in error.remedy
+    assert check(given(model, chat_template="turns")) == []
+
+
 def test_rows_that_a_template_refuses_or_leaves_out_are_named(model: Path) -> None:
     assert check(given(with_template(model, NO_SYSTEM)), [[USER, ANSWER]]) == []
     what, _ = only(model, [SYSTEM, USER], [SYSTEM, USER, ANSWER], [SYSTEM, USER, ANSWER])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -214,6 +215,9 @@ def test_a_given_model_is_pinned_by_its_stage(
     run(root, "base")
     assert (root / "models/base/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert json.loads((root / "metrics/base.json").read_text())["parameters"] == llama.num_parameters()
+    llama.model.norm.weight.data.fill_(math.nan)
+    llama.save_pretrained(folder)
+    assert f"base.model '{folder}' computes no numbers: its perplexity on held-out text is nan" in run(root, "base", code=1)
 
 
 # ------------------------------------------------------------------------------------------------- what the engine derives
