@@ -22,6 +22,7 @@ from rlhf import config, tracking
 from rlhf.errors import UserError
 from rlhf.launcher.launch import forget_committed
 from rlhf.locks import lock
+from rlhf.plan import pinned
 from rlhf.registry.history import person
 from rlhf.workspace import fingerprint, one_run
 from rlhf.workspace.find import refuse_experiment
@@ -124,6 +125,8 @@ def run_stages(root: Path, params: config.Params, until: str | None = None) -> d
     """
     graph.mend(root)
     stages = [stage for stage in graph.read(root, until) if not (stage.is_data and stage.current)]
+    if any(stage.name == "base" and stage.current for stage in stages):
+        pinned.check(root, params)
     if to_do := [stage.name for stage in stages if not stage.current and stage.name in config.STAGES]:
         tasks.plan.check(root, params, to_do)
     announce(stages)

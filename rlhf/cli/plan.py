@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf import config, plan
+from rlhf.plan import pinned
 from rlhf.plan.findings import Findings
 from rlhf.plan.memory import COLUMNS
 from rlhf.workspace import fingerprint, presets
@@ -31,6 +32,8 @@ def check(root: Path) -> Findings:
         if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params.algorithm):
             findings.notes.append("dvc.yaml is not as `rlhf use` writes it: DVC does not see a change of what it does not list")
     found = plan.check(root, params, config.STAGES_OF[params.algorithm])
+    with found.collecting():
+        pinned.check(root, params)
     plan.check_champion(root, params, found)
     found.problems[:0] = findings.problems
     found.notes += findings.notes

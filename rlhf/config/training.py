@@ -80,6 +80,12 @@ class PretrainedBase(Section):
         description="keep: the tokenizer's own chat template (required then); turns: the project's plain Human/Assistant template"
     )
 
+    @model_validator(mode="after")
+    def _path(self) -> PretrainedBase:
+        if not self.model.strip() or len(self.model.encode()) > 4000 or any(len(part.encode()) > 255 for part in self.model.split("/")):
+            raise ValueError("model is to be the path of a folder, or a hub id: it is empty, or longer than a path can be")
+        return self
+
 
 Base = Annotated[BuiltBase | PretrainedBase, Field(discriminator="source")]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rlhf.config import Params
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
-from rlhf.launcher.launch import check_base
+from rlhf.launcher.launch import check_base, check_base_is_apart
 from rlhf.plan import launching, memory, rows
 from rlhf.plan.findings import Findings
 from rlhf.workspace.find import home
@@ -51,6 +51,8 @@ def _model(root: Path, params: Params, stages: Sequence[str], findings: Findings
     if isinstance(base, BuiltBase) or list(stages) == ["prepare"]:
         return None
     is_pinned = "base" not in stages
+    with findings.collecting():
+        check_base_is_apart(root, params)
     if not is_pinned and (gone := _gone(root, params)):
         if not (root / PINNED / "config.json").is_file():
             findings.problems.append(gone)

@@ -19,8 +19,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config, plan
 from rlhf.errors import UserError
-from rlhf.plan import launching, memory
+from rlhf.plan import launching, memory, pinned
 from rlhf.plan.findings import Findings
+from rlhf.workspace import fingerprint
 from tests.stage_runs import tiny_params
 
 PROJECT = Path(__file__).parents[2]
@@ -180,6 +181,35 @@ def test_stages_that_are_up_to_date_are_not_looked_at_again(root: Path) -> None:
     assert "base.model ./given: no such folder: models/base stands for it" in found.notes[0]
     shutil.rmtree(model_folder)
     assert said(plan.check(root, params, ("base",))) == ["params.yaml: base.model ./given: no such folder"]
+
+
+def test_a_given_folder_that_changed_since_it_was_pinned_is_told(root: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from rlhf.models.given import pin
+
+    params = change(root)
+    assert params.base.source == "pretrained"
+    pin(params.base, root / pinned.PINNED)
+    lineage = {"params": params.of_stage("base"), "inputs": fingerprint.hash_inputs(root, ["given"])}
+    (root / pinned.PINNED / fingerprint.LINEAGE).write_text(json.dumps(lineage))
+    (root / "given/README.md").write_text("a note")
+    pinned.check(root, params)
+    path = root / "given/model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.self_attn.q_proj.weight"] *= 2
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"base.model 'given': model.safetensors changed since stage base pinned it") as error:
+        pinned.check(root, params)
+    assert "dvc repro --force --single-item base" in error.value.remedy
+    pinned.check(root, change(root, base__chat_template="turns"))  # with which the stage runs anew
+    params = change(root, base__chat_template="keep")
+    shutil.copy(root / pinned.PINNED / "model.safetensors", path)
+    (root / "given/chat_template.jinja").write_text("another")
+    with pytest.raises(UserError, match=r"base.model 'given': chat_template.jinja changed"):
+        pinned.check(root, params)
+    shutil.rmtree(root / "given")
+    pinned.check(root, params)
 
 
 @pytest.mark.parametrize(
