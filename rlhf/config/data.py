@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
+from rlhf.config.section import Fraction, NonNegative, PathText, Positive, Section, Slug
 
 SLICES = ("text", "sft", "reward", "ppo", "judge", "heldout")
 WEIGHTED = ("text", "sft", "reward", "ppo")  # what the models train on; measuring takes each row once
@@ -71,7 +71,7 @@ class FileSource(Section):
     """Rows of a file, a folder written by `datasets`, or a hub dataset."""
 
     name: Slug = Field(description=_NAME)
-    path: str | None = Field(
+    path: PathText | None = Field(
         description="JSONL, JSON, CSV, TSV, Parquet or Arrow file (also packed as .gz, .bz2, .xz or .zst), a folder of such files, or a "
         "folder of `datasets`, under data/raw; "
         "`rlhf use` brings a file from elsewhere there and versions it with DVC, `rlhf ingest` adds a further one"

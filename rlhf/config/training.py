@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Fraction, NonNegative, Positive, Section
+from rlhf.config.section import Fraction, NonNegative, PathText, Positive, Section
 
 
 class Optimizer(Section):
@@ -71,7 +71,7 @@ class PretrainedBase(Section):
     """A given model, pinned: every later stage reads the copy in models/base."""
 
     source: Literal["pretrained"]
-    model: str = Field(description="folder of a Hugging Face model, or a hub id")
+    model: PathText = Field(description="folder of a Hugging Face model, or a hub id")
     revision: str | None = Field(description="commit or tag of the hub model; null for a folder")
     trust_remote_code: bool = Field(
         description="run Python code that comes with the model's tokenizer, once, to pin it; leave off unless you have read that code"
@@ -79,12 +79,6 @@ class PretrainedBase(Section):
     chat_template: Literal["keep", "turns"] = Field(
         description="keep: the tokenizer's own chat template (required then); turns: the project's plain Human/Assistant template"
     )
-
-    @model_validator(mode="after")
-    def _path(self) -> PretrainedBase:
-        if not self.model.strip() or len(self.model.encode()) > 4000 or any(len(part.encode()) > 255 for part in self.model.split("/")):
-            raise ValueError("model is to be the path of a folder, or a hub id: it is empty, or longer than a path can be")
-        return self
 
 
 Base = Annotated[BuiltBase | PretrainedBase, Field(discriminator="source")]

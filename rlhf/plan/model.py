@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.config import Params
-from rlhf.config.training import PretrainedBase
+from rlhf.config.training import Lora, PretrainedBase
 from rlhf.errors import UserError
 from rlhf.models import given, headers
 from rlhf.models.policy import context_of
@@ -28,6 +28,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None
     shape: Shape | None
     context: int | None = None
+    layers: frozenset[str] = frozenset()  # names of its matrices of weights
 
 
 def look_at(root: Path, params: Params, findings: Findings, *, is_pinned: bool) -> Model:
@@ -37,10 +38,10 @@ def look_at(root: Path, params: Params, findings: Findings, *, is_pinned: bool) 
     if is_pinned or not isinstance(base, PretrainedBase):
         with findings.collecting():
             folder = root / pinned
-            tokenizer, context = load_tokenizer(folder), context_of(folder)
-            shape = shape_of(AutoConfig.from_pretrained(folder), headers.local(folder))
+            tokenizer, context, heads = load_tokenizer(folder), context_of(folder), headers.local(folder)
+            shape = shape_of(AutoConfig.from_pretrained(folder), heads)
             findings.seen.append(("model", _described(pinned, shape, context)))
-            return Model(pinned, tokenizer, shape, context)
+            return Model(pinned, tokenizer, shape, context, _layers(heads))
         return Model(pinned, None, None)
     return _given(root, base, findings)
 
@@ -51,18 +52,23 @@ def _given(root: Path, base: PretrainedBase, findings: Findings) -> Model:
         base = base.model_copy(update={"model": str(root / base.model)})
     wrong = given.check(base)
     findings.problems += wrong
-    tokenizer, shape, context = None, None, None
+    tokenizer, shape, context, heads = None, None, None, {}
     try:
         folder = given.find(base)
         config = given.read_config(folder)
-        shape = shape_of(config, given.read_heads(folder, base))
+        heads = given.read_heads(folder, base)
+        shape = shape_of(config, heads)
         context = context_of(folder)
         findings.seen.append(("model", _described(base.model, shape, context)))
         tokenizer, notes = given_tokenizer(folder, base.chat_template, trust_remote_code=base.trust_remote_code)
         findings.notes += [f"{name}: {note}" for note in notes]
     except UserError as error:
         findings.problems += [] if wrong else [error]  # else it is told of already
-    return Model(name, tokenizer, shape, context)
+    return Model(name, tokenizer, shape, context, _layers(heads))
+
+
+def _layers(heads: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    return frozenset(name.removesuffix(".weight") for name, head in heads.items() if head.ndim == 2)
 
 
 def shape_of(config: PreTrainedConfig, heads: Mapping[str, torch.Tensor]) -> Shape:
@@ -85,6 +91,20 @@ def shape_of(config: PreTrainedConfig, heads: Mapping[str, torch.Tensor]) -> Sha
 
 def _described(name: str, shape: Shape, context: int | None) -> str:
     return f"{name}: {shape.weights:,} weights in {shape.layers} layers" + (f", takes {context:,} tokens" if context else "")
+
+
+def check_adapters(model: Model, adapters: Mapping[str, Lora | None], findings: Findings) -> None:
+    """Look for the layers that adapters are to be put on: peft says so of none, in the stage, and nothing of one among others.
+
+    Args:
+        adapters: by their keys in params.yaml.
+    """
+    for key, lora in adapters.items():
+        targets = [] if lora is None or lora.targets == "all-linear" else lora.targets
+        if gone := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in model.layers)]:
+            known = sorted({layer.rpartition(".")[2] for layer in model.layers})
+            what = f"{key}.targets: {model.name} has no layer named {', '.join(gone)}"
+            findings.problems.append(UserError(what, remedy=f"names of this model: {', '.join(known)}"))
 
 
 def check_lengths(model: Model, lengths: Mapping[str, int], findings: Findings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -62,6 +63,7 @@ def of_sources(root: Path, params: Params, findings: Findings) -> list[Example]:
                 found += _examples(source, islice(read(source, f"data.sources.{number}", root, 0), RENDERED), params)
             continue
         with findings.collecting():
+            _check_place(root, source, f"data.sources.{number}.path")
             rows = islice(read(source, f"data.sources.{number}", root, 0), READ + 1)
             good, bad = checker.divide(rows)
             whole = len(good) + len(bad) <= READ
@@ -72,11 +74,20 @@ def of_sources(root: Path, params: Params, findings: Findings) -> list[Example]:
     return found
 
 
+def _check_place(root: Path, source: FileSource, key: str) -> None:
+    """A file elsewhere is no input of stage prepare, whose graph has data/raw: DVC would not see that it changes."""
+    if source.path is not None and not Path(os.path.normpath(root / source.path)).is_relative_to(root / "data" / "raw"):
+        remedy = f"`rlhf use params.yaml {key}={source.path}` copies it there, and versions it"
+        raise UserError(f"{key}: {source.path} is not under data/raw, and the runs would not see that it changes", remedy=remedy)
+
+
 def _counted(good: Sequence[Row], bad: Sequence[Quarantined], *, whole: bool) -> str:
     total = len(good) + len(bad)
     said = f"{total:,} rows" if whole else f"more than {READ:,} rows"
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in Counter(row.category for row in bad).most_common(3))
-    return f"{said}, {len(bad):,} {'' if whole else 'of the first ones '}for quarantine ({reasons})" if bad else said
+    said += f", {len(bad):,} {'' if whole else 'of the first ones '}for quarantine ({reasons})" if bad else ""
+    unread = Counter(name for row in good for name in row.unread)
+    return said + ("; not read: " + ", ".join(f"'{name}' ({count:,})" for name, count in sorted(unread.items())) if unread else "")
 
 
 def _check_quarantine(source: Source, good: Sequence[Row], bad: Sequence[Quarantined], limit: float) -> None:
@@ -86,7 +97,8 @@ def _check_quarantine(source: Source, good: Sequence[Row], bad: Sequence[Quarant
         reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(row.category for row in damaged).most_common(3))
         places = ", ".join(f"{row.file}:{row.line}" for row in damaged[:3])
         share = f"{len(damaged)} bad rows of {total} ({len(damaged) / total:.1%})"
-        what = f"source '{source.name}' has {share}: {reasons}; the first: {places}. prepare.max_quarantined_share allows {limit:.1%}"
+        what = f"source '{source.name}' has {share}: {reasons}; the first: {places}, the first of these {damaged[0].reason[:200]}. "
+        what += f"prepare.max_quarantined_share allows {limit:.1%}"
         raise UserError(what, remedy="correct the data, or raise prepare.max_quarantined_share in params.yaml")
 
 
