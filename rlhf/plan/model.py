@@ -50,6 +50,8 @@ def _given(root: Path, base: PretrainedBase, findings: Findings) -> Model:
     name = f"base.model '{base.model}'"
     if root != Path.cwd() and (root / base.model).is_dir():
         base = base.model_copy(update={"model": str(root / base.model)})
+    if base.revision and Path(base.model).is_dir():
+        findings.notes.append(f"base.revision: {base.revision} is not read, as {name} is a folder: set it to null")
     wrong = given.check(base)
     findings.problems += wrong
     tokenizer, shape, context, heads = None, None, None, {}

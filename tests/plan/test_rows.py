@@ -41,3 +41,8 @@ def test_data_that_dvc_does_not_see_are_refused(root: Path, path: str) -> None:
     found = plan.check(root, change(root, data__sources__0__path=path), STAGES)
     assert said(found) == [f"data.sources.0.path: {path} is not under data/raw, and the runs would not see that it changes"]
     assert f"rlhf use params.yaml data.sources.0.path={path}" in found.problems[0].remedy
+
+
+def test_a_revision_of_a_folder_is_told(root: Path) -> None:
+    found = plan.check(root, change(root, base__revision="main"), STAGES)
+    assert (said(found), found.notes) == ([], ["base.revision: main is not read, as base.model 'given' is a folder: set it to null"])
