@@ -24,11 +24,11 @@ from rlhf.launcher.launch import forget_committed
 from rlhf.locks import lock
 from rlhf.plan import pinned
 from rlhf.registry.history import person
-from rlhf.workspace import fingerprint, one_run
+from rlhf.workspace import fingerprint, one_run, served
 from rlhf.workspace.find import refuse_experiment
 from tasks import graph
 from tasks.approval import Word, ask
-from tasks.origin import starter
+from tasks.origin import starter, tag
 from tasks.stage import StageError, announce, run_stage, stop_all
 
 FIRST_TRAINED = "base"  # every stage but prepare depends on it
@@ -58,6 +58,7 @@ def retrain(
             became champion meanwhile, or another flow is running in this workspace (params: operations.when_busy).
     """
     root = (root or Path.cwd()).resolve()
+    tag(served.name(root))  # by which notices know whose run it was
     params = check(root, reason, until)
     busy = None if params.operations.when_busy == "queue" else f"{root}: another retraining flow is running in this workspace"
     flow_run_id, by = str(runtime.flow_run.id), starter()

@@ -1,4 +1,4 @@
-"""Who or what started a flow run: a person, a schedule, or an event such as new rows."""
+"""Where a flow run belongs, and who or what started it: a person, a schedule, or an event such as new rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from prefect import runtime
 from prefect.client.orchestration import get_client
 
 from rlhf.registry.history import person
+
+
+def tag(*names: str) -> None:
+    """Add tags to the flow run that this is called in, and to none of its tasks."""
+    with get_client(sync_client=True) as client:
+        known = client.read_flow_run(runtime.flow_run.id).tags
+        client.update_flow_run(runtime.flow_run.id, tags=sorted({*known, *names}))
 
 
 def starter() -> str:

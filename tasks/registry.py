@@ -20,7 +20,7 @@ SECONDS_TO_COME_BACK = 120
 SECONDS_BETWEEN_LOOKS = 5
 
 
-@task(cache_policy=NO_CACHE, name="register", task_run_name="register", tags={"decision"})
+@task(cache_policy=NO_CACHE, name="register", task_run_name="register")
 def register(root: Path, params: Params, flow_run_id: str, asked: Mapping[str, str]) -> registry.Version:
     """Register the policy that was trained, with its evaluation; the same model with the same evaluation keeps its version.
 
@@ -81,7 +81,7 @@ def check_champion(root: Path, params: Params) -> None:
         comparison.check_champion(registry.find(root, params, champion), root, params)
 
 
-@task(cache_policy=NO_CACHE, name="gates", task_run_name="gates", tags={"decision"})
+@task(cache_policy=NO_CACHE, name="gates", task_run_name="gates")
 def check(version: registry.Version, root: Path, params: Params) -> registry.Verdict:
     """Hold the version against the champion, where there is another one, and check the gates.
 
@@ -107,7 +107,7 @@ def _compare(root: Path, champion: int) -> None:
         raise UserError(what, remedy="mend that, then run again: no stage is repeated")
 
 
-@task(cache_policy=NO_CACHE, name="promote", task_run_name="promote", tags={"decision"})
+@task(cache_policy=NO_CACHE, name="promote", task_run_name="promote")
 def carry_out(
     verdict: registry.Verdict, root: Path, params: Params, *, by: str, why: str, declined: str | None = None
 ) -> registry.Decision:

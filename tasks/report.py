@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from prefect import runtime, task
+from prefect import task
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
 
 from rlhf import registry, tracking
 from rlhf.config import Params
@@ -16,6 +15,7 @@ from rlhf.registry import report
 from rlhf.registry.course import of_flow
 from rlhf.registry.report import Evidence
 from tasks.approval import Word
+from tasks.origin import tag
 
 REPORT = "report.html"
 
@@ -77,9 +77,7 @@ def announce(decision: registry.Decision, before: int | None, asked: Mapping[str
         if lines := [f"- **{gate.name}**: {report.text(gate.text)}" for gate in decision.gates if gate.passed is passed]:
             parts += [f"## {title}", "\n".join(lines)]
     create_markdown_artifact(key="decision", markdown="\n\n".join(parts) + "\n", description=outcome)
-    tags = {*runtime.flow_run.tags, outcome, version.tags["algorithm"], f"{version.model}-v{version.number}"}
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(runtime.flow_run.id, tags=sorted(tags))
+    tag(outcome, version.tags["algorithm"], f"{version.model}-v{version.number}")
     return outcome
 
 

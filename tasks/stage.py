@@ -107,10 +107,10 @@ def _worth_retrying(_task: object, _task_run: object, state: State[Any]) -> bool
     return not getattr(state.result(raise_on_failure=False), "lasting", False)
 
 
+# no task has tags: of each, Prefect asks its server for a limit, which that refuses for two seconds while it writes
 @task(
     cache_policy=NO_CACHE,
     task_run_name="{stage.name}",
-    tags={"stage"},
     retry_delay_seconds=RETRY_DELAY_SECONDS,
     retry_condition_fn=_worth_retrying,
 )

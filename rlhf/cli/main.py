@@ -138,12 +138,9 @@ def run(
             from tasks import server
 
             server.ensure(root, meanwhile=lambda: _get_ready(root, params, reason, until))
-            from prefect import tags
-
             from flows.retrain import retrain
 
-            with tags(served.name(root)):
-                outcome = retrain(root, values, reason, cast(Any, until))
+            outcome = retrain(root, values, reason, cast(Any, until))
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
