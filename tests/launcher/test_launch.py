@@ -21,6 +21,7 @@ from rlhf import config
 from rlhf.errors import UserError
 from rlhf.launcher import command
 from rlhf.launcher.launch import check_base, launch
+from rlhf.locks import held
 from rlhf.workspace import fingerprint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -262,7 +263,7 @@ def test_a_killed_launcher_takes_its_processes_along_and_a_rerun_goes_on(workspa
     pids = under_way(workspace)
     folder = run_folder(workspace)
     launcher.kill()
-    assert eventually(lambda: gone(pids))
+    assert eventually(lambda: gone(pids) and not held(workspace, "prepare"))  # the guard that stops them holds the lock till then
     (workspace / "runs/go_on").touch()
     assert launch("prepare", workspace, "toys") == 0
     assert run_folder(workspace) == folder
