@@ -1,4 +1,4 @@
-"""YAML as the pipeline reads it."""
+"""YAML that DVC has written: dvc.lock and .dvc files. What people write, rlhf/config/text.py reads."""
 
 from __future__ import annotations
 

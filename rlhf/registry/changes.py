@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from rlhf.documents import load_yaml
+from rlhf.config import text
+from rlhf.errors import UserError
 from rlhf.registry.versions import Version
 from rlhf.tracking.sending import leaves
 from rlhf.workspace import snapshot
@@ -34,11 +36,16 @@ def between(before: Version, now: Version, root: Path) -> Changes:
 
 def _params(before: Version, now: Version) -> list[tuple[str, str, str]]:
     try:
-        old, new = (dict(leaves(load_yaml(mlflow.artifacts.load_text(f"{version.uri}/params.yaml")), ".")) for version in (before, now))
-    except (MlflowException, OSError) as error:
+        old, new = (dict(leaves(_params_of(version), ".")) for version in (before, now))
+    except (MlflowException, OSError, UserError) as error:
         return [("not to be had", " ".join(str(error).split())[:200], "")]
     names = dict.fromkeys([*old, *new])
     return [(name, str(old.get(name, ABSENT)), str(new.get(name, ABSENT))) for name in names if old.get(name) != new.get(name)]
+
+
+def _params_of(version: Version) -> Any:
+    place = f"{version.uri}/params.yaml"
+    return text.parse(mlflow.artifacts.load_text(place), place)
 
 
 def _data(before: Version, now: Version) -> list[str]:
