@@ -122,7 +122,7 @@ def measure(family: str, rounds: int, result: Any) -> None:
         "actor": OPTIMIZER,
         "critic": OPTIMIZER,
     }
-    params: dict[str, dict[str, Any]] = {"ppo": values, "launch": {"precision": "bf16", "jobs": jobs(tokens=8192)}}
+    params: dict[str, dict[str, Any]] = {"ppo": values, "launch": {"jobs": jobs(tokens=8192)}}
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(5, 4000, (PROMPTS, TOKENS), generator=generator).tolist()
     with workspace(family, None, 8, CONTEXT, params, device="cuda", precision="bf16", **SIZES[family]) as place:

@@ -1,8 +1,9 @@
-"""A whole PPO step, in samples per second: stage ppo against a loop that computes as DeepSpeed-Chat does, and against TRL's RLOO trainer.
+"""A whole PPO step, in samples per second: stage ppo against a loop that computes as DeepSpeed-Chat does, that code itself, and TRL's RLOO.
 
 python bench/speed/ppo_step.py                         answers of up to 64 tokens and of up to 256
 python bench/speed/ppo_step.py --quick                 up to 64 tokens, fewer rounds
 python bench/speed/ppo_step.py --check                 no speeds: do both sides compute the same, on tiny models?
+python bench/speed/ppo_step.py --chat FOLDER           against DeepSpeed-Chat's own code as well (deepspeed_chat.py)
 python bench/speed/ppo_step.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
 
 Each side is a process of its own (sides.py) with the same weights, prompts, learning rates and number of updates; they make their
@@ -22,9 +23,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
+from bench.speed import deepspeed_chat
 from bench.speed import reference_ppo as reference
+from bench.speed.ends import EndsAsPlanned
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Pause, Side, free_port, paced_job, place_of
 from bench.speed.workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, job_in, jobs, planned_lengths, workspace
@@ -56,6 +59,8 @@ class Plan:
     each: int = 1  # answers to a prompt
     system: int = 0  # tokens of the system prompt before each
     updates: int = 2
+    precision: str = "fp32"
+    critic: dict[str, Any] | None = None  # sizes of critic and reward model; None: those of the policy
 
     def params(self, steps: int, **layout: int) -> dict[str, dict[str, Any]]:
         """What stage ppo is set to: no mixture text, never stopped early. `layout` is of `jobs`."""
@@ -82,6 +87,8 @@ class Plan:
 
 
 QUICK_LIMIT = 64
+# of 4.3 million weights beside an actor of 12.4: as its own defaults have a smaller critic
+CHAT_CRITIC = {"hidden_size": 256, "word_embed_proj_dim": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "ffn_dim": 1024}
 ROUNDS = 7
 
 
@@ -89,6 +96,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, two rounds.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Print how far apart both sides' numbers are.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
+    chat: Annotated[
+        Path | None, typer.Option(help="The folder applications/DeepSpeed-Chat of a checkout: its cases are run as well.")
+    ] = None,
     only: Annotated[str, typer.Option(help="A part of the names of the cases wanted.")] = "",
     rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = ROUNDS,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
@@ -99,26 +109,42 @@ def main(
         apart = {family: differences(family) for family in TINY}
         console().print(drawn(apart))
         raise typer.Exit(int(max(value for row in apart.values() for value in row.values()) > TOLERANCE))
-    found = collect(cases(pairs, 2 if quick else rounds, threads, only, quick=quick))
+    found = collect(cases(pairs, 2 if quick else rounds, threads, only, quick=quick, chat=chat))
     console().print(table(found))
     if output:
         write(output, found)
 
 
-def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", *, quick: bool = False) -> Iterator[Case]:
-    """Against the reference loop, and against RLOO."""
+def cases(
+    pairs: Path | None, rounds: int, threads: int, only: str = "", *, quick: bool = False, chat: Path | None = None
+) -> Iterator[Case]:
+    """Against the reference loop, DeepSpeed-Chat where it is there, and RLOO."""
     for family, plan, peer in WORK:
-        work = f"up to {plan.limit}, {plan.kind}{', system prompt' if plan.system else ''}"
+        work = f"{plan.precision}, up to {plan.limit}, {plan.kind}{', system prompt' if plan.system else ''}"
         name = f"ppo step, {family}, {work}, against {peer.__name__.replace('_', ' ')}"
-        if only in name and not (quick and plan.limit > QUICK_LIMIT):
-            yield measured(name, family, plan, peer, pairs, rounds, threads)
+        if only in name and not (quick and plan.limit > QUICK_LIMIT) and (chat or peer is not deepspeed_chat_itself):
+            yield measured(name, family, plan, peer, pairs, rounds, threads, chat)
 
 
-def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int) -> Case:
+def measured(
+    name: str, family: str, plan: Plan, peer: Callable[..., None], pairs: Path | None, rounds: int, threads: int, chat: Path | None
+) -> Case:
+    rows = plan.answers // plan.each
+    given = [chat.resolve()] if chat and peer is deepspeed_chat_itself else []
     with (
-        workspace(family, pairs, plan.answers // plan.each, CONTEXT, plan.params(rounds), times=plan.each, system=plan.system) as place,
+        workspace(
+            family,
+            pairs,
+            rows,
+            CONTEXT,
+            plan.params(rounds),
+            times=plan.each,
+            system=plan.system,
+            precision=plan.precision,
+            critic=plan.critic,
+        ) as place,
         Side(planned_stage, place.root, plan, threads=threads, ranks=1) as ours,
-        Side(peer, place.root, plan, threads=threads) as theirs,
+        Side(peer, place.root, plan, *given, threads=threads, ranks=1) as theirs,
     ):
         costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
         return case(name, [plan.answers] * rounds, costs, "samples/s", described(place, plan, threads))
@@ -126,10 +152,11 @@ def measured(name: str, family: str, plan: Plan, peer: Callable[..., None], pair
 
 def described(place: Workspace, plan: Plan, threads: int) -> str:
     prompts = asked(place.job("ppo"))
-    lengths = plan.lengths(prompts).values()
+    asks, answers = statistics.fmean(map(len, prompts)), statistics.fmean(plan.lengths(prompts).values())
+    size = f"{place.parameters / 1e6:.1f} million weights, {'critic 4.3' if plan.critic else 'critic as well'}"
     return (
-        f"{place.parameters / 1e6:.1f} million weights each, fp32, {threads} threads, {plan.updates} updates, {plan.answers} answers of "
-        f"{statistics.fmean(lengths):.0f} tokens on average to prompts of {statistics.fmean(map(len, prompts)):.0f}"
+        f"{size}, {plan.precision}, {threads} threads, {plan.updates} updates, {plan.answers} answers of {answers:.0f} tokens on average "
+        f"to prompts of {asks:.0f}"
     )
 
 
@@ -172,6 +199,11 @@ def reference_loop(pause: Pause, root: Path, plan: Plan) -> None:
         experience = reference.experience(models, batch, params, params.kl.coefficient)
         reference.update(models, batch, experience, ppo.mini_batches(job, len(rows), step), params)
         pause()
+
+
+def deepspeed_chat_itself(pause: Pause, root: Path, plan: Plan, checkout: Path) -> None:
+    prompts = asked(job_in(root, "ppo"))
+    deepspeed_chat.side(pause, root, plan, prompts, plan.lengths(prompts), checkout)
 
 
 def rloo(pause: Pause, root: Path, plan: Plan) -> None:
@@ -219,24 +251,14 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
     trainer.train()
 
 
-class EndsAsPlanned(LogitsProcessor):
-    """Each row draws its end token where it is planned to end, and nowhere else."""
-
-    def __init__(self, ends: torch.Tensor, eos_id: int) -> None:
-        self.ends, self.eos_id = ends, eos_id  # (B,) columns, prompt included
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        over = self.ends == input_ids.shape[1] + 1
-        scores[:, self.eos_id] = float("-inf")
-        scores[over] = float("-inf")
-        scores[over, self.eos_id] = 0.0
-        return scores
-
-
-WORK = (
-    ("opt", Plan(32, 64), reference_loop),
-    ("llama", Plan(32, 64), reference_loop),
-    ("llama", Plan(16, 256), reference_loop),
+WORK: tuple[tuple[str, Plan, Callable[..., None]], ...] = (
+    *(
+        (family, Plan(answers, limit, precision=precision), reference_loop)
+        for precision in ("fp32", "bf16")
+        for family in ("opt", "llama")
+        for answers, limit in ((32, 64), (16, 256))
+    ),
+    *(("opt", Plan(16, 64, kind, updates=1, precision="bf16", critic=CHAT_CRITIC), deepspeed_chat_itself) for kind in ("full", "varied")),
     ("llama", Plan(32, 64, system=128), reference_loop),
     ("llama", Plan(32, 64, each=2), rloo),
 )

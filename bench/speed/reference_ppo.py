@@ -7,8 +7,9 @@ The algorithm is the stage's own, from rlhf/algorithms/ppo.py. What differs is h
     3. rewards and advantages of each token
     4. actor and critic train on padded rows, the actor with logits at every position, prompt and padding included
 
-What could make it slower without need is left out: no engine around the models, torch's fused AdamW, prompts padded to the longest of the
-batch and not to a fixed width, one batch of all rows for generation.
+In half precision weights are held in fp32 beside it, and losses are fp32. What could make it slower without need is left out: no engine
+around the models, torch's fused AdamW, prompts padded to the longest of the batch and not to a fixed width, one batch of all rows for
+generation.
 """
 
 from __future__ import annotations
@@ -36,26 +37,45 @@ class Models:
     critic: ScalarModel
     reference: PreTrainedModel
     reward: ScalarModel
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # of actor and critic
+    optimizers: tuple[Stepping, Stepping]  # of actor and critic
     pad_id: int
 
 
 def load(job: Job, tokenizer: Any) -> Models:
     """The models that stage ppo starts from."""
-    actor, reference = (load_policy(job.input("models/sft"), "fp32") for _ in range(2))
-    critic, reward = (load_scalar(job.input("models/reward"), tokenizer, "fp32") for _ in range(2))
+    precision = job.params.launch.precision
+    actor, reference = (load_policy(job.input("models/sft"), precision) for _ in range(2))
+    critic, reward = (load_scalar(job.input("models/reward"), tokenizer, precision) for _ in range(2))
     with torch.no_grad():
         critic.head.weight.div_(reward.std)
     for model in (reference, reward):
         model.eval().requires_grad_(False)
-    optimizers = _optimizer(actor, job.params.ppo.actor), _optimizer(critic, job.params.ppo.critic)
+    optimizers = Stepping(actor, job.params.ppo.actor), Stepping(critic, job.params.ppo.critic)
     return Models(actor, critic, reference, reward, optimizers, tokenizer.pad_token_id)
 
 
-def _optimizer(model: torch.nn.Module, params: Optimizer) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=params.learning_rate, betas=params.betas, eps=params.epsilon, weight_decay=params.weight_decay, fused=True
-    )
+class Stepping:
+    """torch's AdamW on the weights, in half precision on fp32 copies of them."""
+
+    def __init__(self, model: torch.nn.Module, params: Optimizer) -> None:
+        self.weights = list(model.parameters())
+        self.largest_norm = params.max_grad_norm
+        self.whole = [weight.detach().float().requires_grad_() if weight.dtype != torch.float32 else weight for weight in self.weights]
+        self.optimizer = torch.optim.AdamW(
+            self.whole, lr=params.learning_rate, betas=params.betas, eps=params.epsilon, weight_decay=params.weight_decay, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.weights, self.largest_norm)
+        copied = [(weight, whole) for weight, whole in zip(self.weights, self.whole, strict=True) if weight is not whole]
+        for weight, whole in copied:
+            whole.grad = weight.grad.float() if weight.grad is not None else None
+        self.optimizer.step()
+        for weight, whole in copied:
+            weight.copy_(whole)
+            weight.grad = None
+        self.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -144,7 +164,7 @@ def experience(models: Models, batch: Batch, params: Ppo, beta: float) -> Experi
 def log_probs(model: Any, batch: Batch) -> Tensor:
     """(B, A), from logits (B, T, V) of every token."""
     logits = model(input_ids=batch.ids, attention_mask=batch.attention).logits
-    every = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
+    every = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
     return every[:, batch.first - 1 :] * batch.mask
 
 
@@ -173,12 +193,9 @@ def update(models: Models, batch: Batch, e: Experience, mini_batches: Iterable[l
             log_probs(models.actor, part), e.log_probs[index], e.advantages[index], part.mask, params.policy_clip, params.dual_clip, tokens
         )
         critic = ppo.value_loss(values(models.critic, part), e.values[index], e.returns[index], part.mask, params.value_clip, tokens)
-        pairs = zip((models.actor, models.critic), (actor.loss, critic.loss), (params.actor, params.critic), models.optimizers, strict=True)
-        for model, loss, optimizer, stepping in pairs:
+        for loss, stepping in zip((actor.loss, critic.loss), models.optimizers, strict=True):
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optimizer.max_grad_norm)
             stepping.step()
-            stepping.zero_grad()
         losses["policy_loss"].append(actor.loss.item())
         losses["value_loss"].append(critic.loss.item())
     return {name: sum(found) / len(found) for name, found in losses.items()}

@@ -129,6 +129,7 @@ def workspace(
     system: int = 0,
     device: str = "cpu",
     precision: str = "fp32",
+    critic: dict[str, Any] | None = None,
     **sizes: Any,
 ) -> Iterator[Workspace]:
     """A workspace of so many pairs, whose prompts are of SHORTEST to LONGEST tokens, their answers of `answer_tokens` at most.
@@ -137,7 +138,8 @@ def workspace(
         params: by section, what differs from the sandbox's params.
         times: how often stage ppo finds each prompt in its data.
         system: about so many tokens of a system prompt stand before each of stage ppo's.
-        device, precision: where the models are made, and what they are kept in.
+        device, precision: where the models are made, and what they are kept in and computed with.
+        critic: sizes of the reward model, and so of the critic, where they are not the policy's.
         sizes: of the model, where they are not those of MODELS.
     """
     pairs = read_pairs(file)
@@ -150,12 +152,15 @@ def workspace(
         model = make_model(family, device, precision, **sizes)
         for stage in ("base", "sft"):
             save_model(model, tokenizer, root / "models" / stage)
-        scalar = load_scalar(root / "models/base", tokenizer, precision)
+        if critic:
+            save_model(make_model(family, device, precision, **sizes | critic), tokenizer, root / "models/critic")
+        scalar = load_scalar(root / "models" / ("critic" if critic else "base"), tokenizer, precision)
         initialise_head(scalar, 1)
         scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.0, 1.0
         save_model(scalar.model, tokenizer, root / "models/reward")
         raw = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
         raw["base"] |= {"context_tokens": CONTEXT}
+        raw["launch"]["precision"] = precision
         for section, values in params.items():
             raw[section] |= values
         (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import UserError
+from rlhf.models.linear import Linear
 from rlhf.models.options import ANOTHER
 
 
@@ -43,7 +44,7 @@ class LastLayer:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 vars(module)["last_layer"] = self
-            if type(module) in (nn.Linear, Conv1D) and module not in experts:
+            if type(module) in (nn.Linear, Linear, Conv1D) and module not in experts:
                 module.register_forward_pre_hook(self._pick)
                 module.register_forward_hook(self._spread)
 

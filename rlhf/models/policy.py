@@ -16,6 +16,7 @@ from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError, first_line
 from rlhf.models.attention import attend_to_pieces
 from rlhf.models.limits import limits
+from rlhf.models.linear import by_onednn
 from rlhf.models.packed import Packed
 from rlhf.tensors import send
 
@@ -48,6 +49,7 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
         )
     )
     attend_to_pieces(model)
+    by_onednn(model)
     return model
 
 
@@ -102,6 +104,7 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
             f"{folder}: cannot be {purpose}: no weights for {', '.join(lacking[:3])}", remedy="give a folder with a whole model"
         )
     attend_to_pieces(model)
+    by_onednn(model)
     disable_dropout(model)
     model.config.use_cache = False
     return model

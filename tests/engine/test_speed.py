@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
@@ -17,17 +14,10 @@ from rlhf.models.attention import attend_to_pieces
 from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
 from rlhf.models.scalar import ScalarModel
+from tests.flops import counted
 
 PACKED = pack([[5] * 20, [6] * 9], "cpu")  # 29 tokens
 PLACES = torch.tensor([*range(15), 19, 19, 20, 28])  # so many that the last layer is computed whole
-
-
-def counted(run: Callable[[], object]) -> int:
-    """Operations of products with weights: those of attention are of another kind."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    found = counter.get_flop_counts()["Global"]
-    return sum(found.get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 @pytest.mark.parametrize("tied", [True, False])

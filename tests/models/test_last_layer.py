@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
@@ -18,6 +17,7 @@ from rlhf.models.attention import attend_to_pieces
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.packed import pack
 from rlhf.models.policy import logits_at
+from tests.flops import counted
 from tests.models.families import near, sequences, tiny
 
 PACKED = pack([[5] * 20, [6, 7] * 5], "cpu")  # 30 tokens
@@ -27,10 +27,7 @@ WEIGHTS = torch.linspace(-1, 1, len(FEW))[:, None]
 
 def products(llama: LlamaForCausalLM, places: Tensor) -> float:
     """Multiplications with the weights of the layers, for the logits of some places."""
-    with FlopCounterMode(display=False) as counter:
-        logits_at(llama, PACKED, places)
-    found = counter.get_flop_counts()["Global"]
-    return found[torch.ops.aten.mm] / 2 - len(places) * llama.lm_head.weight.numel()
+    return counted(lambda: logits_at(llama, PACKED, places)) / 2 - len(places) * llama.lm_head.weight.numel()
 
 
 def gradients(model: torch.nn.Module, *, whole: bool = False) -> dict[str, Tensor]:

@@ -114,8 +114,10 @@ def test_prompts_are_read_some_at_a_time(llama: LlamaForCausalLM, passes: list[t
     assert [shape[1] for shape in passes if shape[1] > 1] == [17, 9, 8]  # at once; then the prompt of 9 alone, and those of 5, 2 and 1
 
 
-def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForCausalLM) -> None:
-    rows = torch.randn(3, llama.config.hidden_size)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForCausalLM, precision: torch.dtype) -> None:
+    torch.nn.Module.to(llama, precision)
+    rows = torch.randn(3, llama.config.hidden_size, dtype=precision)
     layer = llama.model.layers[0].self_attn.q_proj
     with torch.no_grad(), laid_out(llama):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
