@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from bench.speed import reference_ppo as reference
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Step, Stopwatch
-from bench.speed.workload import LONGEST, MODELS, SHORTEST, make_model, make_tokenizer, planned_lengths, read_pairs
+from bench.speed.workload import LONGEST, SHORTEST, SMALL, make_model, make_tokenizer, planned_lengths, read_pairs
 from rlhf.engine.distributed import keep_memory
 from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
@@ -67,7 +67,7 @@ def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int
     keep_memory()
     prompts = make_prompts(pairs)
     mean = statistics.fmean(map(len, prompts))
-    for family in MODELS:
+    for family in SMALL:
         model = make_model(family)
         for limit in limits:
             for plan in PLANS:
@@ -143,7 +143,7 @@ def phases(pairs: Path | None, slots: int) -> Table:
     drawn = Table(title="Milliseconds for each of 64 tokens of 64 answers, prompts included", title_justify="left")
     for heading in ("side", *PARTS, *REST):
         drawn.add_column(heading, justify="left" if heading == "side" else "right")
-    for family in MODELS:
+    for family in SMALL:
         model = make_model(family)
         sides = {"generate": partial(peer, model, prompts, lengths), "engine": partial(ours, model, prompts, lengths, slots)}
         for name, run in sides.items():

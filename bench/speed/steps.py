@@ -2,9 +2,10 @@
 
 python bench/speed/steps.py                              sft, reward, dpo and ppo, of Llama and OPT: five minutes on one core
 python bench/speed/steps.py --only llama/ppo             one of them
+python bench/speed/steps.py --precision bf16 --operations 30 --only llama-135m/sft
 python bench/speed/steps.py --pairs pairs.jsonl.gz       texts of a file of Anthropic-style pairs instead of the sandbox's
 
-fp32, vocabulary of 4096, prompts of up to 128 tokens. A stage runs some steps: the first is left out, the last one is profiled, the others
+Prompts of up to 128 tokens. llama-135m has the shape of SmolLM2. A stage runs some steps: the first is left out, the last one is profiled, the others
 are timed. Kinds of work are those of torch's operations, by the processor's time in each without what it calls.
 """
 
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.speed.report import console
 from bench.speed.sides import free_port, place_of
-from bench.speed.workload import MODELS, NEVER, Workspace, jobs, workspace
+from bench.speed.workload import NEVER, SMALL, Workspace, jobs, workspace
 from rlhf import config
 from rlhf.job import Job
 from rlhf.launcher.command import OPENMP
@@ -60,6 +61,8 @@ def main(
     answers: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
     threads: Annotated[int, typer.Option(help="Threads.")] = 1,
     micro: Annotated[int, typer.Option(help="Tokens of a micro-batch.")] = 4096,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    operations: Annotated[int, typer.Option(help="Print so many of torch's operations, those that took longest.")] = 0,
 ) -> None:
     """Print seconds and tokens per second of a step, and the milliseconds of processor time of each kind of work."""
     shown = Table(
@@ -69,12 +72,12 @@ def main(
         shown.add_column(heading, justify="left" if heading == "model/stage" else "right")
     os.environ |= {**OPENMP, "DS_ACCELERATOR": "cpu"}
     context = multiprocessing.get_context("spawn")
-    for name in only or [f"{family}/{stage}" for family in MODELS for stage in STAGES]:
+    for name in only or [f"{family}/{stage}" for family in SMALL for stage in STAGES]:
         family, stage = name.split("/")
-        with workspace(family, pairs, STEPS * 2 * ROWS, answers, params(answers, micro)) as place:
+        with workspace(family, pairs, STEPS * 2 * ROWS, answers, params(answers, micro), precision=precision) as place:
             tokens = tokens_of_a_step(place, stage, answers)
             result = context.Queue()
-            process = context.Process(target=measure, args=(place.root, stage, threads, result))
+            process = context.Process(target=measure, args=(place.root, stage, threads, operations, result))
             process.start()
             process.join()
             if process.exitcode:
@@ -82,7 +85,7 @@ def main(
             found = result.get()
         cells = [f"{1000 * found['kinds'].get(heading, 0.0):.0f}" for heading in HEADINGS]
         shown.add_row(name, f"{tokens:.0f}", f"{found['seconds']:.2f}", f"{tokens / found['seconds']:.0f}", *cells)
-        print(name, json.dumps(found["logged"]), flush=True)
+        print(name, json.dumps(found["logged"]), *found["operations"], sep="\n", flush=True)
     console().print(shown)
 
 
@@ -135,7 +138,7 @@ class WatchedJob(Job):
             self.profiler.stop()
 
 
-def measure(root: Path, stage: str, threads: int, result: Any) -> None:
+def measure(root: Path, stage: str, threads: int, operations: int, result: Any) -> None:
     """In a process of its own: run the stage and tell what its steps took."""
     os.environ |= place_of(0, 1, free_port())
     os.dup2(os.open(root / "log.txt", os.O_WRONLY | os.O_CREAT), 1)
@@ -150,7 +153,9 @@ def measure(root: Path, stage: str, threads: int, result: Any) -> None:
             kind = next((kind for part, kind in KINDS.items() if part in event.key), "arithmetic")
             kinds[kind] += event.self_cpu_time_total / 1e6
     kinds["outside torch"] = max(0.0, job.times[-1] - job.times[-2] - sum(kinds.values()))
-    result.put({"seconds": seconds, "kinds": kinds, "logged": job.logged})
+    longest = sorted(job.profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:operations]
+    told = [f"{event.self_cpu_time_total / 1000:10.1f} ms  {event.count:6}  {event.key}" for event in longest]
+    result.put({"seconds": seconds, "kinds": kinds, "logged": job.logged, "operations": told})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Pause, Side, stage
-from bench.speed.workload import MODELS, NEVER, OPTIMIZER, Workspace, jobs, workspace
+from bench.speed.workload import NEVER, OPTIMIZER, SMALL, Workspace, jobs, workspace
 from rlhf.engine.order import Order
 from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.policy import load_policy
@@ -65,7 +65,7 @@ def main(
 
 def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> Iterator[Case]:
     """Each stage and model."""
-    names = {f"{stage_name}, {family}": (family, stage_name) for family in MODELS for stage_name in PEERS}
+    names = {f"{stage_name}, {family}": (family, stage_name) for family in SMALL for stage_name in PEERS}
     for name, (family, stage_name) in names.items():
         if only in name:
             with workspace(family, pairs, rounds * BATCH, ANSWER_TOKENS, params()) as place:

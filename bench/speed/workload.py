@@ -36,7 +36,18 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6, "
 MODELS: dict[str, dict[str, Any]] = {
     "opt": {**SIZES, "ffn_dim": 1536, "word_embed_proj_dim": 384},
     "llama": {**SIZES, "intermediate_size": 1152, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama-135m": {  # the shape of SmolLM2-135M
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
 }
+SMALL = ("opt", "llama")  # of some 12 million weights
 TINY: dict[str, dict[str, Any]] = {  # weights so large that what they predict is uneven
     "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2},
     "llama": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.2},
@@ -95,7 +106,9 @@ def make_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerFast:
 def make_model(family: str, device: str = "cpu", precision: str = "fp32", **changes: Any) -> PreTrainedModel:
     torch.manual_seed(1)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MODELS[family] | changes), dtype=DTYPES[precision])
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family.partition("-")[0], **MODELS[family] | changes), dtype=DTYPES[precision]
+        )
     return cast(PreTrainedModel, model.eval())
 
 

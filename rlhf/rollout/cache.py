@@ -83,7 +83,7 @@ class SlotCache:
             return keys, values
         slots = torch.arange(len(keys))
         for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-            kept[slots, :, self.lengths] = new[:, :, 0]
+            kept[slots, :, self.lengths] = new[:, :, 0].to(kept.dtype)
         held_keys, held_values = self.layers[layer]
         return held_keys[: len(keys), :, : self.width], held_values[: len(keys), :, : self.width]
 
@@ -94,24 +94,29 @@ class SlotCache:
     def place(self, slot: int, prompt: Sequence[Layer]) -> None:
         """Fill a slot with a prompt's keys and values, (H, T, D) of each layer."""
         if not self.layers:
-            self.layers = [(self._room(keys), self._room(values)) for keys, values in prompt]
+            self.layers = [(self._room(keys, scored_in(keys)), self._room(values, values.dtype)) for keys, values in prompt]
         for layer, parts in zip(self.layers, prompt, strict=True):
             for kept, part in zip(layer, parts, strict=True):
                 kept[slot, :, : part.shape[1]] = part
 
-    def _room(self, like: Tensor) -> Tensor:
+    def _room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros (slots, H, capacity, D) for keys or values like (H, T, D): what is masked must be finite, as 0 · NaN is NaN."""
         if like.device.type != "cpu":  # token by token, as torch's kernels take them, which know no slots
             return like.new_zeros(self.slots, self.capacity, len(like), like.shape[-1]).transpose(1, 2)
         shape = (self.slots, len(like), self.capacity, like.shape[-1])
         # numpy's zeros come from the system, which makes pages of them as they are written: short answers leave most of it untouched
-        return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot into another one."""
         for layer in self.layers:
             for kept in layer:
                 kept[target, :, :length] = kept[source, :, :length]
+
+
+def scored_in(keys: Tensor) -> torch.dtype:
+    """What a slot holds keys in. Scores are fp32, whatever the model is: on a CPU keys are made so once, and not at each token again."""
+    return torch.float32 if keys.dtype == torch.bfloat16 and keys.device.type == "cpu" else keys.dtype
 
 
 def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
@@ -171,14 +176,25 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
         before = torch.arange(held.width) <= (held.lengths - window)[:, None]
         mask = mask.masked_fill(before[:, None, None], float("-inf"))
     if not asked.plain:
-        return weigh(query, key, value, mask, asked).transpose(1, 2)
+        return weigh(query, key.to(query.dtype), value, mask, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
     found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
     for first, columns in held.spans:
         part = slice(first, first + SPAN)
-        inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns])
-        found[part] = scaled_dot_product_attention(*inputs, attn_mask=mask[part, ..., :columns], scale=asked.scale)
+        inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns], mask[part, ..., :columns])
+        found[part] = _attend_to_span(*inputs, asked.scale)
     return found.reshape(rows, 1, heads, value.shape[-1])
+
+
+def _attend_to_span(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Query (B, H, G, D) to keys and values (B, H, T, D)."""
+    if key.dtype == value.dtype:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # as in rlhf/models/half.py; torch's kernel takes three to eight times as long over one query of bfloat16
+    queries, keys, values = (states.flatten(0, 1) for states in (query, key, value))
+    scores = torch.bmm(queries.float(), keys.mT).view(*query.shape[:3], -1)
+    chances = torch.softmax(scores.mul_(scale or query.shape[-1] ** -0.5).add_(mask), -1)
+    return torch.bmm(chances.flatten(0, 1).to(value.dtype), values).view(*query.shape[:3], -1)
 
 
 AttentionInterface.register(ATTENTION, attend)
