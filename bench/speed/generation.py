@@ -2,10 +2,12 @@
 
 python bench/speed/generation.py                         all cases: some minutes on two cores
 python bench/speed/generation.py --quick                 the short answers, fewer rounds
+python bench/speed/generation.py --only "135m, bf16"     some of the cases
 python bench/speed/generation.py --profile               no speeds: where the time goes, answers of 64 tokens
 python bench/speed/generation.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
 
-64 prompts of 10 to 128 tokens, two random models of some 12 million weights, fp32, sampling at temperature 1 among all tokens. How long
+64 prompts of 10 to 128 tokens, sampling at temperature 1 among all tokens; random models, two of some 12 million weights, in fp32 and in
+bf16, and one of the shape of SmolLM2-135M in bf16. How long
 each answer gets is laid down beforehand, and both sides obey the plan by their own means of stopping: `full`, every answer to the limit;
 `varied`, limit · u^1.5 for 64 evenly spread u, so 40% of the limit on average, few long ones. Useful tokens are those up to each answer's
 planned end. `generate` pads to the longest prompt and goes on until the last row has ended; it computes no log-probabilities, the engine
@@ -39,12 +41,18 @@ from rlhf.rollout.sampling import Sampling
 PROMPTS, PAD, NO_TOKEN = 64, 0, -1
 LIMITS = (64, 256)
 PLANS = ("full", "varied")
+WORK = (  # model, precision, the longest answer's tokens, plan
+    *((family, precision, limit, plan) for precision in ("fp32", "bf16") for family in SMALL for limit in LIMITS for plan in PLANS),
+    ("llama-135m", "bf16", 64, "full"),
+    ("llama-135m", "bf16", 256, "varied"),
+)
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, three rounds.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print milliseconds per token, by kind of work.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
+    only: Annotated[str, typer.Option(help="A part of the names of the cases wanted.")] = "",
     rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     slots: Annotated[int, typer.Option(help="Answers that the engine writes at a time.")] = PROMPTS,
@@ -55,30 +63,30 @@ def main(
         torch.set_num_threads(threads)
         console().print(phases(pairs, slots))
         return
-    found = collect(cases(pairs, (LIMITS[0],) if quick else LIMITS, 3 if quick else rounds, threads, slots))
+    found = collect(cases(pairs, 3 if quick else rounds, threads, only, slots, quick=quick))
     console().print(table(found))
     if output:
         write(output, found)
 
 
-def cases(pairs: Path | None, limits: tuple[int, ...], rounds: int, threads: int, slots: int = PROMPTS) -> Iterator[Case]:
-    """Each model, limit and plan."""
+def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", slots: int = PROMPTS, *, quick: bool = False) -> Iterator[Case]:
+    """Each model, precision, limit and plan."""
     torch.set_num_threads(threads)
     keep_memory()
     prompts = make_prompts(pairs)
     mean = statistics.fmean(map(len, prompts))
-    for family in SMALL:
-        model = make_model(family)
-        for limit in limits:
-            for plan in PLANS:
-                lengths = planned_lengths(PROMPTS, limit, plan)
-                costs = [(ours(model, prompts, lengths, slots), peer(model, prompts, lengths)) for _ in range(rounds + 1)][1:]
-                setting = (
-                    f"{model.num_parameters() / 1e6:.1f} million weights, fp32, {slots} slots, {threads} threads, {PROMPTS} prompts of "
-                    f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: transformers' generate"
-                )
-                name = f"generation, {family}, up to {limit}, {plan}"
-                yield case(name, [sum(lengths)] * rounds, costs, "useful answer tokens/s", setting)
+    for family, precision, limit, plan in WORK:
+        name = f"generation, {family}, {precision}, up to {limit}, {plan}"
+        if only not in name or (quick and limit > LIMITS[0]):
+            continue
+        model = make_model(family, precision=precision)
+        lengths = planned_lengths(PROMPTS, limit, plan)
+        costs = [(ours(model, prompts, lengths, slots), peer(model, prompts, lengths)) for _ in range(rounds + 1)][1:]
+        setting = (
+            f"{model.num_parameters() / 1e6:.1f} million weights, {precision}, {slots} slots, {threads} threads, {PROMPTS} prompts of "
+            f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: transformers' generate"
+        )
+        yield case(name, [sum(lengths)] * rounds, costs, "useful answer tokens/s", setting)
 
 
 def make_prompts(pairs: Path | None) -> list[list[int]]:
@@ -118,8 +126,8 @@ def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -
 
 # kind of work → torch's operations
 PARTS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "matrix products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::bmm"),
     "concatenation": ("aten::cat",),
     "copies": ("aten::copy_", "aten::index_put_", "aten::_index_put_impl_", "aten::index", "aten::index_select"),
     "sampling": (

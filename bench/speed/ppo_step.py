@@ -23,22 +23,21 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import LogitsProcessorList
+from transformers import AutoModelForSequenceClassification, LogitsProcessorList
 
 from bench.speed import deepspeed_chat
 from bench.speed import reference_ppo as reference
 from bench.speed.ends import EndsAsPlanned
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Pause, Side, free_port, paced_job, place_of
-from bench.speed.workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, job_in, jobs, planned_lengths, workspace
+from bench.speed.workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, job_in, jobs, load_plain, planned_lengths, workspace
 from rlhf.engine.distributed import start
 from rlhf.engine.order import Order
 from rlhf.engine.speed import Clock
 from rlhf.job import Job, read_lines
 from rlhf.models.dialogues import encode_prompt
 from rlhf.models.packed import pad_rows
-from rlhf.models.policy import load_policy
-from rlhf.models.scalar import load_scalar
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.generate import Rollouts, generate
@@ -218,7 +217,8 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
     lengths = plan.lengths(asked(job))
     texts = [row["prompt"] for row in read_lines(job.input("data/prepared/ppo.jsonl"))][:: plan.each]
     ids = {str(text): encode_prompt(tokenizer, text) for text in texts}
-    policy, reward = load_policy(job.input("models/sft"), "fp32"), load_scalar(job.input("models/reward"), tokenizer, "fp32").eval()
+    policy = load_plain(job.input("models/sft"), "fp32")
+    reward = ScalarModel(load_plain(job.input("models/reward"), "fp32", AutoModelForSequenceClassification)).eval()
     sample: Any = policy.generate
 
     def planned(input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -238,6 +238,7 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
     settings = RLOOConfig(
         str(root / "rloo"),
         **SETTINGS,
+        bf16=False,
         per_device_train_batch_size=plan.answers // plan.updates,
         steps_per_generation=plan.updates,
         num_generations=plan.each,

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from bench.speed.workload import load_plain
 from rlhf.algorithms import ppo
 from rlhf.config.training import Optimizer, Ppo
 from rlhf.job import Job
 from rlhf.models.packed import pad_rows
-from rlhf.models.policy import load_policy
-from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.models.scalar import ScalarModel
 from rlhf.tensors import mask_from_lengths
 
 
@@ -44,8 +44,9 @@ class Models:
 def load(job: Job, tokenizer: Any) -> Models:
     """The models that stage ppo starts from."""
     precision = job.params.launch.precision
-    actor, reference = (load_policy(job.input("models/sft"), precision) for _ in range(2))
-    critic, reward = (load_scalar(job.input("models/reward"), tokenizer, precision) for _ in range(2))
+    actor, reference = (load_plain(job.input("models/sft"), precision) for _ in range(2))
+    folder = job.input("models/reward")
+    critic, reward = (ScalarModel(load_plain(folder, precision, AutoModelForSequenceClassification)) for _ in range(2))
     with torch.no_grad():
         critic.head.weight.div_(reward.std)
     for model in (reference, reward):

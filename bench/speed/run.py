@@ -24,17 +24,19 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Answers of up to 64 tokens only, few rounds.")] = False,
     pairs: Annotated[Path | None, typer.Option(help="JSON lines with `chosen` and `rejected` dialogues; may end in .gz.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
+    chat: Annotated[
+        Path | None, typer.Option(help="The folder applications/DeepSpeed-Chat of a checkout: the PPO step against it, too.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = RESULTS,
     page: Annotated[Path | None, typer.Option(help="Where to write the tables as a page.")] = None,
 ) -> None:
     """Print ours, the peer's and the median of the rounds' ratios for every case."""
-    limits = generation.LIMITS[:1] if quick else generation.LIMITS
     rounds = 1 if quick else 3
     found = collect(
         itertools.chain(
-            generation.cases(pairs, limits, rounds, threads),
+            generation.cases(pairs, rounds, threads, quick=quick),
             training.cases(pairs, rounds, threads),
-            ppo_step.cases(pairs, 1 if quick else ppo_step.ROUNDS, threads, quick=quick),
+            ppo_step.cases(pairs, 1 if quick else ppo_step.ROUNDS, threads, quick=quick, chat=chat),
         )
     )
     growth = scaling.rows(pairs, 2 if quick else scaling.ROUNDS)

@@ -5,8 +5,8 @@ python bench/speed/steps.py --only llama/ppo             one of them
 python bench/speed/steps.py --precision bf16 --operations 30 --only llama-135m/sft
 python bench/speed/steps.py --pairs pairs.jsonl.gz       texts of a file of Anthropic-style pairs instead of the sandbox's
 
-Prompts of up to 128 tokens. llama-135m has the shape of SmolLM2. A stage runs some steps: the first is left out, the last one is profiled, the others
-are timed. Kinds of work are those of torch's operations, by the processor's time in each without what it calls.
+Prompts of up to 128 tokens. llama-135m has the shape of SmolLM2. A stage runs some steps: the first is left out, the last
+is profiled, the others are timed. Kinds of work are those of torch's operations, by the processor's time in each without what it calls.
 """
 
 from __future__ import annotations

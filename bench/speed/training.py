@@ -5,7 +5,9 @@ python bench/speed/training.py --quick                 fewer rounds
 python bench/speed/training.py --pairs pairs.jsonl.gz  rows of a file of Anthropic-style pairs instead of the sandbox's
 
 Each side is a process of its own (sides.py). Ours is the stage's `main`, TRL's is `train` of the trainer, both with whatever they
-check, measure and log in a step; a round is one optimiser step on the same rows. Counted are tokens that are not padding (sft) and pairs.
+check, measure and log in a step. In bf16 ours holds such weights beside fp32 ones; TRL's trainers, set
+to it, compute in it on fp32 weights. A round is one optimiser step on the same rows. Counted are tokens that are not padding (sft) and
+pairs.
 """
 
 from __future__ import annotations
@@ -16,22 +18,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Pause, Side, stage
-from bench.speed.workload import NEVER, OPTIMIZER, SMALL, Workspace, jobs, workspace
+from bench.speed.workload import NEVER, OPTIMIZER, SMALL, Workspace, jobs, load_plain, workspace
 from rlhf.engine.order import Order
 from rlhf.models.dialogues import encode_dialogues
-from rlhf.models.policy import load_policy
-from rlhf.models.scalar import load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 
 BATCH, ANSWER_TOKENS = 16, 128
+WORK = (*((family, precision) for precision in ("fp32", "bf16") for family in SMALL), ("llama-135m", "bf16"))
 # what TRL's trainers are given beside their own options
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
-    "bf16": False,
     "gradient_checkpointing": False,
     "report_to": "none",
     "save_strategy": "no",
@@ -64,12 +64,13 @@ def main(
 
 
 def cases(pairs: Path | None, rounds: int, threads: int, only: str = "") -> Iterator[Case]:
-    """Each stage and model."""
-    names = {f"{stage_name}, {family}": (family, stage_name) for family in SMALL for stage_name in PEERS}
-    for name, (family, stage_name) in names.items():
-        if only in name:
-            with workspace(family, pairs, rounds * BATCH, ANSWER_TOKENS, params()) as place:
-                yield measured(name, stage_name, place, rounds, threads)
+    """Each stage, model and precision."""
+    for family, precision in WORK:
+        for stage_name in PEERS:
+            name = f"{stage_name}, {family}, {precision}"
+            if only in name:
+                with workspace(family, pairs, rounds * BATCH, ANSWER_TOKENS, params(), precision=precision) as place:
+                    yield measured(name, stage_name, place, precision, rounds, threads)
 
 
 def params() -> dict[str, dict[str, Any]]:
@@ -77,7 +78,7 @@ def params() -> dict[str, dict[str, Any]]:
     return {**dict.fromkeys(PEERS, each), "launch": {"jobs": jobs()}}
 
 
-def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads: int) -> Case:
+def measured(name: str, stage_name: str, place: Workspace, precision: str, rounds: int, threads: int) -> Case:
     order = Order(len(place.pairs), BATCH, place.job(stage_name).seed("order"))
     rows = [place.pairs[i] for step in range(rounds) for i in order.batch(step)]
     data = [
@@ -86,18 +87,20 @@ def measured(name: str, stage_name: str, place: Workspace, rounds: int, threads:
     ]
     with (
         Side(stage, place.root, stage_name, threads=threads, ranks=1) as ours,
-        Side(PEERS[stage_name], place.root, data, threads=threads) as theirs,
+        Side(PEERS[stage_name], place.root, data, precision, threads=threads) as theirs,
     ):
         costs = [(ours.step(), theirs.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
     lengths = [len(ids) for ids, _ in encode_dialogues(place.tokenizer, (pair.dialogue(pair.chosen) for pair in rows))]
+    ours_gib, peer_gib = (max(pair[side].memory for pair in costs) / 2**30 for side in (0, 1))
     work = [sum(lengths[i : i + BATCH]) if stage_name == "sft" else BATCH for i in range(0, len(rows), BATCH)]
     return case(
         name,
         work,
         costs,
         "tokens/s" if stage_name == "sft" else "pairs/s",
-        f"{place.parameters / 1e6:.1f} million weights, fp32, {threads} threads, {BATCH} rows a step, prompt with answer "
-        f"{statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most; TRL: {SETTING[stage_name]}",
+        f"{place.parameters / 1e6:.1f} million weights, {precision}, {threads} threads, {BATCH} rows a step, prompt with answer "
+        f"{statistics.fmean(lengths):.0f} tokens on average, {max(lengths)} at most; memory {ours_gib:.2f} GiB against {peer_gib:.2f}; "
+        f"TRL: {SETTING[stage_name]}",
     )
 
 
@@ -118,39 +121,44 @@ class Pausing(TrainerCallback):
             self.pause()
 
 
-def of_batches(root: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Any]:
+def of_batches(root: Path, rows: list[dict[str, Any]], precision: str) -> tuple[dict[str, Any], Any]:
     """A trainer's settings and data, of rows in the order in which they are to be taken."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-    batches = {"output_dir": str(root / "trl"), "per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential"}
+    batches = {
+        "bf16": precision == "bf16",
+        "output_dir": str(root / "trl"),
+        "per_device_train_batch_size": BATCH,
+        "train_sampling_strategy": "sequential",
+    }
     return SETTINGS | batches | {"max_length": None}, Dataset.from_list(rows)
 
 
-def sft_peer(pause: Pause, root: Path, rows: list[dict[str, Any]]) -> None:
+def sft_peer(pause: Pause, root: Path, rows: list[dict[str, Any]], precision: str) -> None:
     from trl import SFTConfig, SFTTrainer
 
-    settings, data = of_batches(root, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
+    settings, data = of_batches(root, [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows], precision)
     given = SFTConfig(**settings, loss_type="chunked_nll")
     tokenizer = load_tokenizer(root / "models/base")
-    SFTTrainer(load_policy(root / "models/base", "fp32"), given, None, data, processing_class=tokenizer, callbacks=[Pausing(pause)]).train()
+    SFTTrainer(load_plain(root / "models/base", "fp32"), given, None, data, processing_class=tokenizer, callbacks=[Pausing(pause)]).train()
 
 
-def reward_peer(pause: Pause, root: Path, rows: list[dict[str, Any]]) -> None:
+def reward_peer(pause: Pause, root: Path, rows: list[dict[str, Any]], precision: str) -> None:
     from trl import RewardConfig, RewardTrainer
 
-    settings, data = of_batches(root, rows)
+    settings, data = of_batches(root, rows, precision)
     tokenizer = load_tokenizer(root / "models/base")
-    model = load_scalar(root / "models/reward", tokenizer, "fp32").model
+    model = load_plain(root / "models/reward", "fp32", AutoModelForSequenceClassification)
     RewardTrainer(model, RewardConfig(**settings), None, data, processing_class=tokenizer, callbacks=[Pausing(pause)]).train()
 
 
-def dpo_peer(pause: Pause, root: Path, rows: list[dict[str, Any]]) -> None:
+def dpo_peer(pause: Pause, root: Path, rows: list[dict[str, Any]], precision: str) -> None:
     from trl import DPOConfig, DPOTrainer
 
-    settings, data = of_batches(root, rows)
+    settings, data = of_batches(root, rows, precision)
     tokenizer = load_tokenizer(root / "models/sft")
-    policy, known = (load_policy(root / "models/sft", "fp32") for _ in range(2))
+    policy, known = (load_plain(root / "models/sft", "fp32") for _ in range(2))
     DPOTrainer(policy, known, DPOConfig(**settings), None, data, processing_class=tokenizer, callbacks=[Pausing(pause)]).train()
 
 

@@ -25,7 +25,7 @@ from rlhf import config
 from rlhf.data.sandbox import make_rows
 from rlhf.job import Job, write_lines
 from rlhf.models.dialogues import encode_dialogues
-from rlhf.models.policy import DTYPES
+from rlhf.models.policy import DTYPES, disable_dropout
 from rlhf.models.saving import save_model
 from rlhf.models.scalar import initialise_head, load_scalar
 from rlhf.models.tokenizer import build_tokenizer
@@ -110,6 +110,13 @@ def make_model(family: str, device: str = "cpu", precision: str = "fp32", **chan
             AutoConfig.for_model(family.partition("-")[0], **MODELS[family] | changes), dtype=DTYPES[precision]
         )
     return cast(PreTrainedModel, model.eval())
+
+
+def load_plain(folder: Path, precision: str, form: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    """As a peer has it: transformers' own model, with torch's own attention and products."""
+    model = form.from_pretrained(folder, dtype=DTYPES[precision])
+    disable_dropout(model)
+    return model
 
 
 @dataclass(frozen=True)
