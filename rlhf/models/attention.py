@@ -13,7 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rlhf.errors import UserError
-from rlhf.models import half, ragged
+from rlhf.models import blocks, ragged
+from rlhf.models.blocks import Blocks
 from rlhf.models.last_layer import LastLayer
 from rlhf.models.options import ANOTHER, Options, options_of, seen, weigh
 from rlhf.models.pieces import Piece, Ragged, seen_by
@@ -44,7 +45,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    pieces: Sequence[Piece] | Ragged | None = None,
+    pieces: Sequence[Piece] | Blocks | Ragged | None = None,
     read: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -53,7 +54,8 @@ def attend(
     Each group of Q / H heads of queries shares keys and values, which are not repeated for it.
 
     Args:
-        pieces: of the row, left to right, or as a GPU's kernels take them; None: ordinary rows with a mask, which go the usual way.
+        pieces: of the row, left to right, or laid out for a CPU or for a GPU's kernels; None: ordinary rows
+            with a mask, which go the usual way.
         read: (n,) places of the tokens whose outputs are read; None: all.
 
     Raises:
@@ -66,10 +68,13 @@ def attend(
         raise UserError(
             f"a layer of this model ({type(module).__name__}) has a mask of its own, which packed rows have not", remedy=ANOTHER
         )
-    if isinstance(pieces, Ragged) and asked.plain and not asked.narrower(pieces.longest_keys) and value.shape[-1] == query.shape[-1]:
+    plain = asked.plain and not isinstance(pieces, Sequence) and not asked.narrower(pieces.longest_keys)
+    if plain and isinstance(pieces, Blocks) and query.dtype == torch.bfloat16:
+        found = blocks.attend(query, key, value, pieces, asked.scale)
+    elif plain and isinstance(pieces, Ragged) and value.shape[-1] == query.shape[-1]:
         found = _attend_at_once(query, key, value, pieces, asked.scale)
     else:
-        found = _attend_in_turn(query, key, value, pieces.pieces if isinstance(pieces, Ragged) else pieces, asked)
+        found = _attend_in_turn(query, key, value, pieces if isinstance(pieces, Sequence) else pieces.pieces, asked)
     if last := getattr(module, "last_layer", None):
         last.attended(read, query.shape[2])
     return found, None
@@ -105,8 +110,6 @@ def _attend_in_turn(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[
 def _attend_to_one(query: Tensor, key: Tensor, value: Tensor, asked: Options) -> Tensor:
     """Of a piece's queries to all keys that its last one sees."""
     window, follows = asked.narrower(key.shape[2]), query.shape[2] < key.shape[2]
-    if asked.plain and window is None and half.suits(query, value):
-        return half.attend(query, key, value, asked.scale)
     mask = seen(query.shape[2], key.shape[2], window, query.device) if follows or window is not None or not asked.plain else None
     if mask is not None and not asked.plain:
         return weigh(query, key, value, mask, asked)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.models.blocks import Blocks
 from rlhf.models.pieces import Piece, Ragged
 from rlhf.tensors import send
 
@@ -41,7 +42,7 @@ class Packed:
             "input_ids": send(self.ids, self.device),
             "position_ids": send(self.positions, self.device),
             "attention_mask": torch.empty(1, 1, 0, 0, device=self.device),
-            "pieces": self.pieces if self.device.type == "cpu" else Ragged.of(self.pieces, self.device),
+            "pieces": Blocks(self.pieces) if self.device.type == "cpu" else Ragged.of(self.pieces, self.device),
         }
 
     def read_at(self, places: Tensor) -> dict[str, Any]:

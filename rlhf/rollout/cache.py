@@ -190,7 +190,7 @@ def _attend_to_span(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     """Query (B, H, G, D) to keys and values (B, H, T, D)."""
     if key.dtype == value.dtype:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    # as in rlhf/models/half.py; torch's kernel takes three to eight times as long over one query of bfloat16
+    # as in rlhf/models/blocks.py; torch's kernel takes three to eight times as long over one query of bfloat16
     queries, keys, values = (states.flatten(0, 1) for states in (query, key, value))
     scores = torch.bmm(queries.float(), keys.mT).view(*query.shape[:3], -1)
     chances = torch.softmax(scores.mul_(scale or query.shape[-1] ** -0.5).add_(mask), -1)
