@@ -20,7 +20,8 @@ from rlhf.models.pieces import Piece, seen_by
 
 BLOCK = 128  # queries at most: what more of them make does not stay in a core's cache, and fewer skip little of what no query sees
 SCORES = 2**16  # of one head at most in a batch, but for a block that has more by itself
-PADDED = 1.2  # times as many scores as there need be, in batches
+PADDED = 1.2  # times as many scores as there need be, in batches,
+SPARE = 2**13  # or so many more of one head: about what the operations of another batch would cost
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def _fit(batch: Sequence[_Block]) -> bool:
     """Whether blocks may stand side by side."""
     sizes = [block.size for block in batch]
     scores = len(batch) * max(keys for keys, _ in sizes) * max(queries for _, queries in sizes)
-    return scores <= min(SCORES, PADDED * sum(keys * queries for keys, queries in sizes))
+    real = sum(keys * queries for keys, queries in sizes)
+    return scores <= min(SCORES, max(PADDED * real, real + SPARE))
 
 
 def _batch(blocks: Sequence[_Block]) -> Batch:
