@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,16 @@ def batches(source: Source, file: str, records: Unparsed, max_characters: int) -
 
 def examine(batch: Batch) -> Examined:
     """Parse and check each row of a batch by itself."""
-    seen, entries, packed, numbers = Seen(), bytearray(), bytearray(), catalogues()
-    for found in rows_of(batch.source, batch.file, batch.records, seen):
+    seen = Seen()
+    return entered(rows_of(batch.source, batch.file, batch.records, seen), batch.max_characters, seen)
+
+
+def entered(rows: Iterable[Row | Quarantined], max_characters: int, seen: Seen) -> Examined:
+    """Check each of some rows by itself, and pack it."""
+    entries, packed, numbers = bytearray(), bytearray(), catalogues()
+    for found in rows:
         row = found
-        if isinstance(row, Row) and (reason := text_problem(row, batch.max_characters)):
+        if isinstance(row, Row) and (reason := text_problem(row, max_characters)):
             row = Quarantined(row.source, row.file, row.line, reason, row.content)
         if isinstance(row, Row):
             packed += pack(row)

@@ -20,12 +20,14 @@ from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.job import read_lines
+from rlhf.plan import slices
 from rlhf.plan.findings import Findings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 READ = 20_000  # rows of a source, at most
+MADE = 2_000  # rows of a source that the project makes itself, at most
 RENDERED = 200  # of these, drawn by lot, and the first of each form of dialogue
 NOTED = 0.1  # share of rows that are too long
 # files of data/prepared with dialogues, and which limit theirs is
@@ -56,9 +58,13 @@ def of_sources(root: Path, params: Params, findings: Findings) -> list[Example]:
     """Examples out of the raw data, which is checked as stage prepare does it, as far as it is read."""
     checker = Checker(params.prepare.max_characters)
     found: list[Example] = []
+    known: dict[int, list[Row]] = {}  # all good rows of a source, by its number, where so many were read
     for number, source in enumerate(params.data.sources):
         if not isinstance(source, FileSource):
             findings.seen.append((f"source {source.name}", f"{source.rows:,} rows, made by the project"))
+            if source.rows <= MADE:
+                made = read(source, f"data.sources.{number}", root, slices.job(root, params).seed("sandbox", source.name))
+                known[number], _ = checker.divide(made)
             if params.base.source == "pretrained":  # else there is no template yet
                 found += _examples(source, islice(read(source, f"data.sources.{number}", root, 0), RENDERED), params)
             continue
@@ -71,6 +77,8 @@ def of_sources(root: Path, params: Params, findings: Findings) -> list[Example]:
             found += _examples(source, _drawn(good, random.Random(params.seed)), params)
             if whole:
                 _check_quarantine(source, good, bad, params.prepare.max_quarantined_share)
+                known[number] = good
+    slices.check(root, params, known, findings)
     return found
 
 

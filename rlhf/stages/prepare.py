@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.config import Params
-from rlhf.config.data import WEIGHTED
+from rlhf.config.data import WEIGHTED, Source
 from rlhf.data.cores import Cores
 from rlhf.data.examine import batches, examine
 from rlhf.data.examples import as_example
@@ -53,12 +53,9 @@ def main(job: Job) -> None:
             job.say(told(name, table, rows, bad[name]))
         check_quarantine(job, cores, table, good, bad)
 
-        dealt = deal_sources(good, table.prompt, sources, job.random)
-        slices, leaked = without_leaks({name: shuffled(rows, job.random("order", name)) for name, rows in dealt.items()}, table.prompt)
+        slices, leaked, used = deal_and_blend(job, table, good)
         sizes = ", ".join(f"{name} {len(rows)}" for name, rows in slices.items())
         job.say(f"{sizes}; {len(leaked)} training rows removed as held out")
-        weights = {source.name: source.weight for source in sources}
-        used = slices | {name: blend(slices[name], table.source, weights, partial(job.random, name)) for name in WEIGHTED}
 
         files = rows_of_files(used, table)
         check_needs(job.params, files)
@@ -90,6 +87,16 @@ def told(name: str, table: Table, good: Numbers, bad: Numbers) -> str:
     fields = ", ".join(f"'{field}' ({count})" for field, count in table.unread(good).items())
     listed, not_read = f" ({reasons})" if reasons else "", f"; not read: {fields}" if fields else ""
     return f"{name}: {len(good)} rows, {len(bad)} in quarantine{listed}{not_read}"
+
+
+def deal_and_blend(job: Job, table: Table, good: Mapping[str, Numbers]) -> tuple[dict[str, Numbers], Numbers, dict[str, Numbers]]:
+    """The slices, the training rows removed as held out, and the slices as they are used: each row as often as its source's weight says."""
+    sources = job.params.data.sources
+    dealt = deal_sources(good, table.prompt, sources, job.random)
+    slices, leaked = without_leaks({name: shuffled(rows, job.random("order", name)) for name, rows in dealt.items()}, table.prompt)
+    weights = {source.name: source.weight for source in sources}
+    used = slices | {name: blend(slices[name], table.source, weights, partial(job.random, name)) for name in WEIGHTED}
+    return slices, leaked, used
 
 
 def rows_of_files(slices: Mapping[str, Numbers], table: Table) -> dict[str, Numbers]:
@@ -138,8 +145,15 @@ def check_needs(params: Params, files: Mapping[str, Numbers]) -> None:
     """Refuse to go on where a stage would find no rows.
 
     Raises:
-        UserError: names the slice, and the keys that feed it.
+        UserError: names each such slice, and the keys that feed it.
     """
+    errors = [error for _, error in lacking(params, files)]
+    if errors:
+        raise UserError("; ".join(error.what for error in errors), remedy="; ".join(error.remedy for error in errors))
+
+
+def lacking(params: Params, files: Mapping[str, Numbers]) -> list[tuple[list[Source], UserError]]:
+    """What is wrong where a stage would find no rows, each with the sources that could give it some."""
     needed = {"sft": "sft", "reward": "reward", "heldout_pairs": "heldout"}
     if params.algorithm == "ppo":
         needed["ppo"] = "ppo"
@@ -147,14 +161,16 @@ def check_needs(params: Params, files: Mapping[str, Numbers]) -> None:
         needed["text"] = "text"
     if not params.data.has_gold:
         needed["judge"] = "judge"
+    found = []
     for name, slice_name in needed.items():
         if not len(files[name]):
-            feeding = [source for source in params.data.sources if source.split.uses(slice_name)]
-            raise UserError(
-                f"{name}.jsonl would be empty: no row of {', '.join(source.name for source in feeding)} was left for split.{slice_name} "
-                "after quarantine and removal of held-out prompts",
-                remedy=f"give these sources more rows, or a larger split.{slice_name} in params.yaml",
-            )
+            feeding = [source for source in params.data.feeding(slice_name) if name != "heldout_pairs" or source.kind == "pairs"]
+            names = ", ".join(source.name for source in feeding)
+            what = f"{name}.jsonl would be empty: no row of {names} was left for split.{slice_name} "
+            what += "after quarantine and removal of held-out prompts"
+            remedy = f"give {names} more rows, or a larger split.{slice_name} in params.yaml"
+            found.append((feeding, UserError(what, remedy=remedy)))
+    return found
 
 
 def write_quarantine(path: Path, cores: Cores, table: Table, bad: Mapping[str, Numbers]) -> None:

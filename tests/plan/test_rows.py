@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlhf import plan
-from tests.plan.test_plan import STAGES, change, pair, root, said, write
+from rlhf.errors import UserError
+from rlhf.job import Job
+from rlhf.plan import rows
+from rlhf.stages.prepare import main
+from tests.plan.test_plan import PROJECT, STAGES, change, pair, root, said, write
+from tests.stage_runs import tiny_params
 
 __all__ = ["root"]  # the fixture
 
@@ -46,3 +52,32 @@ def test_data_that_dvc_does_not_see_are_refused(root: Path, path: str) -> None:
 def test_a_revision_of_a_folder_is_told(root: Path) -> None:
     found = plan.check(root, change(root, base__revision="main"), STAGES)
     assert (said(found), found.notes) == ([], ["base.revision: main is not read, as base.model 'given' is a folder: set it to null"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+def test_too_few_rows_are_told_in_the_words_of_stage_prepare(root: Path, count: int) -> None:
+    write(root / "data/raw/pairs.jsonl", [pair(number) for number in range(count)] or [pair(1) | {"chosen": ""}])
+    params = change(root, prepare__max_quarantined_share=1.0)
+    (root / "job").mkdir()
+    with pytest.raises(UserError) as refused:
+        main(Job("prepare", params, root, root / "job", "cpu", 0, 1, 0))
+    found = said(plan.check(root, params, STAGES))
+    assert found
+    assert "; ".join(found) == refused.value.what
+    assert all("would be empty: no row of mine was left for split." in what for what in found)
+
+
+def test_a_slice_that_only_a_small_source_feeds_is_looked_at_beside_a_large_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "READ", 100)
+    write(root / "data/raw/few.jsonl", [pair(number) for number in (1000, 1001)])
+    (large,) = change(root).model_dump(mode="json")["data"]["sources"]
+    few = large | {"name": "few", "path": "data/raw/few.jsonl", "split": dict.fromkeys(large["split"], 0) | {"judge": 0.1, "reward": 9}}
+    params = change(root, data__sources=[large | {"split": large["split"] | {"judge": 0}}, few])
+    (what,) = said(plan.check(root, params, STAGES))
+    assert what.startswith("judge.jsonl would be empty: no row of few was left for split.judge ")
+
+
+def test_rows_that_the_project_makes_can_be_too_few(root: Path) -> None:
+    raw = yaml.safe_load((PROJECT / "presets/sandbox.yaml").read_text(encoding="utf-8"))["data"]["sources"]
+    params = change(root, base=tiny_params()["base"], data__sources=[source | {"rows": 1} for source in raw])
+    assert any(what.startswith("heldout_pairs.jsonl would be empty") for what in said(plan.check(root, params, STAGES)))

@@ -1,0 +1,40 @@
+"""Whether each stage will find rows: the sources that were read whole are dealt as stage prepare deals them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rlhf.config import Params
+from rlhf.data.examine import entered
+from rlhf.data.formats import Row, Seen
+from rlhf.data.table import Table
+from rlhf.job import Job
+from rlhf.plan.findings import Findings
+from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files
+
+
+def job(root: Path, params: Params) -> Job:
+    """Stage prepare's, for what it draws."""
+    return Job("prepare", params, root, root, "cpu", 0, 1, 0)
+
+
+def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findings: Findings) -> None:
+    """Look for slices that would be empty.
+
+    Args:
+        known: all good rows of a source, by its number. Of what other sources feed too, nothing is said: their rows can only add to it.
+    """
+    sources = params.data.sources
+    if not known:
+        return
+    with tempfile.TemporaryDirectory() as folder, Table(Path(folder) / "rows") as table:
+        for number, rows in known.items():
+            table.begin(number, sources[number].name)
+            table.add(entered(rows, params.prepare.max_characters, Seen()))
+        table.close()
+        good = {source.name: table.good(number) for number, source in enumerate(sources)}
+        _, _, used = deal_and_blend(job(root, params), table, good)
+        names = {sources[number].name for number in known}
+        findings.problems += [error for feeding, error in lacking(params, rows_of_files(used, table)) if names >= {s.name for s in feeding}]
