@@ -14,6 +14,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, first_line
+from rlhf.models.contents import controls, encode_passages
 
 Messages = Sequence[Mapping[str, Any]]  # role, content, …: as rlhf.data.turns makes them
 Frozen = tuple[str, ...]  # messages that can be looked up, each as JSON
@@ -34,9 +35,10 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Mes
     """What `encode_dialogue` makes of each: every distinct text is rendered and tokenized once, and all of them in one call.
 
     Raises:
-        UserError: the chat template does not take one of them.
+        UserError: the chat template does not take one of them, or the tokenizer does not take a content as text.
     """
-    given = [list(messages) for messages in dialogues]
+    words = controls(tokenizer)
+    given = [[words.marked_turn(message) for message in messages] for messages in dialogues]
     frozen = [tuple(json.dumps(message, ensure_ascii=False) for message in messages) for messages in given]
     answers = [[i for i, message in enumerate(messages) if message["role"] == "assistant"] for messages in given]
     before = _render(tokenizer, _before_answers(frozen, answers), answer_follows=True)
@@ -44,7 +46,7 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Mes
     end = str(tokenizer.eos_token)
     cut = [_pieces(*dialogue, before, after, end) for dialogue in zip(given, frozen, answers, strict=True)]
     texts = list(dict.fromkeys(text for pieces in cut for text, _ in pieces))
-    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)) if texts else {}
+    ids = dict(zip(texts, words.encode(texts), strict=True))
     return [
         ([token for text, _ in pieces for token in ids[text]], [counted for text, counted in pieces for _ in ids[text]]) for pieces in cut
     ]
@@ -137,6 +139,6 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
 def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, width: int) -> list[list[int]]:
     """Passages one after the other, each with its end token, cut into rows of one width. What is left over at the end is dropped."""
     stream: list[int] = []
-    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+    for ids in encode_passages(tokenizer, texts):
         stream += [*ids, tokenizer.eos_token_id]
     return [stream[i : i + width] for i in range(0, len(stream) - width + 1, width)]

@@ -179,6 +179,20 @@ def render(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, mode
             more = f", and of {len(others):,} more of the rows looked at" if others else ""
             findings.problems.append(UserError(f"{first}{more}: {model}: {what}", remedy=remedy))
     _measure(fine, tokenizer, limits(params), findings)
+    _note_controls(examples, tokenizer, findings)
+
+
+def _note_controls(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, findings: Findings) -> None:
+    """Tell of texts that hold the words of control tokens: they may have been written by a chat template already."""
+    from rlhf.models.contents import controls
+
+    words = controls(tokenizer)
+    within = {example.place: set(words.within(example.dialogues)) for example in examples}
+    holding = [place for place, found in within.items() if found]
+    if holding:
+        named = ", ".join(sorted({word for found in within.values() for word in found})[:3])
+        said = f"{len(holding)} of {len(within)} rows looked at hold words of control tokens ({named}), the first {holding[0]}"
+        findings.notes.append(f"{said}: they are read as text; if a chat template wrote them, bring the turns as a message list instead")
 
 
 def _measure(

@@ -9,6 +9,7 @@ The version's folder holds files.json, the SHA-256 of every file in it. A model 
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ Message = dict[str, str]
 LIST = "files.json"
 # MLflow writes down here which version the folder was fetched for
 NOT_LISTED = (LIST, "registered_model_meta")
+MARK = "\ufdd0"  # of no character
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -73,6 +75,7 @@ class Assistant(PythonModel):
         if wrong := differences(folder.parent):
             raise ValueError(f"this version is refused: {'; '.join(wrong)}")
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.controls = controls(self.tokenizer)
         self.model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
         if torch.cuda.is_available():
             self.model.to("cuda")
@@ -89,11 +92,31 @@ class Assistant(PythonModel):
     def _answer(self, messages: list[Message]) -> str:
         import torch
 
-        prompt: Any = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        prompt = prompt.to(self.model.device)
+        prompt = torch.tensor([self.encode(messages)], device=self.model.device)
         with torch.inference_mode():
-            tokens = self.model.generate(**prompt, do_sample=False, max_new_tokens=self.max_new_tokens)
-        return str(self.tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+            tokens = self.model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=self.max_new_tokens
+            )
+        return str(self.tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)).strip()
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """Token ids of a dialogue. The words of control tokens in its contents are cut in two: as text they end no turn and begin none."""
+        cut = [
+            {**message, "content": self.controls.sub(lambda found: found[0][0] + MARK + found[0][1:], message["content"])}
+            for message in messages
+        ]
+        text = str(self.tokenizer.apply_chat_template(cut, add_generation_prompt=True, tokenize=False))
+        return [number for part in text.split(MARK) for number in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+
+def controls(tokenizer: Any) -> re.Pattern[str]:
+    """The words of control tokens: special ones, and of the others that were added those that the chat template puts around turns."""
+    dialogue = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
+    written = str(tokenizer.apply_chat_template(dialogue, tokenize=False))
+    added = tokenizer.added_tokens_decoder.values()
+    words = [str(token) for token in added if token.special or (str(token) in written and not str(token).isalnum())]
+    longest_first = sorted((word for word in words if len(word) > 1 and not word.isspace()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 mlflow.models.set_model(Assistant())

@@ -24,6 +24,7 @@ from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models import lora, saving
+from rlhf.models.contents import encode_passages
 from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt, short_enough
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
@@ -263,7 +264,7 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
     """Perplexity of both models on held-out plain text; their ratio is the alignment tax."""
     limit = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
     texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
-    rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in encode_passages(tokenizer, texts)]
     values = {name: perplexity(model, rows, layout(job).micro_batch_tokens) for name, model in policies.items()}
     return {**values, "ratio": values[job.params.algorithm] / values["sft"]}
 

@@ -22,6 +22,7 @@ from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models import lora
+from rlhf.models.contents import encode_passages
 from rlhf.models.dialogues import decode_answer, encode_dialogues
 from rlhf.models.policy import DTYPES, check_length, load_policy
 from rlhf.models.scalar import ScalarModel, load_scalar
@@ -63,7 +64,7 @@ def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dic
 def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     width = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
     texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
-    return [[*ids, tokenizer.eos_token_id][:width] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return [[*ids, tokenizer.eos_token_id][:width] for ids in encode_passages(tokenizer, texts)]
 
 
 def updates_per_step(params: Ppo) -> int:

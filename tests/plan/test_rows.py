@@ -81,3 +81,13 @@ def test_rows_that_the_project_makes_can_be_too_few(root: Path) -> None:
     raw = yaml.safe_load((PROJECT / "presets/sandbox.yaml").read_text(encoding="utf-8"))["data"]["sources"]
     params = change(root, base=tiny_params()["base"], data__sources=[source | {"rows": 1} for source in raw])
     assert any(what.startswith("heldout_pairs.jsonl would be empty") for what in said(plan.check(root, params, STAGES)))
+
+
+def test_texts_with_words_of_control_tokens_are_told(root: Path) -> None:
+    odd = {"prompt": "<|user|>Hi<|end|>", "chosen": "Hello.", "rejected": "What?"}
+    write(root / "data/raw/pairs.jsonl", [pair(number) if number else odd for number in range(150)])
+    found = plan.check(root, change(root), STAGES)
+    assert said(found) == []
+    (note,) = found.notes
+    start = "1 of 150 rows looked at hold words of control tokens (<|end|>, <|user|>), the first data/raw/pairs.jsonl:1 (source 'mine')"
+    assert note.startswith(f"{start}: they are read as text; ")
