@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.config.training import Lora
 from rlhf.engine.partition import born
@@ -76,6 +77,7 @@ def attach(model: PreTrainedModel, lora: Lora | None, base: str, key: str, job: 
     """
     if lora is None:
         return None
+    _check_targets(model, lora.targets, f"{key}.targets")
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
@@ -84,11 +86,7 @@ def attach(model: PreTrainedModel, lora: Lora | None, base: str, key: str, job: 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed(key))
-        try:
-            peft = get_peft_model(model, config, autocast_adapter_dtype=False)
-        except ValueError as error:
-            names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-            raise UserError(f"{key}.targets: {str(error).splitlines()[0]}", remedy=f"names of this model: {', '.join(names)}") from None
+        peft = get_peft_model(model, config, autocast_adapter_dtype=False)
     # an output must not hold a path of this machine, nor the chance order of a set
     config.base_model_name_or_path = base
     config.target_modules = sorted(config.target_modules or ())
@@ -96,6 +94,17 @@ def attach(model: PreTrainedModel, lora: Lora | None, base: str, key: str, job: 
     trained, total = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
     job.say(f"{key}: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
     return Adapters(model, peft, trained / total)
+
+
+def _check_targets(model: PreTrainedModel, targets: str | list[str], key: str) -> None:
+    # peft would say nothing of one among others, and take embeddings: merged into tied ones, an adapter changes both ends of a model
+    tied = model.get_input_embeddings().weight
+    linear = (torch.nn.Linear, Conv1D)
+    layers = [name for name, module in model.named_modules() if isinstance(module, linear) and module.weight is not tied]
+    gone = [] if isinstance(targets, str) else [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if gone:
+        names = sorted({layer.rpartition(".")[2] for layer in layers})
+        raise UserError(f"{key}: the model has no linear layer named {', '.join(gone)}", remedy=f"names of this model: {', '.join(names)}")
 
 
 def reference(adapters: Adapters | None, job: Job, folder: Path, device: torch.device) -> Reference:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.config import Params
-from rlhf.config.training import BuiltBase, Lora
+from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 from rlhf.launcher.launch import check_base, check_base_is_apart
-from rlhf.plan import launching, memory, rows
+from rlhf.plan import adapters, launching, memory, rows
 from rlhf.plan.findings import Findings
 from rlhf.workspace.find import home
 
@@ -35,6 +35,10 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
     model = _model(root, params, stages, findings)
     if model and model.tokenizer:
         rows.render(examples, model.tokenizer, model.name, params, findings)
+    if isinstance(params.base, BuiltBase):
+        adapters.check(stages, params, "the model that base builds", adapters.of_built(params.base), findings)
+    elif model and model.layers:
+        adapters.check(stages, params, model.name, model.layers, findings)
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
     gpus, nodes = launching.check(root, stages, params, findings)
     if shape and gpus is not None:
@@ -63,8 +67,6 @@ def _model(root: Path, params: Params, stages: Sequence[str], findings: Findings
 
     found = model.look_at(root, params, findings, is_pinned=is_pinned)
     model.check_lengths(found, _lengths(params, stages), findings)
-    if found.layers:
-        model.check_adapters(found, _adapters(params, stages), findings)
     return found
 
 
@@ -87,16 +89,6 @@ def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     if "evaluate" in stages and not params.data.has_gold:
         lengths["evaluate.judge.max_tokens"] = params.evaluate.judge.max_tokens
     return lengths
-
-
-def _adapters(params: Params, stages: Sequence[str]) -> dict[str, Lora | None]:
-    """The adapters of the stages, by their keys in params.yaml."""
-    adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "dpo") if stage in stages}
-    if "ppo" in stages:
-        adapters |= {"ppo.actor_lora": params.ppo.actor_lora, "ppo.critic_lora": params.ppo.critic_lora}
-    if "evaluate" in stages and not params.data.has_gold:
-        adapters["evaluate.judge.lora"] = params.evaluate.judge.lora
-    return adapters
 
 
 def check_champion(root: Path, params: Params, findings: Findings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -11,13 +12,15 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.config import Params
-from rlhf.config.training import Lora, PretrainedBase
+from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError
 from rlhf.models import given, headers
 from rlhf.models.policy import context_of
 from rlhf.models.tokenizer import given_tokenizer, load_tokenizer
 from rlhf.plan.findings import Findings
 from rlhf.plan.memory import Shape
+
+EMBEDDING = re.compile(r"embed|\.wte$|\.wpe$")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None
     shape: Shape | None
     context: int | None = None
-    layers: frozenset[str] = frozenset()  # names of its matrices of weights
+    layers: frozenset[str] = frozenset()  # names of its linear layers
 
 
 def look_at(root: Path, params: Params, findings: Findings, *, is_pinned: bool) -> Model:
@@ -70,7 +73,8 @@ def _given(root: Path, base: PretrainedBase, findings: Findings) -> Model:
 
 
 def _layers(heads: Mapping[str, torch.Tensor]) -> frozenset[str]:
-    return frozenset(name.removesuffix(".weight") for name, head in heads.items() if head.ndim == 2)
+    matrices = (name.removesuffix(".weight") for name, head in heads.items() if head.ndim == 2)
+    return frozenset(name for name in matrices if not EMBEDDING.search(name))
 
 
 def shape_of(config: PreTrainedConfig, heads: Mapping[str, torch.Tensor]) -> Shape:
@@ -93,20 +97,6 @@ def shape_of(config: PreTrainedConfig, heads: Mapping[str, torch.Tensor]) -> Sha
 
 def _described(name: str, shape: Shape, context: int | None) -> str:
     return f"{name}: {shape.weights:,} weights in {shape.layers} layers" + (f", takes {context:,} tokens" if context else "")
-
-
-def check_adapters(model: Model, adapters: Mapping[str, Lora | None], findings: Findings) -> None:
-    """Look for the layers that adapters are to be put on: peft says so of none, in the stage, and nothing of one among others.
-
-    Args:
-        adapters: by their keys in params.yaml.
-    """
-    for key, lora in adapters.items():
-        targets = [] if lora is None or lora.targets == "all-linear" else lora.targets
-        if gone := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in model.layers)]:
-            known = sorted({layer.rpartition(".")[2] for layer in model.layers})
-            what = f"{key}.targets: {model.name} has no layer named {', '.join(gone)}"
-            findings.problems.append(UserError(what, remedy=f"names of this model: {', '.join(known)}"))
 
 
 def check_lengths(model: Model, lengths: Mapping[str, int], findings: Findings) -> None:

@@ -153,6 +153,9 @@ def test_the_head_of_a_reward_model_is_trained_as_well(
 def test_a_layer_that_the_model_lacks_is_named(llama: LlamaForCausalLM, job: Job) -> None:
     with pytest.raises(UserError, match=r"sft\.lora\.targets: .*query.*names of this model: down_proj, .*v_proj"):
         attached(llama, job, targets=["query"])
+    for beside in ("query", "embed_tokens", "lm_head"):  # the last two are one in a tied model
+        with pytest.raises(UserError, match=rf"sft\.lora\.targets: the model has no linear layer named {beside}"):
+            attached(llama, job, targets=["q_proj", beside])
 
 
 def test_adapters_have_their_own_learning_rate(job: Job) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from rlhf import plan
 from rlhf.errors import UserError
 from rlhf.job import Job
-from rlhf.plan import rows
+from rlhf.models.policy import build_policy
+from rlhf.plan import adapters, rows
 from rlhf.stages.prepare import main
 from tests.plan.test_plan import PROJECT, STAGES, change, pair, root, said, write
 from tests.stage_runs import tiny_params
@@ -36,9 +39,23 @@ def test_adapters_for_layers_that_the_model_has_not_are_refused(root: Path, key:
     lora: dict[str, Any] = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "foo_proj"], "learning_rate": 1e-4}
     found = plan.check(root, change(root, **{key: lora}), STAGES)
     dotted = key.replace("__", ".")
-    assert said(found) == [f"{dotted}.targets: base.model 'given' has no layer named foo_proj"]
+    assert said(found) == [f"{dotted}.targets: base.model 'given' has no linear layer named foo_proj"]
     assert "v_proj" in found.problems[0].remedy
     assert said(plan.check(root, change(root, **{key: lora | {"targets": ["q_proj", "mlp.down_proj"]}}), STAGES)) == []
+
+
+def test_adapters_for_layers_that_the_built_model_will_not_have_are_refused(root: Path) -> None:
+    lora: dict[str, Any] = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "embed_tokens", "query_key_value"], "learning_rate": 1e-4}
+    found = plan.check(root, change(root, base=tiny_params()["base"], ppo__actor_lora=lora), STAGES)
+    assert said(found) == ["ppo.actor_lora.targets: the model that base builds has no linear layer named embed_tokens, query_key_value"]
+    assert found.problems[0].remedy.startswith("names of this model: down_proj, gate_proj, ")
+
+
+def test_the_layers_of_the_built_model_are_known(root: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    base = change(root, base=tiny_params()["base"]).base
+    assert base.source == "build"
+    modules = build_policy(base, tokenizer, 0).named_modules()
+    assert adapters.of_built(base) == {name for name, module in modules if isinstance(module, torch.nn.Linear)} - {"lm_head"}
 
 
 @pytest.mark.parametrize("path", ["mine/pairs.jsonl", "data/raw/../pairs.jsonl", "data/prepared/pairs.jsonl"])
