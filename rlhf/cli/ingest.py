@@ -12,7 +12,7 @@ from pathlib import Path
 from rlhf.config import Params
 from rlhf.config.data import ColumnSource, NamedSource
 from rlhf.data.folders import split_of
-from rlhf.data.formats import BY_DESIGN, read
+from rlhf.data.formats import BY_DESIGN, Quarantined, read
 from rlhf.data.validate import Checker
 from rlhf.errors import UserError
 from rlhf.locks import lock
@@ -57,7 +57,8 @@ def ingest(root: Path, params: Params, files: Sequence[Path], name: str | None) 
             )
         inside(root, folder, key)
         checker = Checker(params.prepare.max_characters)
-        checker.divide(read(source, key, root, seed=0))
+        for _ in checker.checked(read(source, key, root, seed=0)):
+            pass  # it knows them by their digests
         lines, taken = [], []
         for file in files:
             rows, said = _check(file, source, key, checker, params)
@@ -100,15 +101,20 @@ def _check(file: Path, source: AnyFileSource, key: str, checker: Checker, params
     if source.hub_split is None and (split := split_of(Path(file.name))) != "train":
         what = f"{file}: by its name its rows are of the split '{split}'; nothing was added"
         raise UserError(what, remedy="rename it, if they are to be used like the other rows of the source")
-    good, bad = checker.divide(read(source.model_copy(update={"path": str(file.resolve())}), key, Path("/"), seed=0))
-    damaged = [row for row in bad if row.category not in KNOWN]
-    if len(damaged) > params.prepare.max_quarantined_share * (len(good) + len(bad)):
-        first = "; ".join(f"line {row.line}: {row.reason}" for row in damaged[:3])
-        what = f"{file}: {len(damaged)} of {len(good) + len(bad)} rows are damaged ({first}); nothing was added"
+    new, known, first = 0, Counter[str](), list[str]()
+    for row in checker.checked(read(source.model_copy(update={"path": str(file.resolve())}), key, Path("/"), seed=0)):
+        if isinstance(row, Quarantined):
+            known[row.category] += 1
+            if row.category not in KNOWN and len(first) < 3:
+                first.append(f"line {row.line}: {row.reason}")
+        else:
+            new += 1
+    total, damaged = new + known.total(), sum(count for category, count in known.items() if category not in KNOWN)
+    if damaged > params.prepare.max_quarantined_share * total:
+        what = f"{file}: {damaged} of {total} rows are damaged ({'; '.join(first)}); nothing was added"
         raise UserError(what, remedy="mend them, or raise prepare.max_quarantined_share")
-    known = Counter(row.category for row in bad)
     rest = "".join(f", {count} {category}" for category, count in sorted(known.items()))
-    return len(good), f"{file}: {len(good)} new rows{rest}"
+    return new, f"{file}: {new} new rows{rest}"
 
 
 def _place(folder: Path, file: Path) -> Path:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import marshal
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rlhf.data.fields import Turns
 from rlhf.data.formats import Quarantined, Row
+
+_PLACE = struct.Struct("<IQ?")  # number of the file, line, whether the row is swapped
 
 
 class Checker:
@@ -16,20 +19,25 @@ class Checker:
 
     def __init__(self, max_characters: int) -> None:
         self.max_characters = max_characters
-        self._seen: dict[bytes, tuple[bool, str, str]] = {}  # the first such row: whether it is swapped, its source and place
+        self._files: dict[tuple[str, str], int] = {}  # source and name: number
+        self._seen: dict[bytes, bytes] = {}  # where the first such row is: there may be many millions
 
     def divide(self, rows: Iterable[Row | Quarantined]) -> tuple[list[Row], list[Quarantined]]:
         """The rows to use, and those to keep in quarantine."""
         good: list[Row] = []
         bad: list[Quarantined] = []
-        for row in rows:
+        for row in self.checked(rows):
             if isinstance(row, Quarantined):
                 bad.append(row)
-            elif reason := self.problem(row):
-                bad.append(Quarantined(row.source, row.file, row.line, reason, row.content))
             else:
                 good.append(row)
         return good, bad
+
+    def checked(self, rows: Iterable[Row | Quarantined]) -> Iterator[Row | Quarantined]:
+        """Each row, in quarantine if it cannot be used."""
+        for row in rows:
+            reason = None if isinstance(row, Quarantined) else self.problem(row)
+            yield Quarantined(row.source, row.file, row.line, reason, row.content) if isinstance(row, Row) and reason else row
 
     def problem(self, row: Row) -> str | None:
         """Why the row cannot be used, or None."""
@@ -38,8 +46,11 @@ class Checker:
     def _repetition(self, row: Row) -> str | None:
         digest, swapped = identity(row)
         if earlier := self._seen.get(digest):
-            return repetition(earlier[0] == swapped, earlier[1] == row.source, earlier[2])
-        self._seen[digest] = swapped, row.source, place_of(row.line, row.file)
+            number, line, was_swapped = _PLACE.unpack(earlier)
+            source, file = list(self._files)[number]
+            return repetition(was_swapped == swapped, source == row.source, place_of(line, file))
+        number = self._files.setdefault((row.source, row.file), len(self._files))
+        self._seen[digest] = _PLACE.pack(number, row.line, swapped)
         return None
 
 

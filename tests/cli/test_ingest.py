@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,15 @@ def test_damaged_rows_are_named_and_nothing_is_added(root: Path, tmp_path: Path)
         ingest(root, params(root), [write(tmp_path / "test.jsonl", [{"text": "Held out."}])], None)
     with lock(root, "flow"), pytest.raises(UserError, match="a retraining flow is reading the data"):
         ingest(root, params(root), [good], None)
+
+
+def test_memory_grows_with_digests_and_not_with_rows(root: Path, tmp_path: Path) -> None:
+    count, long = 10_000, "word " * 190
+    ingest(root, params(root), [write(tmp_path / "many.jsonl", [{"text": f"{number} {long}"} for number in range(count)])], None)
+    new = write(tmp_path / "again.jsonl", [{"text": f"{number} {long}"} for number in range(count + 10)])
+    tracemalloc.start()
+    done = ingest(root, params(root), [new], None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert done.lines[0] == f"{new}: 10 new rows, 10000 duplicate"
+    assert peak < 600 * count  # a row has 1 kB
