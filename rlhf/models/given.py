@@ -123,6 +123,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         UserError: it cannot be read, needs code of its own, or is not that of a language model whose weights can be trained.
     """
+    if not (folder / "config.json").exists():
+        raise _without_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a file of wrong values fails wherever they are first used
@@ -143,6 +145,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"is a {scalar}, a reward model or classifier, and no language model", remedy="give the language model that it was made from"
         )
     return config
+
+
+def _without_config(folder: Path) -> UserError:
+    """What stands in a folder instead of a model."""
+    files = sorted(path.name for path in folder.iterdir())
+    if gguf := [name for name in files if name.endswith(".gguf")]:
+        return headers.of_llama_cpp(gguf)
+    if below := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        what = f"has no config.json, but folders in it have: {headers.some(below)}"
+        return UserError(what, remedy=f"give the folder of the model itself, base.model=…/{below[0]}")
+    return UserError(f"has no config.json{f', but {headers.some(files)}' if files else ': it is empty'}", remedy=FIND)
 
 
 def read_heads(folder: Path, params: PretrainedBase) -> headers.Heads:

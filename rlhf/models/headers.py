@@ -32,6 +32,7 @@ DEQUANTISE = (
     "give the model that it was quantised from, or write the weights out in full: "
     "AutoModelForCausalLM.from_pretrained(MODEL).dequantize().save_pretrained(FOLDER), and base.model=FOLDER"
 )
+FORMS = {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5", ".msgpack", ".onnx"}
 Heads = dict[str, torch.Tensor]  # by name, without data
 
 
@@ -72,10 +73,12 @@ def local(folder: Path) -> Heads:
     """
     names = shards(folder)
     if not names:
-        there = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".h5"})
+        there = sorted(path.name for path in folder.iterdir() if path.suffix in FORMS)
         if parts := [name for name in there if name.endswith(".safetensors")]:
             what = f"has neither {SINGLE} nor {INDEX}, which would say what stands in {some(parts)}"
             raise UserError(what, remedy="bring the index from where the model was published")
+        if gguf := [name for name in there if name.endswith(".gguf")]:
+            raise of_llama_cpp(gguf)
         raise UserError(f"has no weights as safetensors{f', but {some(there)}' if there else ''}", remedy=CONVERT)
     if lacking := absent(folder):
         what = f"lacks files of its weights: {INDEX} names {len(names)}, and {some(lacking)} {'are' if lacking[1:] else 'is'} not there"
@@ -87,6 +90,13 @@ def local(folder: Path) -> Heads:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(damage(folder / name, first_line(error)), remedy=AGAIN) from None
     return heads
+
+
+def of_llama_cpp(names: Sequence[str]) -> UserError:
+    """What is said of a folder whose weights are GGUF."""
+    what = f"has its weights as GGUF ({some(names)}), which llama.cpp runs and nobody trains"
+    remedy = "give the model that it was made from: a folder, or a repository of the hub, with config.json, tokenizer and safetensors"
+    return UserError(what, remedy=remedy)
 
 
 def damage(path: Path, otherwise: str) -> str:

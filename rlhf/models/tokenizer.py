@@ -95,7 +95,8 @@ def given_tokenizer(
         if "custom code" in str(error):
             what = "its tokenizer comes with code of its own, which would be run"
             raise UserError(what, remedy="read it, and if you trust it set base.trust_remote_code to true") from None
-        what = f"its tokenizer cannot be read: {first_line(error)}"
+        there = any(path.name.startswith(("tokenizer", "vocab", "spiece")) for path in folder.iterdir())
+        what = f"its tokenizer cannot be read: {first_line(error)}" if there else "no tokenizer is in its folder"
         raise UserError(what, remedy="give a folder with the tokenizer's files: tokenizer.json and tokenizer_config.json") from None
     if tokenizer.init_kwargs.pop("auto_map", None):
         if not isinstance(tokenizer, PreTrainedTokenizerFast):

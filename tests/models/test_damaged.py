@@ -69,6 +69,30 @@ def test_files_of_weights_that_are_absent_are_named(untied: Path) -> None:
     assert "bring the index" in remedy
 
 
+def test_a_folder_that_is_no_model_says_what_it_holds(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    assert only(folder)[0].endswith("has no config.json: it is empty")
+    (folder / "notes.txt").touch()
+    assert only(folder)[0].endswith("has no config.json, but notes.txt")
+    shutil.copytree(model, folder / "checkpoint-100")
+    what, remedy = only(folder)
+    assert what.endswith("has no config.json, but folders in it have: checkpoint-100")
+    assert remedy.endswith("base.model=…/checkpoint-100")
+    for place in (folder, model):  # with a config.json, too
+        (place / "model-q4.gguf").write_bytes(b"GGUF")
+        (place / "model.safetensors").unlink(missing_ok=True)
+        what, remedy = only(place)
+        assert what.endswith("has its weights as GGUF (model-q4.gguf), which llama.cpp runs and nobody trains")
+        assert "the model that it was made from" in remedy
+
+
+def test_a_folder_without_a_tokenizer_says_so(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    assert only(model)[0].endswith("no tokenizer is in its folder")
+
+
 QUANTISED = [
     {"quant_method": "gptq", "bits": 4, "group_size": 128},
     {"quant_method": "awq", "bits": 4},
