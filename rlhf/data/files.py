@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rlhf.data import jsons
+from rlhf.data import foreign, jsons
 from rlhf.data.fields import Unparsed, Unreadable
 from rlhf.errors import UserError
 
@@ -38,7 +38,11 @@ def records_of_file(path: Path, key: str) -> Unparsed:
     """
     name = path.name.lower()
     if not name.endswith(ENDINGS):
-        raise UserError(f"{key}.path: {path} ends in '{path.suffix}'", remedy=f"give a file that ends in {KINDS}")
+        if path.is_file():
+            _start(path, key)
+        as_rows = "; lines of plain text become rows by `jq -cR '{text: .}' FILE > NEW.jsonl`"
+        ending = f"ends in '{path.suffix}'" if path.suffix else "has no ending"
+        raise UserError(f"{key}.path: {path} {ending}", remedy=f"name it after what it holds: {KINDS}{as_rows}")
     try:
         reader = _reader(path, Path(next(name.removesuffix(ending) for ending in (*PACKED, "") if name.endswith(ending))).suffix, key)
         with _opened(path) as file:
@@ -65,6 +69,8 @@ _UNPACK: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\xfd7zXZ\x00": lzma.LZMAFile,
     b"\x28\xb5\x2f\xfd": _zstd,
 }
+_PARQUET, _ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
+_TABLES = (_PARQUET, *_ARROW)
 
 
 @contextmanager
@@ -77,23 +83,28 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield plain if unpack is None else io.BufferedReader(unpack(plain), 1 << 16)
 
 
+def _start(path: Path, key: str) -> bytes:
+    with _opened(path) as file:
+        start = file.read(jsons.CHUNK)
+    if not start.startswith(_TABLES) and (
+        other := foreign.kind_of(start, is_text=".parquet" not in path.name and ".arrow" not in path.name)
+    ):
+        raise UserError(f"{key}.path: {path} is {other[0]}", remedy=other[1])
+    return start
+
+
 def _reader(path: Path, suffix: str, key: str) -> Callable[[IO[bytes]], Unparsed]:
     """What reads a file.
 
     Raises:
         UserError: it is what often stands in the place of data.
     """
-    with _opened(path) as file:
-        start = file.read(jsons.CHUNK)
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{key}.path: {path} is a pointer of git-lfs, not the data", remedy="`git lfs pull` where it comes from")
-    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise UserError(f"{key}.path: {path} is a web page, not the data", remedy="download the file itself, in its raw form")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{key}.path: {path} is UTF-16", remedy="write it as UTF-8: iconv -f UTF-16 -t UTF-8 FILE > NEW")
-    if start.startswith(b"PAR1") or suffix == ".parquet":
+    start = _start(path, key)
+    if not start:
+        return jsons.of_lines  # there are none, which whoever counts them says
+    if start.startswith(_PARQUET) or suffix == ".parquet":
         return _parquet
-    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or suffix == ".arrow":
+    if start.startswith(_ARROW) or suffix == ".arrow":
         return _arrow
     if start.lstrip().startswith(b"[") and len(start) == jsons.CHUNK and b"\n" not in start.strip():
         return jsons.of_document  # a list in one line, which need not be read to know it
@@ -113,7 +124,7 @@ def _text_reader(first: str, second: str, suffix: str) -> Callable[[IO[bytes]], 
     opens = first.startswith(("[{", '{"')) or first in ("[", "{")  # JSON, whatever the name is
     if table and not opens:
         given = {".csv": ",", ".tsv": "\t"}[suffix]
-        return partial(_csv, delimiter=next((mark for mark in (given, ",", "\t", ";") if mark in first), given))
+        return partial(_csv, delimiter=next((mark for mark in (given, ",", "\t", ";", "|") if mark in first), given))
     if isinstance(value, dict) and (second or suffix in (".jsonl", ".ndjson")):
         return jsons.of_lines
     if isinstance(value, dict | list) and not second:

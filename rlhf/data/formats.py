@@ -187,7 +187,12 @@ def _side(record: Record, column: str, prompt: Turns | None) -> tuple[Turns, Tur
 
 def _pair(record: Record, columns: Columns, prompt_column: str | None) -> Fields:
     prompt = None if prompt_column is None else turns_or_question(record, prompt_column)
-    before, chosen = _side(record, columns.chosen, prompt)
+    try:
+        before, chosen = _side(record, columns.chosen, prompt)
+    except BadRow as reason:
+        if prompt is None and isinstance(record.get("prompt"), str):
+            raise BadRow(f"{reason}; for the question in 'prompt' set format: pairs and columns.prompt: prompt") from None
+        raise
     before_rejected, rejected = _side(record, columns.rejected, prompt)
     if before != before_rejected:
         raise BadRow("malformed: chosen and rejected differ before the last answer")

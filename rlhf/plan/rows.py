@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import Params
 from rlhf.config.data import FileSource, Source
 from rlhf.data.examples import dialogue, first_of_each
+from rlhf.data.foreign import mend
 from rlhf.data.formats import BY_DESIGN, Quarantined, Row, read
 from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker
@@ -107,7 +108,8 @@ def _check_quarantine(source: Source, good: Sequence[Row], bad: Sequence[Quarant
         share = f"{len(damaged)} bad rows of {total} ({len(damaged) / total:.1%})"
         what = f"source '{source.name}' has {share}: {reasons}; the first: {places}, the first of these {damaged[0].reason[:200]}. "
         what += f"prepare.max_quarantined_share allows {limit:.1%}"
-        raise UserError(what, remedy="correct the data, or raise prepare.max_quarantined_share in params.yaml")
+        remedy = f"{mend({row.category for row in damaged})}, or raise prepare.max_quarantined_share in params.yaml"
+        raise UserError(what, remedy=remedy)
 
 
 def _drawn(rows: Sequence[Row], generator: random.Random) -> list[Row]:

@@ -19,6 +19,7 @@ from rlhf.config.data import WEIGHTED, Source
 from rlhf.data.cores import Cores
 from rlhf.data.examine import batches, examine
 from rlhf.data.examples import as_example
+from rlhf.data.foreign import mend
 from rlhf.data.formats import Seen, files_of
 from rlhf.data.prepared import Render, as_messages, as_pair, as_prompt, as_text, lines_of, refused_lines
 from rlhf.data.split import Numbers, blend, deal_sources, one_of_each_prompt, shared_prompts, shuffled, without_leaks
@@ -122,11 +123,12 @@ def check_quarantine(job: Job, cores: Cores, table: Table, good: Mapping[str, Nu
         UserError: names each such source, its share and its commonest reasons, and where the rows can be read.
     """
     limit = job.params.prepare.max_quarantined_share
-    complaints = []
+    complaints, all_reasons = [], set[str]()
     for name, rows in bad.items():
         total = len(rows) + len(good[name])
         damaged = table.damaged(rows)
         if len(damaged) > limit * total:
+            all_reasons |= table.reasons(damaged).keys()
             reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(table.reasons(damaged)).most_common(3))
             places = ", ".join("{}:{}".format(*table.place(row)) for row in damaged[:3])
             complaints.append(
@@ -137,7 +139,7 @@ def check_quarantine(job: Job, cores: Cores, table: Table, good: Mapping[str, Nu
         write_quarantine(path, cores, table, bad)
         raise UserError(
             f"{'; '.join(complaints)}. prepare.max_quarantined_share allows {limit:.1%}",
-            remedy=f"see each bad row and its reason in {path}; correct the data, or raise prepare.max_quarantined_share in params.yaml",
+            remedy=f"see each bad row and its reason in {path}; {mend(all_reasons)}, or raise prepare.max_quarantined_share in params.yaml",
         )
 
 

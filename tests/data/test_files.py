@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,12 @@ from tests.data.test_formats import refusal, rows_of, zstd
 TEXTS = [{"text": "One, and more."}, {"text": "Two\nlines."}]
 LINES = "".join(json.dumps(row) + "\n" for row in TEXTS)
 QUOTED = '"One, and more."', '"Two\nlines."'
+
+
+def archive() -> bytes:
+    with zipfile.ZipFile(made := io.BytesIO(), "w") as packed:
+        packed.writestr("rows.jsonl", LINES)
+    return made.getvalue()
 
 
 def texts(path: Path, **changes: Any) -> list[str | None]:
@@ -46,6 +55,7 @@ def texts(path: Path, **changes: Any) -> list[str | None]:
         ("comma.tsv", "id,text\n1,{}\n2,{}\n".format(*QUOTED)),
         ("tab.csv", "id\ttext\n1\t{}\n2\t{}\n".format(*QUOTED)),
         ("semicolon.csv", "id;text\n1;{}\n2;{}\n".format(*QUOTED)),
+        ("pipe.csv", "id|text\n1|{}\n2|{}\n".format(*QUOTED)),
     ],
 )
 def test_the_content_decides_not_the_name(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -89,6 +99,16 @@ def test_a_list_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Monke
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of git-lfs, not the data"),
         ("a.csv", b"\n<!DOCTYPE html><html>", "is a web page, not the data"),
         ("a.csv", "text\nOne".encode("utf-16"), "is UTF-16"),
+        ("a.csv", "text\nOne".encode("utf-16-be"), "is UTF-16 or no text at all"),
+        ("a.jsonl", LINES.encode("utf-16-le"), "is UTF-16 or no text at all"),
+        ("a.jsonl", LINES.encode("utf-32"), "is UTF-32"),
+        ("a.jsonl", archive(), "is a zip archive, or a table of Excel"),
+        ("a.xlsx", archive(), "is a zip archive, or a table of Excel"),
+        ("a.parquet", archive(), "is a zip archive, or a table of Excel"),
+        ("a.jsonl.gz", gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive"),
+        ("a.jsonl", pickle.dumps(TEXTS), "is a pickle of Python, which could run code"),
+        ("a.txt", b"One\n", "ends in '.txt'"),
+        ("pairs", b"One\n", "has no ending"),
         ("a.csv", b"text,text\na,b\n", "two of its columns are named 'text'"),
         ("a.json", b'[{"text": "a"}, {"text": "b"}', "row 2: it ends in the middle"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "row 1: '{' stands where ',' must stand"),

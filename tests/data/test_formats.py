@@ -165,6 +165,13 @@ def test_pairs_without_a_prompt_column(tmp_path: Path) -> None:
     assert only("pairs", tmp_path, row, {"prompt": None}) == Row("mine", "one.jsonl", 1, "pairs", tuple(ASK), "Ada.", "Nö.")
 
 
+def test_questions_in_a_column_that_is_not_read_are_told_with_the_key(tmp_path: Path) -> None:
+    row = {"prompt": "What?", "chosen": "This.", "rejected": "That."}
+    for form, columns in (("hh", {}), ("pairs", {"prompt": None})):
+        said = "for the question in 'prompt' set format: pairs and columns.prompt: prompt"
+        assert reason(only(form, tmp_path, row, columns)) == f"malformed: 'chosen' does not begin with 'Human:' or 'Assistant:'; {said}"
+
+
 def test_pairs_whose_dialogue_is_another_one(tmp_path: Path) -> None:
     row = {"prompt": "Else?", "chosen": ANSWERED, "rejected": "b"}
     assert reason(only("pairs", tmp_path, row)) == "malformed: 'chosen' is a dialogue that does not begin with the prompt"

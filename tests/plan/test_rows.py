@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_data_that_dvc_does_not_see_are_refused(root: Path, path: str) -> None:
 def test_a_revision_of_a_folder_is_told(root: Path) -> None:
     found = plan.check(root, change(root, base__revision="main"), STAGES)
     assert (said(found), found.notes) == ([], ["base.revision: main is not read, as base.model 'given' is a folder: set it to null"])
+
+
+def test_rows_in_another_encoding_are_told_with_a_remedy(root: Path) -> None:
+    text = "".join(json.dumps(pair(number) | {"prompt": f"Grüße {number}"}, ensure_ascii=False) + "\n" for number in range(300))
+    (root / "data/raw/pairs.jsonl").write_bytes(text.encode("windows-1252"))
+    found = plan.check(root, change(root), STAGES)
+    assert said(found)[0].startswith("source 'mine' has 300 bad rows of 300 (100.0%): not UTF-8 (300); the first: ")
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in found.problems[0].remedy
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
