@@ -167,7 +167,8 @@ def test_pairs_without_a_prompt_column(tmp_path: Path) -> None:
 
 def test_questions_in_a_column_that_is_not_read_are_told_with_the_key(tmp_path: Path) -> None:
     row = {"prompt": "What?", "chosen": "This.", "rejected": "That."}
-    for form, columns in (("hh", {}), ("pairs", {"prompt": None})):
+    given: dict[str, dict[str, str | None]] = {"hh": {}, "pairs": {"prompt": None}}
+    for form, columns in given.items():
         said = "for the question in 'prompt' set format: pairs and columns.prompt: prompt"
         assert reason(only(form, tmp_path, row, columns)) == f"malformed: 'chosen' does not begin with 'Human:' or 'Assistant:'; {said}"
 
