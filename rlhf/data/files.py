@@ -51,7 +51,9 @@ def records_of_file(path: Path, key: str) -> Unparsed:
         raise UserError(f"{key}.path: no such file: {path}", remedy=f"correct {key}.path in params.yaml, or `dvc pull`") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, csv.Error) as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{key}.path: {path} cannot be read: {what}", remedy="bring an undamaged copy with `rlhf use`") from None
+        raise UserError(
+            f"{key}.path: {path} cannot be read: {what}", remedy="mend it, or bring an undamaged copy, with `rlhf use`"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------------------------- what a file is
@@ -153,7 +155,7 @@ def _csv(file: IO[bytes], delimiter: str) -> Unparsed:
     taken: list[str] = []
     lines = _noting(io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline=""), taken)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    header = [name.strip() for name in next(reader, [])]
     _check_columns(header)
     while True:
         line = reader.line_num + 1

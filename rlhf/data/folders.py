@@ -65,14 +65,19 @@ def files_of(folder: Path, endings: tuple[str, ...], key: str) -> list[PurePath]
             elif not name.startswith(".") and not _BESIDE.fullmatch(name):
                 raise UserError(
                     f"{key}.path: {folder} holds {path}, which is no kind of data file that can be read",
-                    remedy=f"take it out of the folder, or turn it into a file that ends in {', '.join(endings)}",
+                    remedy=f"take it out of the folder, or turn it into a file that ends in {_kinds(endings)}",
                 )
     if not found:
         raise UserError(
             f"{key}.path: {folder} is no folder of `datasets` and holds no data file",
-            remedy=f"give a folder written by Dataset.save_to_disk, or one of files that end in {', '.join(endings)}",
+            remedy=f"give a folder written by Dataset.save_to_disk, or one of files that end in {_kinds(endings)}",
         )
     return sorted(found)
+
+
+def _kinds(endings: tuple[str, ...]) -> str:
+    """The endings of data files, but for those of packed ones."""
+    return ", ".join(ending for ending in endings if ending.count(".") == 1)
 
 
 def _check_folder(folder: Path, key: str) -> None:

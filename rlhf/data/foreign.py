@@ -52,6 +52,8 @@ def kind_of(start: bytes, *, is_text: bool) -> tuple[str, str] | None:
 
 def mend(reasons: Collection[str]) -> str:
     """What to do about damaged rows, by the categories of their reasons."""
-    if "not UTF-8" not in reasons:
-        return "correct the data"
-    return "correct the data; a file in another encoding is to be written as UTF-8: `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`"
+    more = {
+        "not UTF-8": "; a file in another encoding is to be written as UTF-8: `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`",
+        "over-long": "; of rows that are over-long, raise prepare.max_characters",
+    }
+    return "correct the data" + "".join(remedy for reason, remedy in more.items() if reason in reasons)

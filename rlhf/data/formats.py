@@ -6,7 +6,7 @@ A bad row never stops the reading; a file that cannot be read at all does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,21 @@ class Seen:
         if not self.records:
             raise UserError(f"{key}: {file} holds no rows", remedy="give a file with rows, or take the source out of params.yaml")
         needed, _ = _reader(source)
-        for name, count in self.missing.items():
-            if count == self.records:
-                own = f"set {key}.columns.{name} in params.yaml, or another format"
-                raise UserError(
-                    f"{key}: no row of {file} has a column '{needed[name]}'; its columns are {', '.join(map(repr, self.present))}",
-                    remedy=own if isinstance(source, ColumnSource) else f"set another {key}.format in params.yaml",
-                )
+        if gone := [name for name in needed if self.missing[name] == self.records]:
+            columns = ", ".join(repr(needed[name]) for name in gone)
+            whole = '; read was one row alone: rows are lines, a list, or an object {"data": [...]}' if self.records == 1 else ""
+            raise UserError(
+                f"{key}: no row of {file} has a column {columns}; its columns are {', '.join(map(repr, self.present))}{whole}",
+                remedy=f"{self._named(key, {name: needed[name] for name in gone})} in params.yaml, or another format"
+                if isinstance(source, ColumnSource)
+                else f"set another {key}.format in params.yaml",
+            )
+
+    def _named(self, key: str, gone: Mapping[str, str]) -> str:
+        """What to set for columns that are not there; one that is may differ from it in capitals alone."""
+        alike = {column.lower(): column for column in self.present}
+        values = {name: alike.get(column.lower()) for name, column in gone.items()}
+        return "set " + ", ".join(f"{key}.columns.{name}" + (f"={value}" if value else "") for name, value in values.items())
 
 
 def rows_of(source: Source, file: str, records: Unparsed, seen: Seen) -> Iterator[Row | Quarantined]:

@@ -136,7 +136,22 @@ def _objects(text: _Text) -> list[Any]:
     values = []
     while text.next():
         values.append(text.value())
+    if len(values) == 1 and isinstance(values[0], dict) and "data" not in values[0]:
+        _check_row(values[0])
     rows = values[0].get("data", values) if len(values) == 1 and isinstance(values[0], dict) else values
     if not isinstance(rows, list):
         raise ValueError('it holds neither a list nor an object {"data": [...]}')
     return rows
+
+
+def _check_row(value: Mapping[str, Any]) -> None:
+    """Check that an object that stands alone in its file is a row, and not a table by columns.
+
+    Raises:
+        ValueError: it is one.
+    """
+    columns = list(value.values())
+    by_number = all(isinstance(column, dict) and all(map(str.isdecimal, column)) for column in columns)
+    lists = all(isinstance(column, list) and not any(isinstance(cell, dict) for cell in column) for column in columns)
+    if len(columns) > 1 and (by_number or lists) and len({len(column) for column in columns}) == 1 and len(columns[0]) > 1:
+        raise ValueError("it holds columns and not rows: write it with pandas' to_json(orient='records', lines=True)")

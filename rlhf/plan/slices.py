@@ -37,4 +37,5 @@ def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findin
         good = {source.name: table.good(number) for number, source in enumerate(sources)}
         _, _, used = deal_and_blend(job(root, params), table, good)
         names = {sources[number].name for number in known}
-        findings.problems += [error for feeding, error in lacking(params, rows_of_files(used, table)) if names >= {s.name for s in feeding}]
+        wrong = lacking(params, rows_of_files(used, table), table, good)
+        findings.problems += [error for feeding, error in wrong if names >= {source.name for source in feeding}]

@@ -59,7 +59,7 @@ def main(job: Job) -> None:
         job.say(f"{sizes}; {len(leaked)} training rows removed as held out")
 
         files = rows_of_files(used, table)
-        check_needs(job.params, files)
+        check_needs(job.params, files, table, good)
         for name, rows in files.items():
             write(job.output(f"data/prepared/{name}.jsonl"), cores.in_order(lines_of, table.extracts(rows, RENDER[name])))
         examples = table.first_of_each_form(np.concatenate(list(good.values())))
@@ -143,18 +143,20 @@ def check_quarantine(job: Job, cores: Cores, table: Table, good: Mapping[str, Nu
         )
 
 
-def check_needs(params: Params, files: Mapping[str, Numbers]) -> None:
+def check_needs(params: Params, files: Mapping[str, Numbers], table: Table, good: Mapping[str, Numbers]) -> None:
     """Refuse to go on where a stage would find no rows.
 
     Raises:
         UserError: names each such slice, and the keys that feed it.
     """
-    errors = [error for _, error in lacking(params, files)]
+    errors = [error for _, error in lacking(params, files, table, good)]
     if errors:
         raise UserError("; ".join(error.what for error in errors), remedy="; ".join(error.remedy for error in errors))
 
 
-def lacking(params: Params, files: Mapping[str, Numbers]) -> list[tuple[list[Source], UserError]]:
+def lacking(
+    params: Params, files: Mapping[str, Numbers], table: Table, good: Mapping[str, Numbers]
+) -> list[tuple[list[Source], UserError]]:
     """What is wrong where a stage would find no rows, each with the sources that could give it some."""
     needed = {"sft": "sft", "reward": "reward", "heldout_pairs": "heldout"}
     if params.algorithm == "ppo":
@@ -168,9 +170,10 @@ def lacking(params: Params, files: Mapping[str, Numbers]) -> list[tuple[list[Sou
         if not len(files[name]):
             feeding = [source for source in params.data.feeding(slice_name) if name != "heldout_pairs" or source.kind == "pairs"]
             names = ", ".join(source.name for source in feeding)
+            prompts = len(np.unique(table.prompt[np.concatenate([good[source.name] for source in feeding])]))
             what = f"{name}.jsonl would be empty: no row of {names} was left for split.{slice_name} "
-            what += "after quarantine and removal of held-out prompts"
-            remedy = f"give {names} more rows, or a larger split.{slice_name} in params.yaml"
+            what += f"after quarantine and removal of held-out prompts (different prompts: {prompts}; all rows of one go to one slice)"
+            remedy = f"give {names} rows with more prompts, or a larger split.{slice_name} in params.yaml"
             found.append((feeding, UserError(what, remedy=remedy)))
     return found
 

@@ -55,6 +55,7 @@ def texts(path: Path, **changes: Any) -> list[str | None]:
         ("comma.tsv", "id,text\n1,{}\n2,{}\n".format(*QUOTED)),
         ("tab.csv", "id\ttext\n1\t{}\n2\t{}\n".format(*QUOTED)),
         ("semicolon.csv", "id;text\n1;{}\n2;{}\n".format(*QUOTED)),
+        ("spaced.csv", "id, text \n1,{}\n2,{}\n".format(*QUOTED)),
         ("pipe.csv", "id|text\n1|{}\n2|{}\n".format(*QUOTED)),
     ],
 )
@@ -114,6 +115,9 @@ def test_a_list_is_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.Monke
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "row 1: '{' stands where ',' must stand"),
         ("a.json", b'[{"text": "a"}] [', "more stands behind its list"),
         ("a.json", b'[{"text": "a"}, {"text": "a", "text": "b"}]', "row 2: the key 'text' stands twice in one object"),
+        ("a.json", b'{"id": ["1", "2"], "text": ["a", "b"]}', "it holds columns and not rows"),
+        ("a.json", b'{"id": {"0": 1, "1": 2}, "text": {"0": "a", "1": "b"}}', "it holds columns and not rows"),
+        ("a.json", b'{"train": [{"text": "a"}], "test": []}', "read was one row alone: rows are lines, a list, or an object"),
         ("a.jsonl.zst", zstd(LINES.encode())[:-3], "cannot be read: Truncated compressed stream"),
         ("a.arrow", b"ARROW1", "a.arrow cannot be read"),
     ],

@@ -287,6 +287,9 @@ def test_a_column_missing_from_every_row(tmp_path: Path) -> None:
     message = refusal("qa", write(tmp_path / "rows.csv", [{"question": "q", "reply": "a"}]))
     assert "no row of rows.csv has a column 'answer'; its columns are 'question', 'reply'" in message
     assert "data.sources.0.columns.answer" in message
+    message = refusal("qa", write(tmp_path / "rows.csv", [{"Question": "q", "ANSWER": "a"}]))
+    assert "no row of rows.csv has a column 'question', 'answer'; its columns are 'Question', 'ANSWER'" in message
+    assert "set data.sources.0.columns.question=Question, data.sources.0.columns.answer=ANSWER in params.yaml" in message
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -290,6 +290,13 @@ def test_a_slice_without_rows_is_refused(slice_name: str, tmp_path: Path) -> Non
         main(job)
 
 
+def test_rows_of_one_prompt_are_told(tmp_path: Path) -> None:
+    rows = ({"prompt": "Write a poem.", "chosen": f"Poem {number}", "rejected": "No."} for number in range(100))
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"\(different prompts: 1; all rows of one go to one slice\)"):
+        main(job_in(tmp_path, [of_file("mine", "pairs", "pairs.jsonl", **ALL)]))
+
+
 def process_in(root: Path, path: str) -> subprocess.Popen[str]:
     """The stage by itself, on a file of pairs."""
     raw = yaml.safe_load((REPOSITORY / "presets" / "sandbox.yaml").read_text(encoding="utf-8"))
