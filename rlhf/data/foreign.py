@@ -50,10 +50,18 @@ def kind_of(start: bytes, *, is_text: bool) -> tuple[str, str] | None:
     return None
 
 
-def mend(reasons: Collection[str]) -> str:
-    """What to do about damaged rows, by the categories of their reasons."""
-    more = {
-        "not UTF-8": "; a file in another encoding is to be written as UTF-8: `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`",
-        "over-long": "; of rows that are over-long, raise prepare.max_characters",
+def mend(reasons: Collection[str], *, all_rows: bool) -> str:
+    """What to do about damaged rows.
+
+    Args:
+        reasons: the categories of what is wrong with them.
+        all_rows: whether a source has no others.
+    """
+    of_reason = {
+        "not UTF-8": "write a file in another encoding as UTF-8: `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`",
+        "over-long": "of rows that are over-long, raise prepare.max_characters",
     }
-    return "correct the data" + "".join(remedy for reason, remedy in more.items() if reason in reasons)
+    last = "set another format, or other columns, for a source without a good row" if all_rows else "raise prepare.max_quarantined_share"
+    return "; ".join(
+        ["correct the data", *(remedy for reason, remedy in of_reason.items() if reason in reasons), f"or {last} in params.yaml"]
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, check_texts, string
@@ -12,7 +13,8 @@ from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, check_texts, s
 SPEAKERS, TEXTS = ("role", "from"), ("content", "value", "text")
 ROLES = {"human": "user", "prompter": "user", "developer": "system", "observation": "tool", "function": "tool"}
 ROLES |= {"function_response": "tool", "tool_response": "tool", "function_call": "assistant"}
-ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant")
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model", "bot", "ai"), "assistant")
+OWN = ("system", "user", "assistant", "tool")
 # what datasets call it that an assistant's turn is not to be learnt
 MARKS = ("weight", "loss", "loss_weight", "trainable", "train", "train_on_turn")
 UNCLEAR = ("mask", "masked", "loss_mask", "train_detail")  # 1 means either, or only a part of the turn
@@ -29,9 +31,15 @@ def asks(question: str) -> Turns:
 
 
 def turns(record: Record, column: str) -> Turns:
-    """A dialogue: a list of turns, or Anthropic's text."""
+    """A dialogue: a list of turns, also as JSON in a text, or Anthropic's text."""
     value = record[column]
+    if _is_json(value):
+        value = _parsed(value, f"'{column}'")
     return keyed_turns(value, column) if isinstance(value, list | dict) else marked_turns(string(record, column), column)
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[{")
 
 
 def turns_or_question(record: Record, column: str) -> Turns:
@@ -82,8 +90,14 @@ def _is_plain(turn: Any) -> bool:
         and turn.keys() == PLAIN
         and isinstance(turn["content"], str)
         and isinstance(turn["role"], str)
-        and turn["role"] not in ROLES
+        and turn["role"] in OWN
     )
+
+
+def _role(speaker: str) -> str:
+    """The role of a speaker, who may stand there in capitals; an unknown one's own name."""
+    known = ROLES.get(speaker.lower(), speaker.lower())
+    return known if known in OWN else speaker
 
 
 def _first(turn: Any, names: Collection[str]) -> str | None:
@@ -102,9 +116,9 @@ def _text(value: Any, where: str) -> Any:
 
 
 def _turn(turn: Record, speaker: str, said: str, where: str) -> Turn:
-    role = ROLES.get(speaker, speaker)
+    role = _role(speaker)
     made: Turn = {"role": role, "content": said}
-    if speaker == "function_call":
+    if speaker.lower() == "function_call":
         made |= {"content": "", "tool_calls": _calls(said, where)}
     elif role == "assistant" and (calls := turn.get("tool_calls") or turn.get("function_call")):
         made["tool_calls"] = _calls(calls, where)
@@ -157,13 +171,20 @@ def _parsed(value: Any, what: str) -> Any:
 
 def unread(record: Record, columns: Collection[str]) -> tuple[str, ...]:
     """Names of the fields of turns that nothing reads."""
-    lists = (value for value in map(_as_list, map(record.get, columns)) if isinstance(value, list))
+    lists = (value for value in map(_as_list, map(_list_in, map(record.get, columns))) if isinstance(value, list))
     found = (turn for value in lists for turn in value if not _is_plain(turn) and _first(turn, SPEAKERS))
     return tuple(sorted({f"turns.{name}" for turn in found for name in _unread(turn)}))
 
 
+def _list_in(value: Any) -> Any:
+    """A list that stands in a text, if one does."""
+    with suppress(BadRow):
+        return _parsed(value, "") if _is_json(value) else value
+    return value
+
+
 def _unread(turn: Record) -> Iterator[str]:
-    role = ROLES.get(str(_value(turn, SPEAKERS)), _value(turn, SPEAKERS))
+    role = _role(str(_value(turn, SPEAKERS)))
     for name, value in turn.items():
         if value is None or value in ("", [], {}):
             continue

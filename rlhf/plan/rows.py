@@ -108,8 +108,7 @@ def _check_quarantine(source: Source, good: Sequence[Row], bad: Sequence[Quarant
         share = f"{len(damaged)} bad rows of {total} ({len(damaged) / total:.1%})"
         what = f"source '{source.name}' has {share}: {reasons}; the first: {places}, the first of these {damaged[0].reason[:200]}. "
         what += f"prepare.max_quarantined_share allows {limit:.1%}"
-        remedy = f"{mend({row.category for row in damaged})}, or raise prepare.max_quarantined_share in params.yaml"
-        raise UserError(what, remedy=remedy)
+        raise UserError(what, remedy=mend({row.category for row in damaged}, all_rows=not good))
 
 
 def _drawn(rows: Sequence[Row], generator: random.Random) -> list[Row]:

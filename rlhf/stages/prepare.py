@@ -123,12 +123,13 @@ def check_quarantine(job: Job, cores: Cores, table: Table, good: Mapping[str, Nu
         UserError: names each such source, its share and its commonest reasons, and where the rows can be read.
     """
     limit = job.params.prepare.max_quarantined_share
-    complaints, all_reasons = [], set[str]()
+    complaints, all_reasons, hopeless = [], set[str](), False
     for name, rows in bad.items():
         total = len(rows) + len(good[name])
         damaged = table.damaged(rows)
         if len(damaged) > limit * total:
             all_reasons |= table.reasons(damaged).keys()
+            hopeless = hopeless or not len(good[name])
             reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(table.reasons(damaged)).most_common(3))
             places = ", ".join("{}:{}".format(*table.place(row)) for row in damaged[:3])
             complaints.append(
@@ -139,7 +140,7 @@ def check_quarantine(job: Job, cores: Cores, table: Table, good: Mapping[str, Nu
         write_quarantine(path, cores, table, bad)
         raise UserError(
             f"{'; '.join(complaints)}. prepare.max_quarantined_share allows {limit:.1%}",
-            remedy=f"see each bad row and its reason in {path}; {mend(all_reasons)}, or raise prepare.max_quarantined_share in params.yaml",
+            remedy=f"see each bad row and its reason in {path}; {mend(all_reasons, all_rows=hopeless)}",
         )
 
 

@@ -117,7 +117,7 @@ def _turn(turn: dict[str, Any]) -> tuple[str, str, bool]:
     said: Any = next((turn[name] for name in ("content", "value", "text") if turn.get(name) is not None), "")
     if isinstance(said, list):
         said = "".join(part["text"] for part in said)
-    return SPOKEN.get(who, who), said.strip(), any(turn.get(name) is not None and not turn[name] for name in MARKS)
+    return SPOKEN.get(who.lower(), who.lower()), said.strip(), any(turn.get(name) is not None and not turn[name] for name in MARKS)
 
 
 def _dialogue(value: Any) -> list[tuple[str, str, bool]]:

@@ -217,3 +217,24 @@ def test_markers_of_another_kind_are_words_of_the_dialogue() -> None:
 
 def test_quarantine_is_by_row(tmp_path: Path) -> None:
     assert isinstance(only("hh", tmp_path, {"chosen": "问：你好", "rejected": "答：您好"}), Quarantined)
+
+
+# ---------------------------------------------------------------------------------------------------- roles, turns in texts
+
+
+def test_roles_may_stand_in_capitals(tmp_path: Path) -> None:
+    plain = row_of("messages", tmp_path, {"messages": [ASK, RIGHT]})
+    for asks, answers in (("User", "Assistant"), ("HUMAN", "GPT"), ("user", "bot"), ("Human", "AI")):
+        assert row_of("messages", tmp_path, {"messages": [ASK | {"role": asks}, RIGHT | {"role": answers}]}) == plain
+    unknown = only("messages", tmp_path, {"messages": [ASK, RIGHT | {"role": "Wizard"}]})
+    assert reason(unknown) == "no assistant turn: 'messages' ends in a turn of role 'Wizard'"
+
+
+def test_a_list_of_turns_may_stand_in_a_text(tmp_path: Path) -> None:
+    messages = [ASK, RIGHT | {"mood": "calm"}]
+    assert row_of("messages", tmp_path, {"messages": json.dumps(messages)}) == row_of("messages", tmp_path, {"messages": messages})
+    damaged = only("messages", tmp_path, {"messages": json.dumps(messages)[:-3]})
+    assert reason(damaged) == "malformed: 'messages' is not JSON"
+    # where a text is asked for, it is one
+    for text in ('[{"a": 1}]', "[{ no JSON"):
+        assert row_of("pairs", tmp_path, {"prompt": text, "chosen": text, "rejected": "No."}).chosen == text
