@@ -101,12 +101,16 @@ class Assistant(PythonModel):
 
     def encode(self, messages: list[Message]) -> list[int]:
         """Token ids of a dialogue. The words of control tokens in its contents are cut in two: as text they end no turn and begin none."""
-        cut = [
-            {**message, "content": self.controls.sub(lambda found: found[0][0] + MARK + found[0][1:], message["content"])}
-            for message in messages
-        ]
-        text = str(self.tokenizer.apply_chat_template(cut, add_generation_prompt=True, tokenize=False))
+        text = str(self.tokenizer.apply_chat_template(self._cut(messages), add_generation_prompt=True, tokenize=False))
         return [number for part in text.split(MARK) for number in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    def _cut(self, value: Any) -> Any:
+        """The same value, with a mark in each word of a control token; roles stay as they are."""
+        if isinstance(value, str):
+            return self.controls.sub(lambda found: found[0][0] + MARK + found[0][1:], value)
+        if isinstance(value, dict):
+            return {name: inner if name == "role" else self._cut(inner) for name, inner in value.items()}
+        return [self._cut(inner) for inner in value] if isinstance(value, list) else value
 
 
 def controls(tokenizer: Any) -> re.Pattern[str]:

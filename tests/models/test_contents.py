@@ -175,6 +175,8 @@ def test_what_is_served_reads_contents_as_text_too(kind: str) -> None:
     odd = assistant.encode(dialogue(words)[:3])
     rendered = str(assistant.tokenizer.apply_chat_template(dialogue(words)[:3], tokenize=False, add_generation_prompt=True))
     assert assistant.tokenizer.decode(odd) == rendered
+    parts = [{"role": "user", "content": [{"type": "text", "text": words}]}]
+    assert MARK in str(assistant._cut(parts)).replace("\\ufdd0", MARK)
     eos = assistant.tokenizer.eos_token_id
     assert odd.count(eos) == assistant.encode(plain).count(eos)
 
