@@ -14,6 +14,9 @@ from rlhf.job import Job
 from rlhf.plan.findings import Findings
 from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files
 
+FEW = 10
+_SPREAD = {"ppo": ": ppo, which takes the spread of rewards from them, may stop as diverged", "dpo": ""}
+
 
 def job(root: Path, params: Params) -> Job:
     """Stage prepare's, for what it draws."""
@@ -37,5 +40,11 @@ def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findin
         good = {source.name: table.good(number) for number, source in enumerate(sources)}
         _, _, used = deal_and_blend(job(root, params), table, good)
         names = {sources[number].name for number in known}
-        wrong = lacking(params, rows_of_files(used, table), table, good)
+        files = rows_of_files(used, table)
+        wrong = lacking(params, files, table, good)
         findings.problems += [error for feeding, error in wrong if names >= {source.name for source in feeding}]
+        pairs = {source.name for source in params.data.feeding("heldout") if source.kind == "pairs"}
+        if names >= pairs and 0 < (count := len(files["heldout_pairs"])) < FEW:
+            findings.notes.append(
+                f"heldout_pairs.jsonl would have {count} rows, and what is measured on so few says little{_SPREAD[params.algorithm]}"
+            )

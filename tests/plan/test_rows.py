@@ -93,6 +93,14 @@ def test_too_few_rows_are_told_in_the_words_of_stage_prepare(root: Path, count: 
     assert all("would be empty: no row of mine was left for split." in what for what in found)
 
 
+def test_few_held_out_pairs_are_told(root: Path) -> None:
+    write(root / "data/raw/pairs.jsonl", [pair(number) for number in range(60)])
+    found = plan.check(root, change(root), STAGES)
+    assert said(found) == []
+    (note,) = found.notes
+    assert note.startswith("heldout_pairs.jsonl would have 5 rows, and what is measured on so few says little: ppo, which takes ")
+
+
 def test_a_slice_that_only_a_small_source_feeds_is_looked_at_beside_a_large_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "READ", 100)
     write(root / "data/raw/few.jsonl", [pair(number) for number in (1000, 1001)])
