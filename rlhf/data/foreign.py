@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 UNPACK = "take out the data file (`unzip`, `tar -xf`, `7z x`), and give that"
 EXPORT = "write its rows to a JSONL, CSV or Parquet file, and give that"
-CONVERT = "write it as UTF-8: `iconv -f {encoding} -t UTF-8 FILE > NEW`"
+_ICONV = "`iconv -f {encoding} -t UTF-8 FILE > NEW`"
+CONVERT = f"write it as UTF-8: {_ICONV}"
 # how a file begins, from where on: what it is, and what to do
 _KINDS = (
     (b"version https://git-lfs", 0, "a pointer of git-lfs, not the data", "`git lfs pull` where it comes from"),
@@ -28,6 +29,7 @@ _KINDS = (
     (b"\xff\xfe", 0, "UTF-16", CONVERT.format(encoding="UTF-16")),
     (b"\xfe\xff", 0, "UTF-16", CONVERT.format(encoding="UTF-16")),
 )
+TO_UTF8 = f"write a file in another encoding as UTF-8: {_ICONV.format(encoding='WINDOWS-1252')}"
 _SHARE = 0.05  # of zero bytes, which no other text has
 
 
@@ -58,7 +60,7 @@ def mend(reasons: Collection[str], *, all_rows: bool) -> str:
         all_rows: whether a source has no others.
     """
     of_reason = {
-        "not UTF-8": "write a file in another encoding as UTF-8: `iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW`",
+        "not UTF-8": TO_UTF8,
         "over-long": "of rows that are over-long, raise prepare.max_characters",
     }
     last = "set another format, or other columns, for a source without a good row" if all_rows else "raise prepare.max_quarantined_share"

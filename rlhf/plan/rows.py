@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf.config import Params
 from rlhf.config.data import FileSource, Source
 from rlhf.data.examples import dialogue, first_of_each
-from rlhf.data.foreign import mend
+from rlhf.data.foreign import TO_UTF8, mend
 from rlhf.data.formats import BY_DESIGN, Quarantined, Row, read
 from rlhf.data.turns import Turns
 from rlhf.data.validate import Checker
@@ -79,6 +79,8 @@ def of_sources(root: Path, params: Params, findings: Findings) -> list[Example]:
             if whole:
                 _check_quarantine(source, good, bad, params.prepare.max_quarantined_share)
                 known[number] = good
+            if other := sum(row.category == "not UTF-8" for row in bad):
+                findings.notes.append(f"source '{source.name}': {other:,} rows are not UTF-8, and would be left out; {TO_UTF8}")
     slices.check(root, params, known, findings)
     return found
 

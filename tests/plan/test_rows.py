@@ -78,6 +78,14 @@ def test_rows_in_another_encoding_are_told_with_a_remedy(root: Path) -> None:
     found = plan.check(root, change(root), STAGES)
     assert said(found)[0].startswith("source 'mine' has 300 bad rows of 300 (100.0%): not UTF-8 (300); the first: ")
     assert "iconv -f WINDOWS-1252 -t UTF-8" in found.problems[0].remedy
+    # only some rows have letters beside ASCII
+    (root / "data/raw/pairs.jsonl").write_bytes(text.replace("ü", "ue", 290).replace("ß", "ss", 290).encode("windows-1252"))
+    found = plan.check(root, change(root), STAGES)
+    assert said(found) == []
+    (note,) = found.notes
+    assert note.startswith(
+        "source 'mine': 10 rows are not UTF-8, and would be left out; write a file in another encoding as UTF-8: `iconv "
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
