@@ -23,7 +23,7 @@ from rlhf.cli import serve
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.workspace import served
-from tests.flows.test_flow import whole_pipeline
+from tests.flows.workspaces import whole_pipeline
 
 PROJECT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent

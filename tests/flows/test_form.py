@@ -13,7 +13,7 @@ from flows.retrain import Until, retrain
 from rlhf import config, registry
 from rlhf.errors import UserError
 from rlhf.workspace import one_run
-from tests.flows.test_flow import artifacts, pipeline, whole_pipeline
+from tests.flows.workspaces import artifacts, pipeline, whole_pipeline
 
 PROJECT = Path(__file__).parents[2]
 
