@@ -15,6 +15,14 @@ SECONDS_BETWEEN_MOVES = 2.0
 SECONDS_AT_THE_END = 10.0
 
 
+def show_whole(stage: str, text: str) -> None:
+    """The progress artifact of a stage that has nothing to do, as a whole."""
+    try:
+        create_progress_artifact(100.0, key=_key(stage), description=f"{stage}: {text}")
+    except Exception as error:
+        _warn(stage, error)
+
+
 class Bar:
     """The progress artifact of one stage, as a context. A thread moves it: no stage waits for Prefect, or fails because of it."""
 
@@ -45,9 +53,8 @@ class Bar:
     def _follow(self) -> None:
         try:
             shown = self._shown
-            key = f"progress-{self._stage}"
             # Prefect gives a coroutine instead where an event loop runs, which none does in a thread
-            artifact = cast(UUID, create_progress_artifact(shown[0], key=key.replace("_", "-").lower(), description=shown[1]))
+            artifact = cast(UUID, create_progress_artifact(shown[0], key=_key(self._stage), description=shown[1]))
             ending = False
             while not ending:
                 ending = self._ending.wait(SECONDS_BETWEEN_MOVES)
@@ -56,4 +63,12 @@ class Bar:
                     update_progress_artifact(artifact, shown[0], description=shown[1])
         # the server is away: the stage goes on all the same
         except Exception as error:
-            get_run_logger().warning("no progress is shown of stage %s: %s", self._stage, error)
+            _warn(self._stage, error)
+
+
+def _key(stage: str) -> str:
+    return f"progress-{stage}".replace("_", "-").lower()
+
+
+def _warn(stage: str, error: Exception) -> None:
+    get_run_logger().warning("no progress is shown of stage %s: %s", stage, error)

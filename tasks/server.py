@@ -2,6 +2,8 @@
 
 Prefect would start one by itself. That one is left running by a process that SIGTERM or SIGKILL ends, and is hit by Ctrl-C before the
 flow can tell it how it ended.
+
+Prefect is imported where it is asked, and not at the top: a server is started before, as both take seconds to load.
 """
 
 from __future__ import annotations
@@ -14,12 +16,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
 from rlhf.errors import UserError
 from rlhf.launcher import processes
@@ -28,12 +28,27 @@ from rlhf.redact import redact
 
 HOST = "127.0.0.1"
 SECONDS_TO_STOP = 5
+SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_TO_COME_BACK = 10  # `rlhf serve` starts a server again that has ended
+# as Prefect starts its own; uvicorn's command line, without a search for garbage among what is loaded
+SERVER = "import gc, uvicorn; gc.set_threshold(100_000); uvicorn.main()"
+WORDS = ("--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error")
 _temporary: list[str] = []
+
+
+@dataclass(frozen=True)
+class Own:
+    """A server of this process, which may not answer yet; `until_exit` ends it."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    until_exit: ExitStack
 
 
 def lasts() -> bool:
     """Whether flows are told to a server that is there after they have ended, and that somebody may be looking at."""
+    from prefect.settings import PREFECT_API_URL
+
     return PREFECT_API_URL.value() not in (None, *_temporary)
 
 
@@ -43,6 +58,9 @@ def check() -> None:
     Raises:
         UserError: it does not.
     """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
     deadline = time.monotonic() + SECONDS_TO_COME_BACK
     while True:
         with get_client(sync_client=True) as client:
@@ -55,19 +73,10 @@ def check() -> None:
         time.sleep(0.5)
 
 
-def ensure(root: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
-    """See that there is a server: the one that PREFECT_API_URL names, else one that lives as long as this process.
-
-    Args:
-        meanwhile: what is done while it starts, which takes some seconds.
-
-    Raises:
-        UserError: it does not answer, or does not start.
-    """
-    if PREFECT_API_URL.value():
-        check()
-        meanwhile()
-        return
+def start(root: Path) -> Own | None:
+    """Start a server that lives as long as this process, unless the environment names one."""
+    if os.environ.get("PREFECT_API_URL"):
+        return None
     until_exit = ExitStack()
     # after all that this process still sends as it ends
     atexit.register(until_exit.close)
@@ -76,9 +85,8 @@ def ensure(root: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
-    words = ["-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on", "--log-level", "error"]
     process = subprocess.Popen(
-        [sys.executable, *words, "--host", HOST, "--port", str(port)],
+        [sys.executable, "-c", SERVER, *WORDS, "--host", HOST, "--port", str(port)],
         # as Prefect's own: no pages, and only the services that a flow needs
         env={"PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}"}
         | os.environ
@@ -87,11 +95,39 @@ def ensure(root: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
         process_group=leader,
     )
     until_exit.callback(_stop, process)
-    meanwhile()
-    address = f"http://{HOST}:{port}/api"
-    _await(address, process)
-    _temporary.append(address)
-    until_exit.enter_context(temporary_settings({PREFECT_API_URL: address}))
+    return Own(f"http://{HOST}:{port}/api", process, until_exit)
+
+
+def ensure(own: Own | None) -> None:
+    """See that there is a server: the one that PREFECT_API_URL names, else `own`, which `start` gave.
+
+    Raises:
+        UserError: it does not answer, or does not start.
+    """
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
+
+    if own is None or PREFECT_API_URL.value():  # a profile, or a file of Prefect's, may name one as well
+        if own:
+            own.until_exit.close()
+        check()
+        return
+    _await(own)
+    _temporary.append(own.address)
+    # it is of this installation, serves this process alone, and ends with it: nobody asks for its version, or looks whether the flow is
+    # alive; a flow run ends half a second later with heartbeats
+    settings = {
+        PREFECT_API_URL: own.address,
+        PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False,
+        PREFECT_CLIENT_CSRF_SUPPORT_ENABLED: False,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+    }
+    own.until_exit.enter_context(temporary_settings(settings))
 
 
 @contextmanager
@@ -107,14 +143,16 @@ def _database(root: Path) -> Iterator[Path]:
         yield folder / "by-hand.db"
 
 
-def _await(address: str, process: subprocess.Popen[bytes]) -> None:
+def _await(own: Own) -> None:
+    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS
+
     deadline = time.monotonic() + PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
-    while process.poll() is None and time.monotonic() < deadline:
+    while own.process.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{address}/health", timeout=5):
+            with urllib.request.urlopen(f"{own.address}/health", timeout=5):
                 return
         except OSError:
-            time.sleep(0.1)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
     raise UserError("Prefect's server does not start", remedy="see what it said above; `rlhf serve` starts one that stays")
 
 

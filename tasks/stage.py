@@ -24,7 +24,7 @@ from rlhf.launcher import failures, processes
 from rlhf.launcher.failures import RAISED
 from rlhf.redact import redact
 from tasks.graph import Stage
-from tasks.progress import Bar
+from tasks.progress import Bar, show_whole
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
@@ -89,8 +89,12 @@ def watch(watcher: Watcher) -> None:
 def announce(stages: Sequence[Stage]) -> None:
     """Tell the watchers which stages a flow has before it."""
     for stage in stages:
-        for watcher in _watchers:
-            watcher(Progress(stage.name, "waiting"))
+        _tell(Progress(stage.name, "waiting"))
+
+
+def _tell(progress: Progress) -> None:
+    for watcher in _watchers:
+        watcher(progress)
 
 
 def stop_all() -> None:
@@ -120,17 +124,17 @@ def run_stage(stage: Stage, root: Path, environment: dict[str, str]) -> State[An
     Raises:
         StageError: its command failed.
     """
+    if stage.current:
+        _tell(Progress(stage.name, "up to date"))
+        show_whole(stage.name, "up to date")
+        return Completed(name="Cached", message="up to date")
     with Bar(stage.name) as bar:
 
         def tell(progress: Progress) -> None:
-            share = 1.0 if progress.state in ("done", "up to date") else progress.step / progress.total if progress.total else None
+            share = 1.0 if progress.state == "done" else progress.step / progress.total if progress.total else None
             bar.move(progress.text or progress.state, share)
-            for watcher in _watchers:
-                watcher(progress)
+            _tell(progress)
 
-        if stage.current:
-            tell(Progress(stage.name, "up to date"))
-            return Completed(name="Cached", message="up to date")
         tell(Progress(stage.name, "running"))
         lines: deque[str] = deque(maxlen=LAST_LINES)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -127,6 +128,7 @@ def run(
     """Run the retraining flow: all stages that are not up to date, then registration, gates and promotion."""
     from rlhf.cli import progress, standing
     from rlhf.launcher import processes
+    from tasks import server
 
     root = workspace()
     os.chdir(root)
@@ -134,13 +136,15 @@ def run(
     print(f"{root}: starting (Ctrl-C stops it; a later run goes on from there)", file=sys.stderr, flush=True)
     served.enter(root)
     try:
-        with processes.stoppable(), progress.shown(Console(stderr=True), root):
-            from tasks import server
+        with processes.stoppable():
+            own = server.start(root)  # first: both it and what the flow imports take seconds to load
+            with progress.shown(Console(stderr=True), root):
+                from flows import retrain
 
-            server.ensure(root, meanwhile=lambda: _get_ready(root, params, reason, until))
-            from flows.retrain import retrain
-
-            outcome = retrain(root, values, reason, cast(Any, until))
+                retrain.check(root, reason, until)
+                threading.Thread(target=_open_mlflow, args=(root, params), daemon=True).start()
+                server.ensure(own)
+                outcome = retrain.retrain(root, values, reason, cast(Any, until))
     except processes.Stopped as stop:
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
@@ -159,16 +163,13 @@ def run(
     print(f"\nnext: `rlhf chat`, `rlhf models`, `dvc plots show` (needs the internet; report.html in MLflow does not), {pages}")
 
 
-def _get_ready(root: Path, params: config.Params, reason: str | None, until: str | None) -> None:
-    """Check the workspace, and load what the flow imports now and later: seconds, in which its server starts."""
-    from flows.retrain import check
+def _open_mlflow(root: Path, params: config.Params) -> None:
+    """Load what reads MLflow's database while Prefect's server starts: the flow would wait for it later."""
+    from rlhf import tracking
 
-    check(root, reason, until)
     if _tracking_uri(root, params).startswith("sqlite:"):
-        from rlhf import registry
-
-        with suppress(UserError):  # the flow tells of it, after it has waited for MLflow
-            registry.aliases(root, params)
+        with suppress(Exception):  # the flow meets it as well, and tells of it
+            tracking.initialise(root, params)
 
 
 @app.command()

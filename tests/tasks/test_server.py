@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from textwrap import dedent
 
 import psutil
 
@@ -30,8 +31,56 @@ def left(mark: str) -> list[psutil.Process]:
 
 def is_server(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
-        return "uvicorn" in process.cmdline()
+        return "prefect.server.api.server:create_app" in process.cmdline()
     return False
+
+
+def test_the_server_is_started_before_prefect_is_loaded_here(tmp_path: Path) -> None:
+    program = """
+        import sys
+        from pathlib import Path
+        from tasks import server
+
+        own = server.start(Path.cwd())
+        assert own and "prefect" not in sys.modules
+        server.ensure(own)
+        from prefect import flow
+        from prefect.settings import get_current_settings
+
+        settings = get_current_settings()
+        assert str(settings.api.url) == own.address and not server.lasts()
+        # at the end of a flow run, its heart is waited for
+        assert settings.flows.heartbeat_frequency is None
+        assert flow(lambda: "ran", name="empty")() == "ran"
+    """
+    assert within(tmp_path, program).returncode == 0
+
+
+def test_a_server_that_a_file_of_prefects_names_is_asked_and_the_own_one_stopped(tmp_path: Path) -> None:
+    (tmp_path / "prefect.toml").write_text('[api]\nurl = "http://127.0.0.1:1/api"\n')
+    program = """
+        from pathlib import Path
+        from rlhf.errors import UserError
+        from tasks import server
+
+        server.SECONDS_TO_COME_BACK = 0
+        own = server.start(Path.cwd())
+        try:
+            server.ensure(own)
+        except UserError as error:
+            assert "PREFECT_API_URL is http://127.0.0.1:1/api" in error.what
+        else:
+            raise AssertionError
+        assert own and own.process.poll() is not None
+    """
+    assert within(tmp_path, program).returncode == 0
+
+
+def within(root: Path, program: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a program in a folder, without what the environment says of Prefect."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = kept | {"PREFECT_HOME": str(root / "prefect"), "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", dedent(program)], cwd=root, env=environment, check=False)
 
 
 def test_a_stopped_run_leaves_no_server(tmp_path: Path) -> None:
