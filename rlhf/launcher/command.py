@@ -131,7 +131,7 @@ def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> 
 OPENMP = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000"}
 
 
-HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None)\ngc.set_threshold(100_000)\n"
+HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None, boto3=None, h2=None)\ngc.set_threshold(100_000)\n"
 
 
 def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
@@ -157,7 +157,8 @@ def environment(stage: str, params: config.Params, root: Path, folder: Path, dev
         own |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # ranks of one machine listen on its loopback alone
     # the workspace's params.yaml may be edited while the stage runs, and before its ranks have read it
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece;
+    # DeepSpeed loads mlflow, transformers sklearn and scipy wherever they can, in each process, at a second or two apiece, and a tenth for
+    # what else of the cloud's they find;
     # Python runs this file as it starts: what stands as None in sys.modules counts as not installed. Else a tenth of the time goes into
     # a search for garbage among what is loaded; rlhf.job.run puts that right again
     hidden = folder / "hidden"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,9 @@ from rlhf.errors import UserError
 from rlhf.job import Job
 from rlhf.models.policy import load_policy
 from rlhf.tensors import shape
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # it is loaded where there are adapters: a fifth of a second in each stage that has none
 
 # The policy that PPO and DPO stay near, for as long as it is asked.
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]
@@ -47,6 +50,8 @@ class Adapters:
 
     def holding(self, weights: Mapping[str, Tensor]) -> Adapters:
         """The same adapters in a model of its own with these weights, by the names that they have in this one."""
+        from peft import get_peft_model
+
         config = self.peft.peft_config["default"]
         base = config.base_model_name_or_path
         with torch.device("meta"):
@@ -77,6 +82,8 @@ def attach(model: PreTrainedModel, lora: Lora | None, base: str, key: str, job: 
     """
     if lora is None:
         return None
+    from peft import LoraConfig, TaskType, get_peft_model
+
     _check_targets(model, lora.targets, f"{key}.targets")
     config = LoraConfig(
         r=lora.rank,

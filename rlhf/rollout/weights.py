@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from rlhf.engine.partition import any_rank, generating, is_partitioned
@@ -42,7 +42,8 @@ def folded(model: torch.nn.Module) -> Iterator[None]:
     The base weights are set aside and put back, not computed back: not a bit of them changes. This takes the memory of the adapted weights
     once more, in a phase that has neither gradients nor activations.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    library = sys.modules.get("peft.tuners.lora")  # which is loaded where there are adapters
+    layers = [module for module in model.modules() if library and isinstance(module, library.LoraLayer)]
     kept = [layer.get_base_layer().weight.data for layer in layers]
     try:
         for layer in layers:

@@ -19,6 +19,12 @@ HELD_OUT = "heldout_"  # drawn with the column that it is the held-out side of
 POINTS_TO_SMOOTH = 16
 
 
+def load() -> None:
+    """Load what draws, which takes half a second."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
 def draw(table: Path, axes: Mapping[str, Any]) -> None:
     """Draw a CSV file as a PNG beside it: every column against dvc.yaml's x, as points where its template is scatter."""
     if table.exists():

@@ -23,7 +23,7 @@ from typing import Any
 from rlhf import config
 from rlhf.errors import UserError
 from rlhf.redact import redact
-from rlhf.tracking import datasets, sending
+from rlhf.tracking import datasets, pictures, sending
 from rlhf.tracking.machine import Sampler
 from rlhf.tracking.record import FLOWS, NAME, Record, read
 from rlhf.tracking.sending import Sender, leaves
@@ -171,6 +171,7 @@ class Tracker:
                     sender = _sender(self._root, self._params, self._record)
                     sender.send()
                     send_waiting(self._root)
+                    pictures.load()  # now, and not when the stage has ended and others wait for it
                 sender.send()
             # whatever goes wrong here, training goes on
             except Exception as error:
