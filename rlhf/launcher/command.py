@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -127,8 +127,31 @@ def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> 
 
 
 # Threads wait a moment for the next operation before they sleep: small models have thousands of short ones. ACTIVE: also where a process
-# has made more threads than there are cores, as the libraries each make their own. The count keeps the wait from being minutes.
-OPENMP = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "30000"}
+# has made more threads than there are cores, as the libraries each make their own. The count keeps the wait short: a thread that waits on a
+# core that others need holds them up.
+OPENMP = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "1000"}
+WAITING = (*OPENMP, "KMP_BLOCKTIME")
+
+
+def waiting(stage: str, jobs: int, given: Mapping[str, str]) -> dict[str, str]:
+    """How the threads of a stage wait for each other: as the user's environment says, else as OPENMP does.
+
+    Says so where he has them wait awake without end, and there are more of them than free cores: a step may take many times as long.
+
+    Args:
+        jobs: threads of all its processes on this machine.
+        given: the user's environment.
+    """
+    named = {name: given[name] for name in WAITING if name in given}
+    if not named:
+        return OPENMP
+    endless = named.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE" and "GOMP_SPINCOUNT" not in named
+    endless |= any(named.get(name, "").lower() in ("infinite", "infinity") for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME"))
+    free = max(0, len(os.sched_getaffinity(0)) - round(os.getloadavg()[0]))
+    if endless and jobs > free:
+        said = " ".join(f"{name}={value}" for name, value in named.items())
+        print(f"{stage}: {said}: {jobs} threads wait awake on {free} free cores, each on one that others need; unset it", flush=True)
+    return named
 
 
 HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=None, boto3=None, h2=None)\ngc.set_threshold(100_000)\n"
@@ -137,9 +160,10 @@ HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=
 def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
     """The environment of the stage's processes."""
     threads = "1" if stage == "prepare" else str(getattr(params.launch.jobs, stage).threads)
+    processes = 1 if stage == "prepare" else getattr(params.launch.jobs, stage).processes
     own = {
         **PRIVATE,
-        **OPENMP,
+        **waiting(stage, processes * int(threads), os.environ),
         "RLHF_JOB_DIR": str(folder),
         "RLHF_ROOT": str(root),
         "RLHF_DEVICE": device,
