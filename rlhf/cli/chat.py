@@ -99,7 +99,7 @@ def converse(
     """
 
     def opened() -> Speaker:
-        with _hidden("sklearn"):  # transformers would load it, for a second or two, and not need it
+        with _hidden("sklearn", "scipy", "boto3", "h2"):  # transformers would load them, for a second or two, and not need them
             from rlhf.cli.speaker import Speaker
         return Speaker(partner.folder, temperature, max_tokens, stop_texts)
 
@@ -121,17 +121,17 @@ def converse(
 
 
 @contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """Have a package count as not installed inside the block, unless it is loaded already."""
-    if package in sys.modules:
-        yield
-        return
+def _hidden(*packages: str) -> Iterator[None]:
+    """Have packages count as not installed inside the block, whether they are loaded or not."""
     modules: dict[str, Any] = sys.modules
-    modules[package] = None
+    loaded = {package: modules[package] for package in packages if package in modules}
+    modules.update(dict.fromkeys(packages))
     try:
         yield
     finally:
-        del modules[package]
+        for package in packages:
+            del modules[package]
+        modules.update(loaded)
 
 
 def _go_on(speaker: Speaker, dialogue: list[Message], write: Callable[[str], Any]) -> list[Message]:

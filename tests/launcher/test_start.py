@@ -46,3 +46,19 @@ def test_a_launcher_reaches_mlflow_without_its_tables(tmp_path: Path) -> None:
         print([name for name in ("pandas", "mlflow.pyfunc") if sys.modules.get(name)])
     """
     assert loaded(program, tmp_path) == "[]"
+
+
+def test_a_chat_opens_its_model_without_what_transformers_finds_beside(tmp_path: Path) -> None:
+    program = """
+        import sys
+        for name in ("sklearn", "scipy", "boto3", "h2"):
+            del sys.modules[name]  # hidden from the stage alone
+        import scipy.sparse  # as MLflow does
+        from pathlib import Path
+        from rlhf.cli import chat
+
+        chat.converse(chat.Partner("none", Path.cwd() / "none"), [], print, 0.0, 1)
+        assert sys.modules["scipy"] is scipy and "rlhf.cli.speaker" in sys.modules
+        print([name for name in ("sklearn", "scipy.optimize", "boto3", "h2", "peft") if sys.modules.get(name)])
+    """
+    assert loaded(program, tmp_path) == "[]"
