@@ -36,7 +36,7 @@ def test_the_users_word_stands_and_its_price_is_told(
     layout = params.launch.jobs.sft.model_copy(update={"processes": 2, "threads": len(os.sched_getaffinity(0))})
     jobs = params.launch.jobs.model_copy(update={"sft": layout})
     params = params.model_copy(update={"launch": params.launch.model_copy(update={"jobs": jobs})})
-    made = command.environment("sft", params, tmp_path, tmp_path, [])
+    made = command.environment("sft", params, tmp_path, tmp_path, "cpu")
     assert {name: made[name] for name in command.WAITING if name in made} == (given or command.OPENMP)
     said = capsys.readouterr().out
     assert ("threads wait awake on" in said) is told
