@@ -6,10 +6,13 @@ torch makes them by MKL, which computes on an AMD processor as on one of ten yea
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+STEP = 64  # rows: oneDNN makes a program for each number of them, and keeps it
 
 
 def by_onednn(model: nn.Module) -> None:
@@ -28,7 +31,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         if torch.is_grad_enabled():
             return cast(Tensor, Product.apply(input, self.weight, self.bias))
-        return multiply(input, self.weight, self.bias)
+        return _cut(multiply(filled_up(input), self.weight, self.bias), input.shape)
 
 
 class Product(torch.autograd.Function):
@@ -36,19 +39,31 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        return multiply(rows, weight, bias)
+        given, ctx.shape = filled_up(rows), rows.shape
+        ctx.save_for_backward(given, weight)
+        return _cut(multiply(given, weight, bias), rows.shape)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
-        flat = slopes[0].reshape(-1, slopes[0].shape[-1])
+        slope = filled_up(slopes[0])
         return (
-            multiply(slopes[0], weight.t()) if of_rows else None,
-            multiply(flat.t(), rows.reshape(-1, rows.shape[-1]).t()) if of_weight else None,
-            flat.sum(0) if of_bias else None,
+            _cut(multiply(slope, weight.t()), ctx.shape) if of_rows else None,
+            multiply(slope.t(), rows.t()) if of_weight else None,
+            slope.sum(0) if of_bias else None,
         )
+
+
+def filled_up(rows: Tensor) -> Tensor:
+    """(…, D) → (n, D), with zeros up to a multiple of STEP; fewer than that are as they are."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    return torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % STEP)) if len(flat) > STEP else flat
+
+
+def _cut(made: Tensor, shape: torch.Size) -> Tensor:
+    """The rows (n, out) that belong to rows of a shape (…, in), in that shape."""
+    return made[: math.prod(shape[:-1])].view(*shape[:-1], made.shape[-1])
 
 
 def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

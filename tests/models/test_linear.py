@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM
 
-from rlhf.models.linear import Linear, by_onednn
+from rlhf.models.linear import STEP, Linear, by_onednn
 from tests.flops import BY_ONEDNN
 
 ROWS = {
     "a row": torch.randn(48),
     "rows": torch.randn(5, 48),
     "a packed row": torch.randn(1, 7, 48),
+    "a long one": torch.randn(1, 2 * STEP + 5, 48),
     "transposed": torch.randn(48, 9).t(),
     "repeated": torch.randn(1, 1, 48).expand(2, 3, 48),
     "none": torch.randn(0, 48),
