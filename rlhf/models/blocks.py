@@ -140,7 +140,7 @@ class BlockAttention(torch.autograd.Function):
         for batch, some, chances in _chances(query, key, ctx.row, ctx.scale):
             pull = _of_heads(slope, batch.queries, batch, heads)
             if batch.filled is not None:
-                pull = pull * _kept(batch, pull)
+                pull = pull * _kept(batch.filled, batch, pull)
             of_chances = torch.bmm(pull, _of_heads(values, batch.keys, batch).mT).float()
             of_scores = torch._softmax_backward_data(of_chances, chances, -1, torch.float32).mul_(ctx.scale).to(query.dtype)
             _put(of_queries, _of_tokens(torch.bmm(of_scores, _of_heads(keys, batch.keys, batch)), batch, heads), batch)
@@ -199,8 +199,8 @@ def _add(into: Tensor, made: Tensor, batch: Batch) -> None:
             first += run.stop - run.start
 
 
-def _kept(batch: Batch, like: Tensor) -> Tensor:
+def _kept(filled: Tensor, batch: Batch, like: Tensor) -> Tensor:
     """1 for a batch's queries, 0 for repetitions: (P · H, Q / H · n, 1)."""
     count, _, n, _ = batch.hidden.shape
-    kept = torch.zeros(count * n, dtype=like.dtype).index_fill_(0, batch.filled, 1.0)  # type: ignore[arg-type]
+    kept = torch.zeros(count * n, dtype=like.dtype).index_fill_(0, filled, 1.0)
     return kept.view(count, 1, 1, n).expand(-1, len(like) // count, like.shape[1] // n, -1).reshape(len(like), -1, 1)
