@@ -250,7 +250,6 @@ def launch(
     from rlhf.launcher.launch import launch as launch_stage
 
     # MLflow would load it, beside the stage's own start, for tables of which a launcher sends none
-    cast(dict[str, Any], sys.modules)["pandas"] = None
     sys.exit(launch_stage(stage, workspace()))
 
 

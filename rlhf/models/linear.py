@@ -29,29 +29,27 @@ class Linear(nn.Linear):
         """Rows (…, in) → (…, out)."""
         if not _suits(input, self.weight):
             return super().forward(input)
-        if torch.is_grad_enabled():
-            return cast(Tensor, Product.apply(input, self.weight, self.bias))
-        return _cut(multiply(filled_up(input), self.weight, self.bias), input.shape)
+        rows = filled_up(input)
+        made = Product.apply(rows, self.weight, self.bias) if torch.is_grad_enabled() else multiply(rows, self.weight, self.bias)
+        return _cut(cast(Tensor, made), input.shape)
 
 
 class Product(torch.autograd.Function):
-    """x·Wᵀ + b of rows x (…, in), W (out, in), b (out,) or None, and its gradients."""
+    """x·Wᵀ + b of rows x (n, in), W (out, in), b (out,) or None, and its gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        given, ctx.shape = filled_up(rows), rows.shape
-        ctx.save_for_backward(given, weight)
-        return _cut(multiply(given, weight, bias), rows.shape)
+        ctx.save_for_backward(rows, weight)
+        return multiply(rows, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
-        slope = filled_up(slopes[0])
         return (
-            _cut(multiply(slope, weight.t()), ctx.shape) if of_rows else None,
-            multiply(slope.t(), rows.t()) if of_weight else None,
-            slope.sum(0) if of_bias else None,
+            multiply(slopes[0], weight.t()) if of_rows else None,
+            multiply(slopes[0].t(), rows.t()) if of_weight else None,
+            slopes[0].sum(0) if of_bias else None,
         )
 
 

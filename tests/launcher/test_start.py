@@ -43,7 +43,7 @@ def test_a_launcher_reaches_mlflow_without_its_tables(tmp_path: Path) -> None:
         with suppress(UserError):  # there is no workspace here
             main.launch("sft")
         from mlflow.tracking import MlflowClient
-        print([name for name in ("pandas", "mlflow.pyfunc") if sys.modules.get(name)])
+        print([name for name in ("mlflow.pyfunc",) if sys.modules.get(name)])
     """
     assert loaded(program, tmp_path) == "[]"
 
