@@ -249,7 +249,6 @@ def launch(
         raise UserError(f"unknown stage '{stage}'", remedy=f"one of {', '.join(config.STAGES)}")
     from rlhf.launcher.launch import launch as launch_stage
 
-    # MLflow would load it, beside the stage's own start, for tables of which a launcher sends none
     sys.exit(launch_stage(stage, workspace()))
 
 

@@ -32,7 +32,7 @@ def test_a_stage_loads_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     assert loaded(program, tmp_path) == "[]"
 
 
-def test_a_launcher_reaches_mlflow_without_its_tables(tmp_path: Path) -> None:
+def test_a_launcher_reaches_mlflow_without_its_models(tmp_path: Path) -> None:
     program = """
         import sys
         from contextlib import suppress
