@@ -96,6 +96,8 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     zero = config["zero_optimization"]
     if launch.precision != "fp32":
         zero["stage"] = max(1, zero["stage"])
+    if zero["stage"] == 1 and job.world_size == 1:
+        zero["contiguous_gradients"] = False  # nobody is sent them: a copy of all side by side would be memory for nothing
     if getattr(launch.engines, name).offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": job.device == "cuda"}
     # norms and biases stay whole on every rank: to gather each of them would cost more than it saves

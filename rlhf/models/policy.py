@@ -17,6 +17,7 @@ from rlhf.errors import UserError, first_line
 from rlhf.models.attention import attend_to_pieces
 from rlhf.models.limits import limits
 from rlhf.models.linear import by_onednn
+from rlhf.models.norms import with_few_passes
 from rlhf.models.packed import Packed
 from rlhf.tensors import send
 
@@ -50,6 +51,7 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
     )
     attend_to_pieces(model)
     by_onednn(model)
+    with_few_passes(model)
     return model
 
 
@@ -105,6 +107,7 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
         )
     attend_to_pieces(model)
     by_onednn(model)
+    with_few_passes(model)
     disable_dropout(model)
     model.config.use_cache = False
     return model

@@ -1,0 +1,64 @@
+"""Root-mean-square norms (arXiv 1910.07467) on a CPU, forwards and backwards, with half the passes over memory and nothing kept in fp32.
+
+Of a layer in bfloat16, transformers' own keep three copies for the backward pass, two of them in fp32, and take twice as long there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+KNOWN = LlamaRMSNorm.forward.__code__
+
+
+def with_few_passes(model: nn.Module) -> None:
+    """Have a model's norms compute so: those that are written as Llama's are. Others, such as Gemma's with its 1 + w, stay as they are."""
+    for module in model.modules():
+        if _written_alike(type(module)):
+            module.__class__ = RMSNorm
+
+
+def _written_alike(kind: type) -> bool:
+    code = getattr(getattr(kind, "forward", None), "__code__", None)
+    return code is not None and (code.co_code, code.co_names, code.co_consts[1:]) == (KNOWN.co_code, KNOWN.co_names, KNOWN.co_consts[1:])
+
+
+class RMSNorm(LlamaRMSNorm):
+    """A norm as it was, but for how it is computed."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(…, D) → (…, D)."""
+        if hidden_states.device.type != "cpu" or hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return cast(Tensor, Normed.apply(hidden_states, self.weight, self.variance_epsilon))
+
+
+class Normed(torch.autograd.Function):
+    """w · x / √(mean x² + ε) over the last dimension of x (…, D), w (D,), and its gradients. Sums are fp32, rounding is transformers'."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        full = states.float()
+        scale = full.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(states, weight, scale)
+        return _scaled(states, full, scale).to(states.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        states, weight, scale = ctx.saved_tensors
+        of_states, of_weight, _ = ctx.needs_input_grad
+        normed = _scaled(states, states.float(), scale)
+        for_weight = (slopes[0] * normed.to(states.dtype)).flatten(0, -2).sum(0) if of_weight else None
+        if not of_states:
+            return None, for_weight, None
+        pull = (slopes[0] * weight).float()
+        along = torch.linalg.vecdot(pull, normed).div_(states.shape[-1])[..., None]
+        return pull.addcmul_(normed, along, value=-1).mul_(scale).to(states.dtype), for_weight, None
+
+
+def _scaled(states: Tensor, full: Tensor, scale: Tensor) -> Tensor:
+    """fp32 states times a scale, in their own place where they are a copy."""
+    return full * scale if full is states else full.mul_(scale)
