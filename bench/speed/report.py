@@ -50,7 +50,7 @@ def collect(cases: Iterable[Case]) -> list[Case]:
         found.append(one)
         ratios = " ".join(f"{ratio:.2f}" for ratio in one["ratios"])
         said = f"{one['name']}: {one['ours']:.4g} against {one['peer']:.4g} {one['unit']}, rounds {ratios}"
-        print(f"{said}, of processor time {one['processor_ratio']:.2f}", file=sys.stderr, flush=True)
+        print(f"{said}, of processor time {one['processor_ratio']:.2f}", one["setting"], sep="\n", file=sys.stderr, flush=True)
     return found
 
 
