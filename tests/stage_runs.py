@@ -238,7 +238,7 @@ def print_where_it_listens(_root: Path) -> None:
 
 
 def pad_instead_of_packing() -> None:
-    for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.ppo", "rlhf.rollout.experience"):
+    for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.updates", "rlhf.rollout.experience"):
         import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 
@@ -263,15 +263,15 @@ def padded(sequences: Sequence[Sequence[int]], device: Any) -> Packed:
 
 
 def misstate_log_probs() -> None:
-    from rlhf.stages import ppo
+    from rlhf.stages import answering
 
-    generate = ppo.generate
+    generate = answering.generate
 
     def generate_and_misstate(*arguments: Any, **options: Any) -> Any:
         rollouts = generate(*arguments, **options)
         return replace(rollouts, log_probs=[[value - 0.01 for value in row] for row in rollouts.log_probs])
 
-    ppo.generate = generate_and_misstate
+    answering.generate = generate_and_misstate
 
 
 def compare_rollouts_with_the_weights() -> None:

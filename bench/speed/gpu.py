@@ -40,8 +40,8 @@ from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
-from rlhf.stages import ppo
-from rlhf.stages.ppo_setup import load_models
+from rlhf.stages import answering, ppo
+from rlhf.stages.updates import mini_batches
 
 PROMPTS, TOKENS, LIMIT = 64, 256, 256
 PLANS = ("full", "varied")
@@ -132,7 +132,7 @@ def measure(family: str, rounds: int, result: Any) -> None:
         rates = {"memory": memory_rate(device), "products": matrix_rate(device, torch.bfloat16)}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        models = load_models(job, place.tokenizer, device)
+        models, critic = ppo.load_models(job, place.tokenizer, device)
         actor = models.actor.module
         for plan in PLANS:
             lengths = planned_lengths(PROMPTS, LIMIT, plan)
@@ -143,9 +143,9 @@ def measure(family: str, rounds: int, result: Any) -> None:
             mine, others = (sum(lengths) / statistics.median(pair[side] for pair in seconds) for side in (0, 1))
             ratios = [other / one for one, other in seconds]
             generations.append(Generation(family, actor.num_parameters(), plan, mine, others, ratios, sum(lengths) / least))
-        setattr(ppo, "generate", endless)  # noqa: B010  # its type would not take it
-        clocks = [ppo_step(job, models, prompts, step, device) for step in range(rounds + 1)][1:]
-        phases = shares(family, models, clocks, rates["products"])
+        setattr(answering, "generate", endless)  # noqa: B010  # its type would not take it
+        clocks = [ppo_step(job, models, critic, prompts, step, device) for step in range(rounds + 1)][1:]
+        phases = shares(family, models, critic, clocks, rates["products"])
         found = {
             "machine": torch.cuda.get_device_name(device),
             "bytes_per_second": rates["memory"],
@@ -190,26 +190,26 @@ def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -
     assert made.shape == (len(prompts), max(lengths))
 
 
-def ppo_step(job: Any, models: Any, prompts: list[list[int]], step: int, device: torch.device) -> Clock:
+def ppo_step(job: Any, models: Any, critic: Any, prompts: list[list[int]], step: int, device: torch.device) -> Clock:
     """Steps 1 to 4 of stage ppo, as its `main` has them."""
     clock = Clock(device)
-    rollouts = ppo.roll_out(job, models, prompts, step, clock)
-    experience = Experience.of(ppo.score(job, models, rollouts), device)
+    rollouts = answering.roll_out(job, models, prompts, ppo.answer_seeds(job, step, len(prompts)), step, clock)
+    experience = Experience.of(ppo.score(job, models, critic, rollouts), device)
     clock.stop("scoring")
     targets, _ = ppo.advantages(experience, job.params.ppo, job.params.ppo.kl.coefficient)
-    ppo.update(job, models, experience, targets, [], step)
+    ppo.update(job, models, critic, experience, targets, mini_batches(job, experience, [], None, step), step)
     clock.stop("training")
     return clock
 
 
-def shares(family: str, models: Any, clocks: list[Clock], rate: float) -> list[Phase]:
+def shares(family: str, models: Any, critic: Any, clocks: list[Clock], rate: float) -> list[Phase]:
     """What each phase took, and how much of the matrix rate its products come to."""
     tokens, answered = PROMPTS * (TOKENS + LIMIT), PROMPTS * LIMIT
-    actor, critic = Products.of(models.actor.module), Products.of(models.critic.module)
+    actor, valuing = Products.of(models.actor.module), Products.of(critic.module)
     operations = {
         "generation": actor.forward(tokens, answered),
-        "scoring": 2 * actor.forward(tokens, answered) + 2 * critic.forward(tokens),  # actor and reference, critic and reward model
-        "training": actor.training(tokens, answered) + critic.training(tokens),
+        "scoring": 2 * actor.forward(tokens, answered) + 2 * valuing.forward(tokens),  # with reference and reward model
+        "training": actor.training(tokens, answered) + valuing.training(tokens),
     }
     operations["step"] = sum(operations.values())
     counted = {"generation": answered, "scoring": tokens, "training": tokens, "step": answered}

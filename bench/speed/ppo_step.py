@@ -41,8 +41,9 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.generate import Rollouts, generate
-from rlhf.stages import ppo
-from rlhf.stages.ppo_setup import load_models, read_prompts
+from rlhf.stages import answering, ppo
+from rlhf.stages.answering import read_prompts
+from rlhf.stages.updates import deal, mini_batches
 
 NO_TOKEN = -1
 TOLERANCE = 1e-4
@@ -180,7 +181,7 @@ def obey(plan: Plan, job: Job) -> None:
         ends = [lengths[tuple(prompt)] for prompt in prompts]
         return generate(model, prompts, *arguments, **options | {"eos_id": NO_TOKEN, "stop": lambda i, answer: len(answer) == ends[i]})
 
-    ppo.generate = planned  # type: ignore[assignment]  # arguments pass through it as they come
+    answering.generate = planned  # type: ignore[assignment]  # arguments pass through it as they come
 
 
 def reference_loop(pause: Pause, root: Path, plan: Plan) -> None:
@@ -196,7 +197,7 @@ def reference_loop(pause: Pause, root: Path, plan: Plan) -> None:
         answers = reference.generate(models.actor, rows, ends, models.pad_id)
         batch = reference.Batch.of(rows, answers, ends, models.pad_id)
         experience = reference.experience(models, batch, params, params.kl.coefficient)
-        reference.update(models, batch, experience, ppo.mini_batches(job, len(rows), step), params)
+        reference.update(models, batch, experience, deal(job, len(rows), step), params)
         pause()
 
 
@@ -283,14 +284,14 @@ def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
     device, params, beta = start(job), job.params.ppo, job.params.ppo.kl.coefficient
     prompts = asked(job)
     obey(plan, job)
-    ours, theirs = load_models(job, place.tokenizer, device), reference.load(job, place.tokenizer)
-    rollouts = ppo.roll_out(job, ours, prompts, 0, Clock(device))
-    e = Experience.of(ppo.score(job, ours, rollouts), device)
+    (ours, critic), theirs = ppo.load_models(job, place.tokenizer, device), reference.load(job, place.tokenizer)
+    rollouts = answering.roll_out(job, ours, prompts, ppo.answer_seeds(job, 0, len(prompts)), 0, Clock(device))
+    e = Experience.of(ppo.score(job, ours, critic, rollouts), device)
     targets, _ = ppo.advantages(e, params, beta)
     batch = reference.Batch.of(prompts, pad_rows(rollouts.answers, theirs.pad_id), rollouts.lengths, theirs.pad_id)
     known = reference.experience(theirs, batch, params, beta)
-    stats = ppo.update(job, ours, e, targets, [], 0)
-    losses = reference.update(theirs, batch, known, ppo.mini_batches(job, len(prompts), 0), params)
+    stats = ppo.update(job, ours, critic, e, targets, mini_batches(job, e, [], None, 0), 0)
+    losses = reference.update(theirs, batch, known, deal(job, len(prompts), 0), params)
     tensors = {
         "log-probabilities": (e.log_probs, known.log_probs),
         "reference's": (e.reference_log_probs, known.reference_log_probs),
@@ -299,7 +300,7 @@ def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
         "advantages": (targets.advantages, known.advantages),
         "returns": (targets.returns, known.returns),
         "actor": _weights(ours.actor.module, theirs.actor),
-        "critic": _weights(ours.critic.module, theirs.critic),
+        "critic": _weights(critic.module, theirs.critic),
     }
     found = {name: (one - other).abs().max().item() for name, (one, other) in tensors.items()}
     return found | {name: abs(stats[name] - loss) for name, loss in losses.items()}

@@ -33,6 +33,7 @@ from rlhf.models.scalar import ScalarModel
 from rlhf.rollout.experience import Experience, Layout
 from rlhf.stages import dpo as dpo_stage
 from rlhf.stages import ppo as ppo_stage
+from rlhf.stages.answering import answer_log_probs, answer_values
 from rlhf.tensors import log_probs_and_entropy, mask_from_lengths
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -256,9 +257,9 @@ def step(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp
 @torch.no_grad()
 def test_ppo_log_probs_values_and_scores_are_trls(step: TrlStep) -> None:
     at = Layout.of(step.sequences, step.prompt_lengths, step.mask.shape[1], torch.device("cpu"))
-    near(ppo_stage.answer_log_probs(step.models["actor"], at, TEMPERATURE), step.log_probs * step.mask)
-    near(ppo_stage.answer_log_probs(step.models["reference"], at, TEMPERATURE), step.reference_log_probs * step.mask)
-    near(ppo_stage.answer_values(ScalarModel(step.models["critic"]), at), step.values * step.mask)
+    near(answer_log_probs(step.models["actor"], at, TEMPERATURE), step.log_probs * step.mask)
+    near(answer_log_probs(step.models["reference"], at, TEMPERATURE), step.reference_log_probs * step.mask)
+    near(answer_values(ScalarModel(step.models["critic"]), at), step.values * step.mask)
     near(ScalarModel(step.models["reward"])(**at.packed.inputs)[at.packed.last], step.scores)
 
 

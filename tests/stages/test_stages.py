@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, write_lines
 from rlhf.models.dialogues import encode_prompt
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages.ppo_setup import read_prompts
+from rlhf.stages.answering import read_prompts
 from rlhf.stages.reward import read_pairs
 from rlhf.stages.sft import read_rows
 from tests.stage_runs import TRAINED, make_workspace, run, set_params, table, tiny_params
@@ -283,7 +284,7 @@ def test_rows_that_are_all_too_long_are_an_error(unbroken: Path, tmp_path: Path)
     with pytest.raises(UserError, match=r"reward\.jsonl: none of \d+ pairs fits in 5 tokens .*raise reward's max_tokens"):
         read_pairs(job, tokenizer, "data/prepared/reward.jsonl", 5)
     with pytest.raises(UserError, match=r"ppo\.max_prompt_tokens: none of \d+ prompts fits in 5 tokens"):
-        read_prompts(job, tokenizer)
+        read_prompts(replace(job, stage="ppo"), tokenizer)
     root = tmp_path / "root"
     shutil.copytree(unbroken, root, ignore=shutil.ignore_patterns("runs"))
     set_params(root, raw)

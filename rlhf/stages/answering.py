@@ -1,0 +1,173 @@
+"""What the stages that learn from their own answers share before they learn: prompts, models, rollout and scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config.training import Ppo, peak
+from rlhf.engine.distributed import equal_micro_batches
+from rlhf.engine.ema import Ema
+from rlhf.engine.partition import born
+from rlhf.engine.setup import frozen, settings, train_engine
+from rlhf.engine.speed import Clock
+from rlhf.errors import UserError
+from rlhf.job import Job, read_lines
+from rlhf.models import lora
+from rlhf.models.contents import encode_passages
+from rlhf.models.dialogues import encode_dialogues
+from rlhf.models.policy import check_length, load_policy, logits_at
+from rlhf.models.scalar import ScalarModel, load_scalar, values_at
+from rlhf.rollout.experience import Experience, Layout, Scored
+from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.weights import policy_weights
+from rlhf.tensors import token_log_probs
+
+
+@dataclass
+class Models:
+    """The policy, and the frozen models that say something of its answers."""
+
+    actor: DeepSpeedEngine
+    reference: lora.Reference
+    reward: ScalarModel
+    adapters: lora.Adapters | None  # of the actor
+    ema: Ema | None
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+
+def section(job: Job) -> Ppo:
+    """The stage's own values."""
+    return getattr(job.params, job.stage)
+
+
+def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], int]:
+    """The prompts as token ids, and how many were left out as too long.
+
+    Raises:
+        UserError: none fits.
+    """
+    limit = section(job).max_prompt_tokens
+    rows = read_lines(job.input("data/prepared/ppo.jsonl"))
+    prompts = encode_dialogues(tokenizer, (row["prompt"] for row in rows))
+    encoded = [{"row": row, "ids": ids} for row, (ids, _) in zip(rows, prompts, strict=True)]
+    fitting = [row for row in encoded if len(row["ids"]) <= limit]
+    if not fitting:
+        raise UserError(f"{job.stage}.max_prompt_tokens: none of {len(rows)} prompts fits in {limit} tokens", remedy="raise it")
+    return fitting, len(rows) - len(fitting)
+
+
+def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The passages that are mixed in; none where they count nothing."""
+    params = section(job)
+    if not params.mixture_coefficient:
+        return []
+    width = params.max_prompt_tokens + params.max_answer_tokens
+    texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
+    return [[*ids, tokenizer.eos_token_id][:width] for ids in encode_passages(tokenizer, texts)]
+
+
+def load_reward(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> ScalarModel:
+    with born(settings(job, "reward")):
+        reward = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision)
+    return frozen(reward, job, "reward", device)
+
+
+def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device, updates: int) -> Models:
+    """All but a critic; the actor's schedule spans so many updates."""
+    params = section(job)
+    reward = load_reward(job, tokenizer, device)
+    with born(settings(job, "policy")):
+        actor = load_policy(job.input("models/sft"), job.params.launch.precision)
+    key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens"
+    check_length(actor, params.max_prompt_tokens + params.max_answer_tokens, key)
+    adapters = lora.attach(actor, params.actor_lora, "models/sft", f"{job.stage}.actor_lora", job)
+    return Models(
+        actor=train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", updates),
+        reference=lora.reference(adapters, job, job.input("models/sft"), device),
+        reward=reward,
+        adapters=adapters,
+        ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
+        tokenizer=tokenizer,
+    )
+
+
+def roll_out(job: Job, models: Models, prompts: list[list[int]], seeds: Sequence[int], step: int, clock: Clock) -> Rollouts:
+    """An answer to each of this rank's prompts, from the weights as they are."""
+    params = section(job)
+    sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
+    ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
+    rollout = job.params.launch.rollout
+    actor = models.actor.module
+    with policy_weights(actor, rollout.gather) as together:
+        clock.stop("switching")
+        rollouts = generate(actor, prompts, seeds, sampling, **ids, slots=rollout.slots, policy_version=step, together=together)
+        clock.stop("generation")
+    clock.stop("switching")
+    return rollouts
+
+
+def in_parts(job: Job, rollouts: Rollouts) -> list[list[int]]:
+    """Numbers of this rank's answers, by forward pass."""
+    numbers = range(len(rollouts.answers))
+    return equal_micro_batches(numbers, lambda i: len(rollouts.prompts[i]) + len(rollouts.answers[i]), job)
+
+
+@torch.no_grad()
+def score(job: Job, models: Models, rollouts: Rollouts, parts: Iterable[list[int]], critic: DeepSpeedEngine | None = None) -> list[Scored]:
+    """What the frozen models, and the critic where there is one, say of each answer of this rank.
+
+    Nothing is read until all forward passes have been asked for: a GPU computes one micro-batch while the next is laid out.
+    """
+    params, device = section(job), models.actor.device
+    # decoding and training round differently in half precision, and the ratio must start at 1
+    exact = job.params.launch.precision == "fp32"
+    found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
+    for index in parts:
+        sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
+        at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], max(len(rollouts.answers[i]) for i in index), device)
+        scores = scores_of(models, at)
+        with models.reference() as model:
+            reference = answer_log_probs(model, at, params.temperature)
+        values = answer_values(critic, at) if critic else reference[:, :0]
+        again = [] if exact else [answer_log_probs(models.actor.module, at, params.temperature)]
+        found.append((index, [scores, reference, values, *again]))
+    scored: dict[int, Scored] = {}
+    for index, said in found:
+        scores, reference, values, *again = (numbers.cpu() for numbers in said)
+        for row, i in enumerate(index):
+            length = len(rollouts.answers[i])
+            log_probs = again[0][row, :length].clone() if again else torch.tensor(rollouts.log_probs[i])
+            of_tokens = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
+            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row].item(), *of_tokens)
+    return [scored[i] for i in range(len(rollouts.answers))]
+
+
+def scores_of(models: Models, at: Layout) -> Tensor:
+    """What each answer (B,) is worth: the reward model's score in its own standard deviations."""
+    return (values_at(models.reward, at.packed, at.packed.last) - models.reward.mean) / models.reward.std
+
+
+def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:
+    """Log-probability of each answer token (B, A), 0 beyond the end."""
+    return at.fill(token_log_probs(logits_at(model, at.packed, at.before), at.targets, temperature))
+
+
+def answer_values(critic: Any, at: Layout) -> Tensor:
+    return at.fill(values_at(critic, at.packed, at.before))
+
+
+def answer_kl(experience: Experience) -> Tensor:
+    """Σ log π(token) − log π_ref(token) over each answer (B,)."""
+    return ((experience.log_probs - experience.reference_log_probs) * experience.mask).sum(-1)
