@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf.config import Params
-from rlhf.config.data import ColumnSource, NamedSource
+from rlhf.config.data import ColumnSource, NamedSource, VerifiableSource
 from rlhf.data.folders import split_of
 from rlhf.data.formats import BY_DESIGN, Quarantined, read
 from rlhf.data.validate import Checker
@@ -19,7 +19,7 @@ from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.workspace import presets
 
-AnyFileSource = ColumnSource | NamedSource
+AnyFileSource = ColumnSource | VerifiableSource | NamedSource
 # rows that a new file may well share with the ones there
 KNOWN = BY_DESIGN | {"duplicate"}
 

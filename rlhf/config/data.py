@@ -17,6 +17,7 @@ SLICES_OF_KIND: dict[str, frozenset[str]] = {
     "prompts": frozenset({"ppo", "heldout"}),
     "messages": frozenset({"text", "sft", "ppo", "heldout"}),
     "pairs": frozenset({"text", "sft", "reward", "ppo", "judge", "heldout"}),
+    "verifiable": frozenset({"ppo", "heldout"}),
 }
 
 
@@ -46,7 +47,9 @@ class SandboxSource(Section):
 
     name: Slug = Field(description=_NAME)
     format: Literal["sandbox"]
-    kind: Literal["text", "messages", "pairs", "prompts"] = Field(description="what each row is")
+    kind: Literal["text", "messages", "pairs", "prompts", "verifiable"] = Field(
+        description="what each row is; verifiable: a prompt with the right answer as its reference"
+    )
     rows: PositiveInt = Field(description="how many rows to make")
     label_noise: Fraction = Field(description="share of pairs whose preference label is flipped (kind pairs only)")
     split: Split
@@ -104,6 +107,24 @@ class ColumnSource(FileSource):
         return {"hh": "pairs", "qa": "messages"}.get(self.format, self.format)
 
 
+class VerifiableColumns(Section):
+    """Names of the columns (or JSON keys) that the format reads; reward functions get all others too."""
+
+    prompt: str = Field(description="the prompt, text or a message list")
+    reference: str = Field(description="what is right: any JSON value, for reward functions to compare an answer with")
+
+
+class VerifiableSource(FileSource):
+    """Prompts whose answers a program can check, with columns of any name."""
+
+    format: Literal["verifiable"] = Field(description="how a row is read")
+    columns: VerifiableColumns
+
+    @property
+    def kind(self) -> str:
+        return "verifiable"
+
+
 PairsDataset = Literal[
     "rm-static",
     "full-hh-rlhf",
@@ -122,22 +143,38 @@ PairsDataset = Literal[
 MessagesDataset = Literal[
     "kto", "alpaca", "sharegpt", "vicuna", "oasst", "zhihu-kol", "hc3", "mkqa-zh", "mkqa-ja", "qg-jaquad", "qag-jaquad"
 ]
+VerifiableDataset = Literal[
+    "gsm8k",
+    "math",
+    "dapo-math",
+    "verl",
+    "problem-answer",
+    "big-math",
+    "openr1-math",
+    "deepmath",
+    "webinstruct-verified",
+    "rlvr",
+    "ifeval",
+]
 
 
 class NamedSource(FileSource):
     """Rows of a public dataset, read by its own columns (rlhf/data/named.py)."""
 
-    format: Literal[PairsDataset, MessagesDataset] = Field(description="which dataset it is")
+    format: Literal[PairsDataset, MessagesDataset, VerifiableDataset] = Field(description="which dataset it is")
 
     @property
     def kind(self) -> str:
-        return "pairs" if self.format in get_args(PairsDataset) else "messages"
+        kinds = {"pairs": PairsDataset, "messages": MessagesDataset, "verifiable": VerifiableDataset}
+        return next(kind for kind, datasets in kinds.items() if self.format in get_args(datasets))
 
 
 FORMATS = tuple(
-    name for source in (SandboxSource, ColumnSource, NamedSource) for name in get_args(source.model_fields["format"].annotation)
+    name
+    for source in (SandboxSource, ColumnSource, VerifiableSource, NamedSource)
+    for name in get_args(source.model_fields["format"].annotation)
 )
-Source = Annotated[SandboxSource | ColumnSource | NamedSource, Field(discriminator="format")]
+Source = Annotated[SandboxSource | ColumnSource | VerifiableSource | NamedSource, Field(discriminator="format")]
 
 
 class Data(Section):

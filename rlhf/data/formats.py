@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source
+from rlhf.config.data import Columns, ColumnSource, FileSource, NamedSource, SandboxSource, Source, VerifiableSource
+from rlhf.data import verifiable
 from rlhf.data.fields import BadRow, Fields, Record, Turn, Turns, Unparsed, Unreadable, check_texts, string
 from rlhf.data.jsons import of_line, parsed
 from rlhf.data.named import DATASETS
@@ -39,11 +40,14 @@ class Row:
     gold: dict[str, Any] | None = None
     beside: dict[str, Any] | None = None  # what the answer holds beside its text: calls of tools, thoughts
     unread: tuple[str, ...] = ()  # columns and fields of turns that nothing reads
+    reference: Any = None  # of a verifiable row: what is right
+    columns: dict[str, Any] | None = None  # and what else reward functions get
 
     @property
     def content(self) -> dict[str, Any]:
         """What makes the row the same as another one."""
         fields = {"prompt": self.prompt or None, "chosen": self.chosen, "rejected": self.rejected, "text": self.text, "beside": self.beside}
+        fields |= {"reference": self.reference}
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -131,7 +135,7 @@ class Seen:
             raise UserError(
                 f"{key}: no row of {file} has a column {columns}; its columns are {', '.join(map(repr, self.present))}{whole}",
                 remedy=f"{self._named(key, {name: needed[name] for name in gone})} in params.yaml, or another format"
-                if isinstance(source, ColumnSource)
+                if isinstance(source, ColumnSource | VerifiableSource)
                 else f"set another {key}.format in params.yaml",
             )
 
@@ -232,6 +236,11 @@ def _reader(source: Source) -> tuple[dict[str, str], Callable[[Record], Fields]]
     if isinstance(source, NamedSource):
         dataset = DATASETS[source.format]
         return {column: column for column in dataset.columns}, dataset.parse
+    if isinstance(source, VerifiableSource):
+        prompt, reference = source.columns.prompt, source.columns.reference
+        return {"prompt": prompt, "reference": reference}, lambda record: verifiable.general(record, prompt, reference)
+    if source.kind == "verifiable":
+        return {}, lambda record: {name: record[name] for name in ("prompt", "reference", "columns")}
     columns = source.columns if isinstance(source, ColumnSource) else _SANDBOX_COLUMNS
     names, parse = _FORMATS[source.format if isinstance(source, ColumnSource) else source.kind]
     given = {name: getattr(columns, name) for name in names}

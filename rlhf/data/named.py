@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data import ranked
+from rlhf.data import ranked, verifiable
 from rlhf.data.fields import BadRow, Fields, Record, Records, Turn, Turns, name_of, number, string, value_at
 from rlhf.data.turns import asks, demonstration, keyed_turns, marked_turns
 
@@ -193,3 +193,4 @@ DATASETS: dict[str, Dataset] = {
     "qg-jaquad": Dataset("lmqg/qg_jaquad", ("question", "sentence"), question_answer(("question",), ("sentence",))),
     "qag-jaquad": Dataset("lmqg/qag_jaquad", ("questions", "paragraph"), question_answer(("questions", 0), ("paragraph",))),
 }
+DATASETS |= {name: Dataset(hub, columns, parse, gather) for name, hub, columns, parse, gather in verifiable.layouts()}

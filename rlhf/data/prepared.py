@@ -39,7 +39,8 @@ def as_pair(row: Row) -> dict[str, Any]:
 
 
 def as_prompt(row: Row) -> dict[str, Any]:
-    return {"prompt": row.prompt, "gold": row.gold}
+    line = {"prompt": row.prompt, "gold": row.gold}
+    return line | {"source": row.source, "reference": row.reference, "columns": row.columns} if row.kind == "verifiable" else line
 
 
 # ------------------------------------------------------------------------------------------------------------- packed

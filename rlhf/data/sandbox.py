@@ -75,7 +75,7 @@ def gold_score(gold: Gold, answer: str) -> float:
 
 
 def make_rows(kind: str, rows: int, seed: int, label_noise: float) -> list[dict[str, Any]]:
-    """Distinct rows of one kind (text, messages, pairs or prompts), the same for the same seed.
+    """Distinct rows of one kind (text, messages, pairs, prompts or verifiable), the same for the same seed.
 
     Args:
         label_noise: share of pairs whose chosen and rejected are swapped.
@@ -85,6 +85,7 @@ def make_rows(kind: str, rows: int, seed: int, label_noise: float) -> list[dict[
         "messages": _demonstration,
         "prompts": _prompt_row,
         "pairs": partial(_pair, label_noise=label_noise),
+        "verifiable": _verifiable_row,
     }
     make = makers[kind]
     rng = random.Random(f"sandbox/{kind}/{seed}")
@@ -180,6 +181,13 @@ def _demonstration(rng: random.Random) -> dict[str, Any]:
 def _prompt_row(rng: random.Random) -> dict[str, Any]:
     prompt, gold = _prompt(rng)
     return {"prompt": prompt, "gold": gold}
+
+
+def _verifiable_row(rng: random.Random) -> dict[str, Any]:
+    """A prompt with its right value, for a reward function; the gold score reads `gold`, which no function gets."""
+    row = _prompt_row(rng)
+    gold = row["gold"]
+    return row | {"prompt": tuple(row["prompt"]), "reference": gold["answer"], "columns": {"kind": gold["kind"]}}
 
 
 def _pair(rng: random.Random, label_noise: float) -> dict[str, Any]:

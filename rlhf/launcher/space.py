@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rlhf.config import Params
-from rlhf.config.data import ColumnSource, NamedSource
+from rlhf.config.data import FileSource
 from rlhf.config.training import BuiltBase, Lora, PretrainedBase
 from rlhf.errors import UserError
 
@@ -95,7 +95,7 @@ def estimate(root: Path, stage: str, params: Params, base: int | None = None) ->
         records = params.ppo.steps * params.ppo.rollout_batch_size * (params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens) * TOKEN
         checkpoint += AVERAGE * models[0] if params.ppo.ema_decay else 0
     if stage == "prepare":
-        records = sum(_raw(root, source) for source in params.data.sources if isinstance(source, ColumnSource | NamedSource))
+        records = sum(_raw(root, source) for source in params.data.sources if isinstance(source, FileSource))
     return Estimate(params.launch.checkpoints.keep + 2, checkpoint, sum(models) * WEIGHT[precision], records)
 
 
@@ -143,7 +143,7 @@ def weights(folder: Path) -> int:
     return count
 
 
-def _raw(root: Path, source: ColumnSource | NamedSource) -> int:
+def _raw(root: Path, source: FileSource) -> int:
     """Bytes of a source's rows, packed and as JSON lines; those of a hub dataset are not known before it is there."""
     if source.path is None:
         return 0

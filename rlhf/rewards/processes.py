@@ -31,6 +31,8 @@ class Worker:
 
     def __init__(self, entries: Mapping[str, FunctionReward], root: Path) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in HIDDEN} | SHOWN
+        given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, given))  # they start in another folder
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "rlhf.rewards.worker", str(os.getpid())],
             cwd=root,
