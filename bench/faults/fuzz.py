@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -233,7 +234,7 @@ def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
 
 def of_graph(root: Path, chance: random.Random) -> str:
     """Read a changed dvc.yaml."""
-    text = presets.graph(REPOSITORY, chance.choice(("ppo", "dpo")))
+    text = presets.graph(REPOSITORY, chance.choice(_params()))
     raw = mutate(text, chance)
     (root / "dvc.yaml").write_bytes(raw)
     try:
@@ -249,6 +250,13 @@ def of_graph(root: Path, chance: random.Random) -> str:
         assert sorted(node.written) == sorted(set(listed)), f"other outputs of {name}"
         assert set(node.inputs) == set(_paths(written[name].get("deps", []))), f"other inputs of {name}"
     return "loaded"
+
+
+@cache
+def _params() -> list[config.Params]:
+    """The sandbox's, with each algorithm that has a graph of its own."""
+    raw = config.read(REPOSITORY / "presets/sandbox.yaml")
+    return [config.validate(raw | {"algorithm": algorithm}, "params.yaml") for algorithm in config.STAGES_OF]
 
 
 def _paths(entries: list[Any]) -> list[str]:

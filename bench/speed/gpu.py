@@ -194,7 +194,7 @@ def ppo_step(job: Any, models: Any, critic: Any, prompts: list[list[int]], step:
     """Steps 1 to 4 of stage ppo, as its `main` has them."""
     clock = Clock(device)
     rollouts = answering.roll_out(job, models, prompts, ppo.answer_seeds(job, step, len(prompts)), step, clock)
-    experience = Experience.of(ppo.score(job, models, critic, rollouts), device)
+    experience = Experience.of(ppo.score(job, models, critic, [], rollouts), device)
     clock.stop("scoring")
     targets, _ = ppo.advantages(experience, job.params.ppo, job.params.ppo.kl.coefficient)
     ppo.update(job, models, critic, experience, targets, mini_batches(job, experience, [], None, step), step)

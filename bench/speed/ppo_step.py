@@ -286,7 +286,7 @@ def _differences(place: Workspace, plan: Plan) -> dict[str, float]:
     obey(plan, job)
     (ours, critic), theirs = ppo.load_models(job, place.tokenizer, device), reference.load(job, place.tokenizer)
     rollouts = answering.roll_out(job, ours, prompts, ppo.answer_seeds(job, 0, len(prompts)), 0, Clock(device))
-    e = Experience.of(ppo.score(job, ours, critic, rollouts), device)
+    e = Experience.of(ppo.score(job, ours, critic, [], rollouts), device)
     targets, _ = ppo.advantages(e, params, beta)
     batch = reference.Batch.of(prompts, pad_rows(rollouts.answers, theirs.pad_id), rollouts.lengths, theirs.pad_id)
     known = reference.experience(theirs, batch, params, beta)

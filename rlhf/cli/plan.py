@@ -29,9 +29,9 @@ def check(root: Path) -> Findings:
     findings = Findings()
     with findings.collecting():
         fingerprint.check_algorithm(fingerprint.read_graph(root), params)
-        if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params.algorithm):
+        if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params):
             findings.notes.append("dvc.yaml is not as `rlhf use` writes it: DVC does not see a change of what it does not list")
-    found = plan.check(root, params, config.STAGES_OF[params.algorithm])
+    found = plan.check(root, params, params.stages)
     with found.collecting():
         pinned.check(root, params)
     plan.check_champion(root, params, found)

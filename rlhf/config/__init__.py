@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from rlhf.config import text
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
+from rlhf.config.rewards import RewardEntry, check_rewards
 from rlhf.config.section import Section
 from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
@@ -31,9 +32,9 @@ PARAMS_OF_STAGE = {
     "base": ("seed", "base", "launch.precision"),
     "sft": ("seed", "sft", "launch.precision"),
     "reward": ("seed", "reward", "launch.precision"),
-    "ppo": ("seed", "ppo", "launch.precision"),
+    "ppo": ("seed", "ppo", "rewards", "launch.precision"),
     "dpo": ("seed", "dpo", "launch.precision"),
-    "evaluate": ("seed", "algorithm", "data", "evaluate", "launch.precision", "ppo.max_prompt_tokens", "ppo.max_answer_tokens"),
+    "evaluate": ("seed", "algorithm", "data", "evaluate", "rewards", "launch.precision", "ppo.max_prompt_tokens", "ppo.max_answer_tokens"),
 }
 # What evaluate reads besides, by algorithm.
 PARAMS_OF_EVALUATION = {"ppo": ("reward.max_tokens",), "dpo": ("dpo.max_tokens", "dpo.reference")}
@@ -51,6 +52,7 @@ class Params(Section):
     base: Base
     sft: Sft
     reward: Reward
+    rewards: list[RewardEntry] = Field(min_length=1, description="what answers are scored by: the sum of weight × score is trained on")
     ppo: Ppo
     dpo: Dpo
     evaluate: Evaluate
@@ -59,17 +61,55 @@ class Params(Section):
     launch: Launch
     tracking: Tracking
 
+    @property
+    def trains_reward(self) -> bool:
+        """Whether there is a stage reward: its model scores the answers that the policy learns from."""
+        return self.algorithm != "dpo" and any(entry.kind == "model" for entry in self.rewards)
+
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether anything is trained on preference pairs; else what a program checks is all there is to judge by."""
+        return self.algorithm == "dpo" or self.trains_reward
+
+    @property
+    def trains_judge(self) -> bool:
+        """Whether evaluate trains a second reward model: a model was trained by pairs, and there is no gold score to judge it."""
+        return self.reads_pairs and not self.data.has_gold
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of a run, in order."""
+        return tuple(stage for stage in STAGES_OF[self.algorithm] if stage != "reward" or self.trains_reward)
+
+    @property
+    def reward_files(self) -> list[str]:
+        """The workspace's files that reward functions stand in."""
+        return sorted({entry.file for entry in self.rewards if entry.kind == "function" and entry.file})
+
+    @model_validator(mode="after")
+    def _rewards(self) -> Params:
+        try:
+            check_rewards(self.rewards, self.algorithm, self.data)
+        except ValueError as error:
+            raise ValueError(f"rewards: {error}") from None
+        checks = any(entry.kind != "model" and entry.right_from is not None for entry in self.rewards)
+        if not (self.reads_pairs or self.data.has_gold or checks):
+            raise ValueError("rewards: evaluate has nothing to judge by: give an entry right_from, the score from which an answer is right")
+        return self
+
     @model_validator(mode="after")
     def _every_stage_has_data(self) -> Params:
         with_ppo = self.algorithm == "ppo"
-        needs = {"sft": "sft needs demonstrations", "reward": f"{'reward' if with_ppo else 'dpo'} needs preference pairs"}
+        needs = {"sft": "sft needs demonstrations"}
+        if self.reads_pairs:
+            needs["reward"] = f"{'reward' if self.trains_reward else 'dpo'} needs preference pairs"
         if with_ppo:
             needs["ppo"] = "ppo needs prompts"
         if self.base.source == "build":
             needs["text"] = "base.source: build needs text to pretrain on"
         elif with_ppo and self.ppo.mixture_coefficient > 0:
             needs["text"] = "ppo.mixture_coefficient above 0 needs text"
-        if not self.data.has_gold:
+        if self.trains_judge:
             needs["judge"] = "evaluate needs pairs for its judge, as these sources have no gold score"
         for slice_name, why in needs.items():
             if not self.data.feeding(slice_name):
@@ -78,8 +118,10 @@ class Params(Section):
                 )
                 raise ValueError(f"data.sources: {why}, but no source has split.{slice_name} above 0; add a source of kind {formats}")
         heldout_kinds = {source.kind for source in self.data.feeding("heldout")}
-        if "pairs" not in heldout_kinds:
+        if self.reads_pairs and "pairs" not in heldout_kinds:
             raise ValueError("data.sources: evaluate needs held-out pairs, but no source of pairs has split.heldout above 0")
+        if not heldout_kinds - {"text"}:
+            raise ValueError("data.sources: evaluate needs held-out prompts, but no source of prompts has split.heldout above 0")
         if self.base.source == "build":
             pairs = self.reward.max_tokens if with_ppo else self.dpo.max_tokens
             longest = max(self.sft.max_tokens, pairs, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
@@ -92,6 +134,7 @@ class Params(Section):
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The values that determine a stage's result, by dotted key: what its graph lists under its params."""
         keys = PARAMS_OF_STAGE[stage] + (PARAMS_OF_EVALUATION[self.algorithm] if stage == "evaluate" else ())
+        keys = tuple(key for key in keys if key != "reward.max_tokens" or self.trains_reward)
         return {key: _at(self.model_dump(mode="json"), key) for key in keys}
 
 

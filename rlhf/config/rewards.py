@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, PositiveInt, field_validator
 
+from rlhf.config.data import Data
 from rlhf.config.section import Fraction, Positive, Section, Slug
 from rlhf.redact import holds_password
 
@@ -63,7 +65,7 @@ class HttpReward(_Checked):
     """A service that takes a batch of answers as JSON."""
 
     kind: Literal["http"]
-    url: Annotated[str, Field(pattern=r"^https?://")] = Field(
+    url: str = Field(
         description="where each batch is posted; a token in the environment, RLHF_REWARD_TOKEN, goes along as `Authorization: Bearer`"
     )
     batch_size: PositiveInt = Field(description="at most so many answers are sent in one request")
@@ -73,7 +75,9 @@ class HttpReward(_Checked):
 
     @field_validator("url")
     @classmethod
-    def _no_password(cls, url: str) -> str:
+    def _is_address(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("it is to begin with http:// or https://")
         if holds_password(url):
             raise ValueError("url holds a password: give it in the environment, as RLHF_REWARD_TOKEN")
         return url
@@ -81,3 +85,27 @@ class HttpReward(_Checked):
 
 CheckedReward = FunctionReward | HttpReward
 RewardEntry = Annotated[ModelReward | FunctionReward | HttpReward, Field(discriminator="kind")]
+
+
+def check_rewards(entries: Sequence[RewardEntry], algorithm: str, data: Data) -> None:
+    """Check the entries together.
+
+    Raises:
+        ValueError: two have one name or are models, one names no source, nothing is trained on, or the algorithm needs a model.
+    """
+    names = [entry.name for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two entries are named '{twice[0]}': give each its own name")
+    models = [entry.name for entry in entries if entry.kind == "model"]
+    if len(models) > 1:
+        raise ValueError(f"entries {' and '.join(models)} are of kind model, but stage reward trains one: take one out")
+    if algorithm == "ppo" and not models:
+        raise ValueError("ppo needs an entry of kind model, as its critic begins as the reward model: add one, or take another algorithm")
+    if algorithm != "dpo" and not any(entry.weight for entry in entries):
+        raise ValueError("every weight is 0, so that nothing would be trained on")
+    known = [source.name for source in data.sources if source.kind == "verifiable"]
+    for entry in entries:
+        unknown = [] if isinstance(entry, ModelReward) else [name for name in entry.sources or () if name not in known]
+        if unknown:
+            there = ", ".join(known) or "there is none"
+            raise ValueError(f"entry '{entry.name}' names source '{unknown[0]}', which is none of kind verifiable ({there})")

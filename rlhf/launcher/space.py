@@ -109,7 +109,7 @@ def _trained(root: Path, stage: str, params: Params, base: int | None) -> list[t
         return [(built_weights(params.base), None)] if isinstance(params.base, BuiltBase) else []
     if stage == "evaluate":
         # where there is no gold score, a judge is trained
-        return [] if params.data.has_gold else [(of("base"), params.evaluate.judge.lora)]
+        return [(of("base"), params.evaluate.judge.lora)] if params.trains_judge else []
     starts: dict[str, list[tuple[str, Lora | None]]] = {
         "sft": [("base", params.sft.lora)],
         "reward": [("base", params.reward.lora)],

@@ -11,7 +11,7 @@ from rlhf.config import Params
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 from rlhf.launcher.launch import check_base, check_base_is_apart
-from rlhf.plan import adapters, launching, memory, rows
+from rlhf.plan import adapters, launching, memory, rewards, rows
 from rlhf.plan.findings import Findings
 from rlhf.workspace.find import home
 
@@ -40,6 +40,8 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
     elif model and model.layers:
         adapters.check(stages, params, model.name, model.layers, findings)
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
+    if {params.algorithm, "evaluate"} & set(stages):
+        rewards.check(root, params, findings)
     gpus, nodes = launching.check(root, stages, params, findings)
     if shape and gpus is not None:
         memory.check(stages, params, shape, gpus, nodes, findings)
@@ -86,7 +88,7 @@ def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
     if "ppo" in stages or "evaluate" in stages:
         lengths["ppo.max_prompt_tokens + ppo.max_answer_tokens"] = both
-    if "evaluate" in stages and not params.data.has_gold:
+    if "evaluate" in stages and params.trains_judge:
         lengths["evaluate.judge.max_tokens"] = params.evaluate.judge.max_tokens
     return lengths
 

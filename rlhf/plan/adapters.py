@@ -37,6 +37,6 @@ def _given(params: Params, stages: Sequence[str]) -> dict[str, Lora | None]:
     adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "dpo") if stage in stages}
     if "ppo" in stages:
         adapters |= {"ppo.actor_lora": params.ppo.actor_lora, "ppo.critic_lora": params.ppo.critic_lora}
-    if "evaluate" in stages and not params.data.has_gold:
+    if "evaluate" in stages and params.trains_judge:
         adapters["evaluate.judge.lora"] = params.evaluate.judge.lora
     return adapters

@@ -109,7 +109,7 @@ def _uneven(stage: str, params: Params, processes: int) -> list[UserError]:
         size: object = params
         for part in key.split("."):
             size = getattr(size, part, None)  # a given base has no batches
-        idle = (stage == "evaluate" and params.data.has_gold) or ("mixture" in key and not params.ppo.mixture_coefficient)
+        idle = (stage == "evaluate" and not params.trains_judge) or ("mixture" in key and not params.ppo.mixture_coefficient)
         if isinstance(size, int) and size % processes and not idle:
             what = f"{key}: a batch of {size} rows cannot be dealt evenly to {processes} processes"
             found.append(UserError(what, remedy=f"make it a multiple of {processes}, or change launch.jobs.{stage}.processes"))

@@ -105,8 +105,8 @@ def models(stage: str, params: Params) -> list[Held]:
     if stage == "ppo":
         actor = Held("policy", True, params.ppo.actor_lora, params.ppo.ema_decay is not None)
         return [actor, Held("critic", True, params.ppo.critic_lora), *(frozen if params.ppo.actor_lora is None else []), Held("reward")]
-    judge = [] if params.data.has_gold else [Held("critic", True, params.evaluate.judge.lora)]
-    return [*frozen, *frozen, *([Held("reward")] if params.algorithm == "ppo" else []), *judge]
+    judge = [Held("critic", True, params.evaluate.judge.lora)] if params.trains_judge else []
+    return [*frozen, *frozen, *([Held("reward")] if params.trains_reward else []), *judge]
 
 
 def need(stage: str, params: Params, shape: Shape, nodes: int = 1) -> Need:

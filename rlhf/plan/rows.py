@@ -130,7 +130,7 @@ def _examples(source: Source, rows: Iterable[Row | Quarantined], params: Params)
             found.append(Example(place, "sft", answered[:1]))
         if uses("reward") or (uses("heldout") and row.rejected is not None):
             found.append(Example(place, "reward", answered))
-        if uses("judge") and not params.data.has_gold:
+        if uses("judge") and params.trains_judge:
             found.append(Example(place, "judge", answered))
         if uses("ppo") or uses("heldout"):
             found.append(Example(place, "ppo", (row.prompt,)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Checkers:
     ranks: int = 1
     seconds: dict[str, float] = field(default_factory=dict)  # what each entry took when last asked
     _functions: Functions | None = None
+    _thread: ThreadPoolExecutor | None = None
 
     @classmethod
     def of(cls, entries: Sequence[RewardEntry], root: Path, ranks: int = 1) -> Checkers:
@@ -52,6 +54,12 @@ class Checkers:
             UserError: a function cannot be loaded.
         """
         return {entry.name: self._of(entry, rows, answers) for entry in self.entries}
+
+    def begin(self, rows: Sequence[Row], answers: Sequence[str]) -> Future[dict[str, list[Outcome]]]:
+        """As `score`, while the caller does something else."""
+        if self._thread is None:  # one, that stays: processes end with the thread that started them
+            self._thread = ThreadPoolExecutor(1)
+        return self._thread.submit(self.score, rows, answers)
 
     def votes(self, name: str, rows: Sequence[Row], answers: Sequence[str]) -> list[str]:
         """What two answers have in common that come to one result, as the function of an entry sees it."""
@@ -90,6 +98,9 @@ class Checkers:
         if self._functions is not None:
             self._functions.close()
             self._functions = None
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
 
 def checked(entries: Sequence[RewardEntry]) -> list[CheckedReward]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf.models.packed import Packed, pack
+from rlhf.rewards.scoring import Outcome
 from rlhf.tensors import mask_from_lengths, send
 
 
@@ -20,10 +21,11 @@ class Scored:
     prompt: list[int]
     answer: list[int]  # end token included where it ended by itself
     ended: bool
-    score: float  # of the reward model, normalised
+    score: float  # what is trained on: the sum over section rewards
     log_probs: Tensor  # (A,) under the policy that sampled
     reference_log_probs: Tensor  # (A,)
     values: Tensor  # (A,) V(s) before each answer token
+    rewards: Mapping[str, Outcome] = field(default_factory=dict)  # by entry of section rewards
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Experience:
     log_probs: Tensor  # (B, A)
     reference_log_probs: Tensor  # (B, A)
     values: Tensor  # (B, A)
+    rewards: Sequence[Mapping[str, Outcome]] = ()  # B, by entry of section rewards
 
     @classmethod
     def of(cls, rows: Sequence[Scored], device: torch.device) -> Experience:
@@ -58,6 +61,7 @@ class Experience:
             log_probs=log_probs,
             reference_log_probs=padded([row.reference_log_probs for row in rows]),
             values=padded([row.values for row in rows]),
+            rewards=[row.rewards for row in rows],
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from rlhf.errors import UserError
 from rlhf.job import Job, read_lines
 from rlhf.models import lora
 from rlhf.models.contents import encode_passages
-from rlhf.models.dialogues import encode_dialogues
+from rlhf.models.dialogues import decode_answer, encode_dialogues
 from rlhf.models.policy import check_length, load_policy, logits_at
 from rlhf.models.scalar import ScalarModel, load_scalar, values_at
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
+from rlhf.stages.rewarding import Rewards
 from rlhf.tensors import token_log_probs
 
 
@@ -37,10 +38,11 @@ class Models:
 
     actor: DeepSpeedEngine
     reference: lora.Reference
-    reward: ScalarModel
+    reward: ScalarModel | None  # None where no entry of section rewards is a model
     adapters: lora.Adapters | None  # of the actor
     ema: Ema | None
     tokenizer: PreTrainedTokenizerBase
+    rewards: Rewards
 
     @property
     def pad_id(self) -> int:
@@ -87,7 +89,7 @@ def load_reward(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
 def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device, updates: int) -> Models:
     """All but a critic; the actor's schedule spans so many updates."""
     params = section(job)
-    reward = load_reward(job, tokenizer, device)
+    reward = load_reward(job, tokenizer, device) if job.params.trains_reward else None
     with born(settings(job, "policy")):
         actor = load_policy(job.input("models/sft"), job.params.launch.precision)
     key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens"
@@ -100,6 +102,7 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
         adapters=adapters,
         ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
         tokenizer=tokenizer,
+        rewards=Rewards.of(job),
     )
 
 
@@ -125,38 +128,52 @@ def in_parts(job: Job, rollouts: Rollouts) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score(job: Job, models: Models, rollouts: Rollouts, parts: Iterable[list[int]], critic: DeepSpeedEngine | None = None) -> list[Scored]:
-    """What the frozen models, and the critic where there is one, say of each answer of this rank.
+def score(
+    job: Job,
+    models: Models,
+    rows: Sequence[Mapping[str, Any]],
+    rollouts: Rollouts,
+    parts: Iterable[list[int]],
+    critic: DeepSpeedEngine | None = None,
+) -> list[Scored]:
+    """What section rewards, the reference, and the critic where there is one, say of each answer of this rank.
 
+    Functions and services are asked meanwhile.
     Nothing is read until all forward passes have been asked for: a GPU computes one micro-batch while the next is laid out.
     """
     params, device = section(job), models.actor.device
+    asked = models.rewards.begin(rows, [decode_answer(models.tokenizer, ids) for ids in rollouts.answers])
     # decoding and training round differently in half precision, and the ratio must start at 1
     exact = job.params.launch.precision == "fp32"
     found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
     for index in parts:
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
         at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], max(len(rollouts.answers[i]) for i in index), device)
-        scores = scores_of(models, at)
+        scores = [model_scores(models.reward, at)] if models.reward else []
         with models.reference() as model:
             reference = answer_log_probs(model, at, params.temperature)
         values = answer_values(critic, at) if critic else reference[:, :0]
         again = [] if exact else [answer_log_probs(models.actor.module, at, params.temperature)]
-        found.append((index, [scores, reference, values, *again]))
+        found.append((index, [reference, values, *scores, *again]))
     scored: dict[int, Scored] = {}
+    outcomes = models.rewards.collect(asked)
     for index, said in found:
-        scores, reference, values, *again = (numbers.cpu() for numbers in said)
+        reference, values, *others = (numbers.cpu() for numbers in said)
+        scores, again = others[: len(scores)], others[len(scores) :]
         for row, i in enumerate(index):
             length = len(rollouts.answers[i])
             log_probs = again[0][row, :length].clone() if again else torch.tensor(rollouts.log_probs[i])
             of_tokens = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
-            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], scores[row].item(), *of_tokens)
+            total, rewards = models.rewards.summed(
+                {name: given[i] for name, given in outcomes.items()}, [part[row].item() for part in scores]
+            )
+            scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], total, *of_tokens, rewards)
     return [scored[i] for i in range(len(rollouts.answers))]
 
 
-def scores_of(models: Models, at: Layout) -> Tensor:
-    """What each answer (B,) is worth: the reward model's score in its own standard deviations."""
-    return (values_at(models.reward, at.packed, at.packed.last) - models.reward.mean) / models.reward.std
+def model_scores(model: ScalarModel, at: Layout) -> Tensor:
+    """The reward model's score of each answer (B,), in its own standard deviations."""
+    return (values_at(model, at.packed, at.packed.last) - model.mean) / model.std
 
 
 def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:

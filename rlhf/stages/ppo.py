@@ -9,8 +9,9 @@ alone, in answering.py, updates.py and records.py.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -66,10 +67,11 @@ def main(job: Job) -> None:
         # 1. rollout
         rollouts = roll_out(job, models, [prompts[i]["ids"] for i in picked], answer_seeds(job, step, len(picked)), step, clock)
         # 2. scores, reference log-probabilities, values: each rank its answers, then all of them on every rank
-        experience = Experience.of(gather(score(job, models, critic, rollouts), job), device)
+        experience = Experience.of(gather(score(job, models, critic, [prompts[i]["row"] for i in picked], rollouts), job), device)
         clock.stop("scoring")
         # 3. rewards and advantages
         targets, stats = advantages(experience, params, controller.beta)
+        stats |= models.rewards.check(job, step + 1, experience)
         # 4. updates
         batches = mini_batches(job, experience, texts, text_order, step)
         stats |= update(job, models, critic, experience, targets, batches, step)
@@ -80,12 +82,13 @@ def main(job: Job) -> None:
 
         history.append({"step": step + 1, **stats})
         cost = report.of(clock, experience, batches[: int(stats["updates"])], actor_learns=step >= params.critic_warmup_steps)
-        job.log(step + 1, params.steps, {**stats, **cost})
+        job.log(step + 1, params.steps, {**stats, **cost, **models.rewards.seconds()})
         records.add(step + 1, [prompts[i]["row"] for i in order.batch(step)], experience, answer_kl(experience))
         if steps.checkpoint_due(step):
             going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes}
             checkpoints.save(job, step + 1, engines, going, stats["reward"], models.ema)
 
+    models.rewards.checkers.close()
     if models.ema:
         models.ema.copy_to(models.actor.module)
     saving.save(job, models.actor.module, tokenizer, job.output("models/ppo"), models.adapters)
@@ -103,7 +106,7 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     with born(settings(job, "critic")):
         critic = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision)
     with torch.no_grad(), written(critic.head.weight):
-        critic.head.weight.div_(models.reward.std)  # in the units of the normalised reward
+        critic.head.weight.div_(models.reward.std if models.reward else 1)  # in the units of the normalised reward
     lora.attach(critic.model, params.critic_lora, "models/reward", "ppo.critic_lora", job)
     return models, train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.steps * updates)
 
@@ -116,9 +119,9 @@ def answer_seeds(job: Job, step: int, count: int) -> list[int]:
     return [job.seed("rollout", step, row * job.world_size + job.rank) for row in range(count)]
 
 
-def score(job: Job, models: Models, critic: DeepSpeedEngine, rollouts: Rollouts) -> list[Scored]:
+def score(job: Job, models: Models, critic: DeepSpeedEngine, rows: Sequence[Mapping[str, Any]], rollouts: Rollouts) -> list[Scored]:
     critic.eval()
-    scored = answering.score(job, models, rollouts, in_parts(job, rollouts), critic)
+    scored = answering.score(job, models, rows, rollouts, in_parts(job, rollouts), critic)
     critic.train()
     return scored
 

@@ -159,12 +159,14 @@ def lacking(
     params: Params, files: Mapping[str, Numbers], table: Table, good: Mapping[str, Numbers]
 ) -> list[tuple[list[Source], UserError]]:
     """What is wrong where a stage would find no rows, each with the sources that could give it some."""
-    needed = {"sft": "sft", "reward": "reward", "heldout_pairs": "heldout"}
+    needed = {"sft": "sft", "heldout_prompts": "heldout"}
+    if params.reads_pairs:
+        needed |= {"reward": "reward", "heldout_pairs": "heldout"}
     if params.algorithm == "ppo":
         needed["ppo"] = "ppo"
     if params.base.source == "build" or (params.algorithm == "ppo" and params.ppo.mixture_coefficient > 0):
         needed["text"] = "text"
-    if not params.data.has_gold:
+    if params.trains_judge:
         needed["judge"] = "judge"
     found = []
     for name, slice_name in needed.items():

@@ -43,9 +43,11 @@ class Records:
             return
         found = zip(rows, e.sequences, e.prompt_lengths, kl.tolist(), e.scores.tolist(), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for row, ids, length, distance, score in found:
+            for number, (row, ids, length, distance, score) in enumerate(found):
                 answer = decode_answer(self.tokenizer, ids[length:])
                 line = {"step": step, **row, "answer": answer, "kl": distance, "score": score}
+                if len(self.job.params.rewards) > 1:
+                    line["rewards"] = {name: outcome.score for name, outcome in e.rewards[number].items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -60,7 +62,8 @@ class Report:
         self.rate = matrix_rate(device, DTYPES[job.params.launch.precision]) * job.world_size
         self.actor, self.critic = Products.of(models.actor.module), Products.of(critic.module) if critic else None
         with models.reference() as reference:
-            self.scoring = [Products.of(reference), Products.of(models.reward), *([self.critic] if self.critic else [])]
+            scoring = [Products.of(reference), *([Products.of(models.reward)] if models.reward else [])]
+            self.scoring = [*scoring, *([self.critic] if self.critic else [])]
         if job.params.launch.precision != "fp32":  # the actor says anew what it thinks of its answers
             self.scoring.append(self.actor)
 

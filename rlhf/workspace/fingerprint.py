@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import STAGES, STAGES_OF, Params, text
+from rlhf.config import STAGES, Params, text
 from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import inside
@@ -51,18 +51,28 @@ def read_graph(root: Path) -> dict[str, Node]:
         raise UserError(f"{path}: not a DVC graph with a map `stages`: {error}", remedy=f"restore it: git checkout {path.name}") from None
 
 
-def check_algorithm(graph: Iterable[str], params: Params) -> None:
-    """Check that dvc.yaml has no stage of another algorithm than params.yaml names.
+def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
+    """Check that dvc.yaml has no stage of another algorithm than params.yaml names, and knows the files of its reward functions.
 
     Raises:
         UserError: it has.
     """
-    others = [stage for stage in graph if stage in STAGES and stage not in STAGES_OF[params.algorithm]]
+    others = [stage for stage in graph if stage in STAGES and stage not in params.stages]
     if others:
         raise UserError(
             f"dvc.yaml has stage {' and '.join(others)}, but params.yaml says algorithm: {params.algorithm}",
             remedy=f"`rlhf use params.yaml algorithm={params.algorithm}` sets dvc.yaml to it",
         )
+    if lacking := _inputs_of_rewards(graph, params):
+        what = f"dvc.yaml lacks {', '.join(lacking)}, which section rewards of params.yaml asks for"
+        raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")
+
+
+def _inputs_of_rewards(graph: Mapping[str, Node], params: Params) -> list[str]:
+    """What dvc.yaml lacks of what section rewards asks for."""
+    calling = [graph[stage] for stage in (params.algorithm, "evaluate") if stage in graph]
+    files = [f"input {file} of stage {node.name}" for node in calling for file in params.reward_files if file not in node.inputs]
+    return [*files, *(["stage reward"] if params.trains_reward and calling and "reward" not in graph else [])]
 
 
 def _node(name: Any, entry: Any) -> Node:

@@ -67,7 +67,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         params = config.validate(config.text.parse(_text(raw, editor), origin), origin)
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
-    dag = graph(root, params.algorithm)
+    dag = graph(root, params)
     for number, source in enumerate(params.data.sources):
         if isinstance(source, FileSource) and source.path is not None:
             place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
@@ -82,16 +82,23 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
     return [*done, f"wrote params.yaml from {origin}"]
 
 
-def graph(root: Path, algorithm: str) -> str:
-    """The text of dvc.yaml for an algorithm: DVC has no branches, so each algorithm has a graph of its own.
+def graph(root: Path, params: config.Params) -> str:
+    """The text of dvc.yaml for params: DVC has no branches, so each algorithm has a graph of its own.
+
+    Where no reward is a model, there is no stage reward, and nothing reads what it makes. The files of reward functions are inputs of
+    the stages that call them.
 
     Raises:
         UserError: a part of it is missing.
     """
+    parts = ["common", *(["reward"] if params.trains_reward else []), params.algorithm]
     try:
-        return "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in ("common", algorithm))
+        text = "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in parts)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
+    if not params.reads_pairs:
+        text = re.sub(r"models/reward, |, reward\.max_tokens|^.*plots/reward\.csv.*\n", "", text, flags=re.MULTILINE)
+    return text.replace("rlhf/rewards,", ", ".join(["rlhf/rewards", *map(json.dumps, params.reward_files)]) + ",")
 
 
 def _open(text: str, origin: str) -> tuple[Any, YAML]:

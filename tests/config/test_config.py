@@ -122,10 +122,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_stage_depends_on_its_own_sections_alone() -> None:
-    assert presets.graph(ROOT, "ppo") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert presets.graph(ROOT, config.validate(SANDBOX, "params.yaml")) == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     for algorithm, stages in config.STAGES_OF.items():
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
-        graph = yaml.safe_load(presets.graph(ROOT, algorithm))["stages"]
+        graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
         assert tuple(graph) == stages
         for stage in stages:
             assert list(params.of_stage(stage)) == graph[stage]["params"]
@@ -133,7 +133,8 @@ def test_stage_depends_on_its_own_sections_alone() -> None:
 
 def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path) -> None:
     for algorithm, stages in config.STAGES_OF.items():
-        (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, algorithm), encoding="utf-8")
+        params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
+        (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params), encoding="utf-8")
         listed = yaml.safe_load((tmp_path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
         assert {stage: entry["metrics"] for stage, entry in listed.items() if "metrics" in entry} == {
             "evaluate": [{"metrics/summary.json": {"cache": False}}]

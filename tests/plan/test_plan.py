@@ -325,3 +325,25 @@ def test_a_large_model_and_a_thousand_rows_take_seconds(root: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert "6,738,415,616 weights" in done.stdout.replace("\n", " "), done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+
+
+# ---------------------------------------------------------------------------------------------------------------- rewards
+
+LIMITS = {"weight": 1.0, "sources": None, "right_from": None, "seconds": 5.0, "failure_score": 0.0, "max_failed_share": 0.1}
+
+
+def reward(name: str, function: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "kind": "function", "function": function, "options": options, **LIMITS}
+
+
+def test_reward_functions_are_tried_before_anything_trains(root: Path) -> None:
+    (root / "my.py").write_text("def fine(answer):\n    return len(answer)\n\ndef bad(answer):\n    return answer.size\n", encoding="utf-8")
+    model = {"name": "model", "kind": "model", "weight": 1.0}
+    params = change(root, rewards=[model, reward("fine", "my.py:fine")])
+    assert ("reward fine", "14 for 'I do not know.'") in plan.check(root, params, STAGES).seen
+    entries = [reward("bad", "my.py:bad"), reward("gone", "my.py:gone"), reward("long", "length"), reward("sum", "math")]
+    found = said(plan.check(root, change(root, rewards=[model, *entries]), STAGES))
+    assert "reward 'bad' fails on the answer 'I do not know.' to the first row of a source: AttributeError: 'str' object has" in found[0]
+    assert "my.py has no function gone" in found[1]
+    assert "missing a required argument: 'most'" in found[2]
+    assert "the row's reference is None" in found[3]

@@ -204,7 +204,8 @@ def test_new_data_is_versioned_and_makes_prepare_stale(workspace: Path, tmp_path
     pairs(workspace / "data/raw/README.md", "tracked by git\n")
     stage = {"cmd": "ls data/raw/hh > out", "deps": ["data/raw"], "outs": ["out"]}
     (workspace / "graphs/common.yaml").write_text(yaml.safe_dump({"stages": {"prepare": stage}}), encoding="utf-8")
-    (workspace / "graphs/ppo.yaml").write_text("", encoding="utf-8")
+    for part in ("reward", "ppo"):
+        (workspace / f"graphs/{part}.yaml").write_text("", encoding="utf-8")
     dvc("init", "--no-scm", "--quiet")
     file = pairs(tmp_path / "pairs.jsonl")
     done = presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])

@@ -1,0 +1,80 @@
+"""Section rewards in a stage that learns from its own answers: asked on each rank, summed, looked at over all ranks, and logged."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.config.rewards import RewardEntry
+from rlhf.job import Job
+from rlhf.rewards.scoring import Checkers, Outcome, check_failures, first_failures
+from rlhf.rollout.experience import Experience
+
+
+@dataclass
+class Rewards:
+    """All entries; of the model's the stage says what it gives."""
+
+    entries: Sequence[RewardEntry]
+    checkers: Checkers
+    told: set[str] = field(default_factory=set)  # entries whose first failure was told
+
+    @classmethod
+    def of(cls, job: Job) -> Rewards:
+        return cls(job.params.rewards, Checkers.of(job.params.rewards, job.root, job.world_size))
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but the model: what is trained on is all that there is to tell."""
+        return not self.checkers.entries and self.entries[0].weight == 1
+
+    def begin(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Future[dict[str, list[Outcome]]] | None:
+        """Ask all but the model."""
+        return self.checkers.begin(rows, answers) if self.checkers.entries else None
+
+    def collect(self, asked: Future[dict[str, list[Outcome]]] | None) -> dict[str, list[Outcome]]:
+        return asked.result() if asked else {}
+
+    def summed(self, outcomes: Mapping[str, Outcome], model: Sequence[float]) -> tuple[float, dict[str, Outcome]]:
+        """What is trained on, and what each entry gave, of one answer.
+
+        Args:
+            outcomes: of all entries but the model.
+            model: its score, where there is one.
+        """
+        found = {entry.name: Outcome(model[0]) if entry.kind == "model" else outcomes[entry.name] for entry in self.entries}
+        return sum(entry.weight * found[entry.name].score for entry in self.entries), found
+
+    def check(self, job: Job, step: int, experience: Experience) -> dict[str, float]:
+        """Look at what all ranks were given in a step; what is logged of it.
+
+        Raises:
+            UserError: an entry failed on too many answers.
+        """
+        if self.plain:
+            return {}
+        given = {entry.name: [rewards[entry.name] for rewards in experience.rewards] for entry in self.entries}
+        for name, failure in first_failures(given).items():
+            if name not in self.told:
+                self.told.add(name)
+                job.say(f"reward '{name}' failed for the first time, in step {step}:\n{failure.rstrip()}")
+        check_failures(self.checkers.entries, given, f"stage {job.stage}, step {step}")
+        return {f"reward/{name}{what}": value for name, outcomes in given.items() for what, value in summary(outcomes).items()}
+
+    def seconds(self) -> dict[str, float]:
+        """What each entry took, for the log alone."""
+        return {f"reward/{name}_seconds": seconds for name, seconds in self.checkers.seconds.items()}
+
+
+def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Mean and spread of the scores that an entry gave, the share that is 0, and the share for which it failed."""
+    scores = [outcome.score for outcome in outcomes if outcome.asked] or [0.0]
+    return {
+        "": statistics.fmean(scores),
+        "_std": statistics.pstdev(scores),
+        "_zero": scores.count(0.0) / len(scores),
+        "_failed": sum(outcome.failure is not None for outcome in outcomes) / len(outcomes),
+    }
