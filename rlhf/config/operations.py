@@ -9,6 +9,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from rlhf.config.section import Fraction, NonNegative, Positive, Section, Slug
 from rlhf.redact import holds_password
 
+Share = Annotated[float, Field(ge=-1, le=1)]
+
 
 class Approval(Section):
     """Whether a person has the last word."""
@@ -38,6 +40,15 @@ class Promote(Section):
         description="win rate against the champion on the same held-out prompts, lower end of its 95% interval; 0.5 is as good as it"
     )
     min_kind_win_rate: Fraction = Field(
+        description="the same for each kind of task by itself, upper end of the interval: below it, this kind has surely become worse"
+    )
+    min_accuracy: Fraction = Field(
+        description="accuracy by the reward functions that tell right from wrong (right_from), lower end of its 95% interval; this and the "
+        "next three hold where there are such"
+    )
+    min_accuracy_difference: Share = Field(description="accuracy of the policy − sft, lower end of its 95% interval")
+    min_champion_accuracy_difference: Share = Field(description="accuracy of the policy − the champion on the same prompts, lower end")
+    min_kind_accuracy_difference: Share = Field(
         description="the same for each kind of task by itself, upper end of the interval: below it, this kind has surely become worse"
     )
     approval: Approval

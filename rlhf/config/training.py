@@ -204,6 +204,10 @@ class Dpo(Section):
 
 class Evaluate(Section):
     prompts: PositiveInt = Field(description="at most so many held-out prompts are answered by each model")
+    answers: PositiveInt = Field(
+        description="answers to each of them where a reward function tells right from wrong (right_from): accuracy, pass@k and majority "
+        "are of so many; all else is measured on the first"
+    )
     pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model (dpo: its implicit reward)")
     texts: PositiveInt = Field(description="at most so many held-out passages measure perplexity")
     temperature: Positive = Field(description="sampling temperature of the answers compared")

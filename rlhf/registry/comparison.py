@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -125,4 +126,6 @@ def _run(root: Path, params: config.Params, folder: Path) -> None:
 
 
 def _pair(row: dict[str, Any]) -> Pair:
-    return Pair(row["kind"], row["scores"]["new"], row["scores"]["champion"], row["rewards"]["new"], row["rewards"]["champion"])
+    scores = [row[of][which] for of in ("scores", "rewards") for which in ("new", "champion")]
+    right = [statistics.fmean(row["right"][which]) for which in ("new", "champion")] if "right" in row else []
+    return Pair(row["kind"], *scores, *right)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.config import Params
+from rlhf.config.operations import Promote
 from rlhf.errors import UserError
 
 METRICS = Path("metrics/evaluate.json")
@@ -61,6 +62,8 @@ class Pair:
     champion: float
     new_reward: float | None
     champion_reward: float | None
+    new_right: float | None = None  # share of the answers that are right; None where nothing tells
+    champion_right: float | None = None
 
 
 def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | None) -> list[Gate]:
@@ -85,9 +88,11 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
                 promote.min_gold_difference,
             )
         )
+    gates.append(_at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate))
+    if params.reads_pairs:
+        accuracy = _number(metrics, "reward_model.accuracy")
+        gates.append(_at_least("min_reward_accuracy", "reward model's accuracy", accuracy, promote.min_reward_accuracy))
     gates += [
-        _at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate),
-        _at_least("min_reward_accuracy", "reward model's accuracy", _number(metrics, "reward_model.accuracy"), promote.min_reward_accuracy),
         _at_most("max_kl", "KL to sft per answer", _number(metrics, "kl"), promote.max_kl),
         _at_most(
             "max_perplexity_ratio", f"perplexity, {policy} over sft", _number(metrics, "perplexity.ratio"), promote.max_perplexity_ratio
@@ -95,9 +100,13 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
         _at_least("min_eos_rate", "answers that end by themselves", _number(metrics, f"eos_rate.{policy}"), promote.min_eos_rate),
         _at_most("max_answer_tokens", "mean answer length", _number(metrics, f"answer_tokens.{policy}"), promote.max_answer_tokens),
     ]
-    if policy == "ppo":
+    if metrics.get("accuracy"):
+        gates += _accuracy(metrics, policy, promote)
+    if params.trains_reward:
         rise, wins = _number(metrics, "reward_model.ci95.0"), _number(metrics, "win_rate.value")
         gates.append(_over_optimisation("over_optimisation", "sft", rise, wins))
+        if metrics.get("accuracy"):
+            gates.append(_fooled_by_accuracy(rise, _number(metrics, "accuracy.difference")))
     if pairs is not None:
         gates += against_champion(pairs, params, metrics.get("prompts"))
     return gates
@@ -124,11 +133,41 @@ def against_champion(pairs: Sequence[Pair], params: Params, asked: int | None = 
     kinds = sorted({pair.kind for pair in pairs if pair.kind is not None})
     by_kind = {kind: interval(wins([pair for pair in pairs if pair.kind == kind]), samples)[1] for kind in kinds}
     if by_kind:
-        gates.append(_every_kind(by_kind, promote.min_kind_win_rate))
+        what = "win rate against the champion by kind of task, upper end"
+        gates.append(_every_kind("min_kind_win_rate", what, by_kind, promote.min_kind_win_rate))
+    gates += _accuracy_against_champion(pairs, params)
     rewards = [(pair.new_reward, pair.champion_reward) for pair in pairs]
     rises = np.array([new - champion for new, champion in rewards if new is not None and champion is not None])
     if len(rises):
         gates.append(_over_optimisation("over_optimisation_champion", "the champion", interval(rises, samples)[0], float(win.mean())))
+    return gates
+
+
+def _accuracy(metrics: Mapping[str, Any], policy: str, promote: Promote) -> list[Gate]:
+    """What reward functions say that tell right from wrong."""
+    low = _number(metrics, f"accuracy.{policy}.ci95.0")
+    rise = _number(metrics, "accuracy.ci95.0")
+    return [
+        _at_least("min_accuracy", "accuracy, lower end", low, promote.min_accuracy),
+        _at_least("min_accuracy_difference", f"accuracy of {policy} − sft, lower end", rise, promote.min_accuracy_difference),
+    ]
+
+
+def _accuracy_against_champion(pairs: Sequence[Pair], params: Params) -> list[Gate]:
+    known = [(pair.kind, pair.new_right, pair.champion_right) for pair in pairs]
+    both = [(kind, new - champion) for kind, new, champion in known if new is not None and champion is not None]
+    if not both:
+        return []
+    samples, promote = params.evaluate.bootstrap_samples, params.promote
+    rises = np.array([rise for _, rise in both])
+    low, high = interval(rises, samples)
+    what = f"accuracy − the champion's {rises.mean():.4g} ({low:.4g} … {high:.4g}), lower end"
+    gates = [_at_least("min_champion_accuracy_difference", what, low, promote.min_champion_accuracy_difference)]
+    kinds = sorted({kind for kind, _ in both if kind is not None})
+    if kinds:
+        by_kind = {kind: interval(np.array([rise for of, rise in both if of == kind]), samples)[1] for kind in kinds}
+        what = "accuracy − the champion's by kind of task, upper end"
+        gates.append(_every_kind("min_kind_accuracy_difference", what, by_kind, promote.min_kind_accuracy_difference))
     return gates
 
 
@@ -144,11 +183,11 @@ def interval(values: np.ndarray, samples: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _every_kind(upper_ends: Mapping[str, float], bound: float) -> Gate:
+def _every_kind(name: str, what: str, upper_ends: Mapping[str, float], bound: float) -> Gate:
     worst, value = min(upper_ends.items(), key=lambda item: item[1])
     below = [f"{kind} {end:.4g}, short of {bound:g} by {bound - end:.4g}" for kind, end in upper_ends.items() if not end >= bound]
-    text = "win rate against the champion by kind of task, upper end: " + ("; ".join(below) or f"{worst} {value:.4g} ≥ {bound:g}")
-    return Gate("min_kind_win_rate", value, bound, not below, text)
+    text = f"{what}: " + ("; ".join(below) or f"{worst} {value:.4g} ≥ {bound:g}")
+    return Gate(name, value, bound, not below, text)
 
 
 def _over_optimisation(name: str, other: str, rise: float, win_rate: float) -> Gate:
@@ -158,6 +197,14 @@ def _over_optimisation(name: str, other: str, rise: float, win_rate: float) -> G
     text = f"against {other}, reward model's score {rise:+.4g} (lower end), judge's win rate {win_rate:.4g}"
     ending = f": more reward, but short of a win rate above {even} by {even - win_rate:.4g}" if fooled else ""
     return Gate(name, win_rate, even, not fooled, text + ending)
+
+
+def _fooled_by_accuracy(rise: float, difference: float) -> Gate:
+    """As `_over_optimisation`, where right and wrong are told by a program."""
+    fooled = rise > 0 and not difference > 0
+    text = f"against sft, reward model's score {rise:+.4g} (lower end), accuracy {difference:+.4g}"
+    ending = f": more reward, but short of an accuracy above sft's by {-difference:.4g}" if fooled else ""
+    return Gate("over_optimisation_accuracy", difference, 0.0, not fooled, text + ending)
 
 
 def _at_least(name: str, what: str, value: float, bound: float) -> Gate:

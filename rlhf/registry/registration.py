@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,10 +34,11 @@ from rlhf.workspace.find import refuse_experiment
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
-EVALUATED = ("gold", "win_rate", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
+EVALUATED = ("gold", "win_rate", "accuracy", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
+NOT_IN_NAMES = re.compile(r"[^\w .:/-]")  # MLflow's, which kinds of tasks may hold
 # what the page of models sorts by
 SCORES = (
-    *("gold.difference", "gold.{policy}", "win_rate.value", "reward_model.accuracy"),
+    *("gold.difference", "gold.{policy}", "win_rate.value", "accuracy.{policy}.value", "accuracy.difference", "reward_model.accuracy"),
     *("kl", "perplexity.ratio", "eos_rate.{policy}", "answer_tokens.{policy}"),
 )
 
@@ -214,7 +216,7 @@ def _evaluated(metrics: Mapping[str, Any]) -> dict[str, str]:
     def add(path: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
-                add(f"{path}.{key}", inner)
+                add(f"{path}.{NOT_IN_NAMES.sub('_', key)}", inner)
         elif value is not None:
             tags[path] = json.dumps(value) if isinstance(value, list) else str(value)
 

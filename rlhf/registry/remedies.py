@@ -20,6 +20,11 @@ FOOLED = (
     "The reward model is pleased and the judge is not: lower `ppo.steps` to where gold against KL turns, raise `ppo.kl.coefficient`, or "
     "give the reward model more pairs."
 )
+LEARN_TO_BE_RIGHT = (
+    "It is not surely right more often. If accuracy still rises with the steps: more of them, or a higher learning rate. If every answer "
+    "to a prompt gets the same reward, there is nothing to learn from it: take easier or harder prompts. More `evaluate.prompts` or "
+    "`evaluate.answers` narrow the interval."
+)
 OF_GATES: dict[str, dict[str, str] | str] = {
     "min_gold_difference": LEARN_MORE,
     "min_win_rate": LEARN_MORE,
@@ -32,7 +37,12 @@ OF_GATES: dict[str, dict[str, str] | str] = {
     "min_eos_rate": "Answers are cut off: raise `ppo.max_answer_tokens`, and see that the demonstrations end within `sft.max_tokens`.",
     "max_answer_tokens": "Answers grow long, most likely because the longer answer wins in the pairs: add pairs in which it loses, or stay "
     "nearer to sft.",
+    "min_accuracy": LEARN_TO_BE_RIGHT,
+    "min_accuracy_difference": LEARN_TO_BE_RIGHT,
+    "min_champion_accuracy_difference": LEARN_TO_BE_RIGHT,
+    "min_kind_accuracy_difference": "It is right less often in the kinds that are named: add prompts of these kinds.",
     "over_optimisation": FOOLED,
+    "over_optimisation_accuracy": FOOLED,
     "over_optimisation_champion": FOOLED,
     "min_champion_win_rate": "It is not surely better than the champion. If its win rate is above one half, more `evaluate.prompts` make "
     "it sure; if not, see its worst answers below, and what changed.",

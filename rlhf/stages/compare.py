@@ -18,7 +18,7 @@ from rlhf.job import Job, read_lines, run, write_lines
 from rlhf.models.dialogues import decode_answer, short_enough
 from rlhf.models.policy import context_of
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages import evaluate
+from rlhf.stages import checking, evaluate
 
 CHAMPION = "champion.json"  # in the job's folder: where the champion lies, what made it, whether it was evaluated like this version
 OUTPUT = "comparison.jsonl"
@@ -43,19 +43,45 @@ def main(job: Job) -> None:
         answers = answers_of(job, folder, rows, device) if rows else []
         scores = judge(job, rows, answers, device) if rows else []
     new = job.params.algorithm
-    rewards: list[Any] = rewards_of(job, rows, answers, device) if rows and new == "ppo" else [None] * len(rows)
+    rewards: list[Any] = rewards_of(job, rows, answers, device) if rows and job.params.trains_reward else [None] * len(rows)
+    right = right_of(job, folder, name, rows, answers, device, same=champion["same_evaluation"])
     if job.is_main:
         lines = [
             {
                 "prompt": row["prompt"],
-                "kind": (row["gold"] or {}).get("kind"),
+                "kind": checking.kind_of(row),
                 "answers": {"new": row["answers"][new], "champion": answers[i]},
                 "scores": {"new": row["scores"][new], "champion": scores[i]},
                 "rewards": {"new": row["rewards"].get(new), "champion": rewards[i]},
+                **({"right": {"new": row["right"][new], "champion": right[i]}} if i in right else {}),
             }
             for i, row in enumerate(rows)
         ]
         write_lines(job.output(OUTPUT), lines)
+
+
+def right_of(
+    job: Job, folder: Path, name: str, rows: list[dict[str, Any]], answers: list[str], device: torch.device, *, same: bool
+) -> dict[int, list[bool]]:
+    """Whether each of the champion's answers is right, by the number of the prompt; none where nothing tells.
+
+    Args:
+        name: of the stage that made it.
+        answers: its first ones.
+        same: it was evaluated like this version.
+    """
+    checked = [i for i, row in enumerate(rows) if row.get("right")]
+    if not checked:
+        return {}
+    if same:
+        earlier = {
+            json.dumps(row["prompt"]): row["right"][name] for row in read_lines(folder.parent / "evaluation.jsonl") if row.get("right")
+        }
+        return {i: earlier[json.dumps(rows[i]["prompt"])] for i in checked}
+    tokenizer = load_tokenizer(folder)
+    policy = evaluate.frozen_policy(job, folder, device)
+    several = evaluate.several_answers(job, policy, tokenizer, rows, answers)
+    return dict(zip(checked, checking.check(job, [rows[i] for i in checked], [several[i] for i in checked]).right, strict=True))
 
 
 def answers_of(job: Job, folder: Path, rows: list[dict[str, Any]], device: torch.device) -> list[str]:
@@ -67,8 +93,8 @@ def answers_of(job: Job, folder: Path, rows: list[dict[str, Any]], device: torch
 
 def judge(job: Job, rows: list[dict[str, Any]], answers: list[str], device: torch.device) -> list[float]:
     """The scores of evaluate's judge."""
-    if job.params.data.has_gold:
-        return evaluate.gold_scores(rows, answers)
+    if not job.params.trains_judge:
+        return evaluate.make_judge(job, load_tokenizer(job.input("models/sft"))).score(rows, answers)
     return scored(job, evaluate.JUDGE, load_tokenizer(job.input(evaluate.JUDGE)), rows, answers, device)
 
 

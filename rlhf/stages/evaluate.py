@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
-from rlhf.stages import dpo, reward
+from rlhf.stages import checking, dpo, reward
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
 
@@ -62,9 +63,10 @@ def main(job: Job) -> None:
     scores = {name: judge.score(prompts, answers[name]) for name in policies}
     # 3. numbers
     rewards: dict[str, list[float]] = {}
-    if new == "ppo":
+    reward_model: dict[str, Any] | None = None
+    if job.params.trains_reward:
         reward_model, rewards = measure_reward_model(job, tokenizer, prompts, answers, device)
-    else:
+    elif new == "dpo":
         reward_model = measure_implicit_reward(job, tokenizer, policies)
     metrics = {
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
@@ -78,13 +80,17 @@ def main(job: Job) -> None:
         "temperature": params.temperature,
         "heldout": heldout(job, prompts),
     }
+    right: dict[str, dict[int, list[bool]]] = {}
+    if checking.checkers_of(job):
+        several = {name: several_answers(job, policies[name], tokenizer, prompts, answers[name]) for name in policies}
+        metrics["accuracy"], right = checking.measure(job, prompts, several, new, partial(bootstrap, job))
     judged = course(job, judge.score) if new == "ppo" else []
     # 4. outputs
     fingerprint = judge.save(job, tokenizer)
     if job.is_main:
         job.write_metrics({**metrics, "judge": fingerprint})
         job.write_metrics(summary(metrics, new), "summary")
-        write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards))
+        write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards, right))
         write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
         if new == "ppo":
             job.write_plot("plots/gold_against_kl.csv", judged)
@@ -116,13 +122,19 @@ def frozen_scalar(job: Job, path: str, tokenizer: PreTrainedTokenizerBase, devic
 # --------------------------------------------------------------------------------------------------------------- answers
 
 
-def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]]) -> Rollouts:
-    """Sample one answer per prompt, with the same seeds for every policy; the ranks share the prompts."""
+def answer(
+    job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]], again: int = 0
+) -> Rollouts:
+    """Sample one answer per prompt, with the same seeds for every policy; the ranks share the prompts.
+
+    Args:
+        again: how often they were asked before, which gives other answers.
+    """
     params = job.params.evaluate
     sampling = Sampling(params.temperature, 0, 1.0, job.params.ppo.max_answer_tokens)
     mine = list(enumerate(prompts))[job.rank :: job.world_size]
     ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in mine]
-    seeds = [job.seed("answer", number) for number, _ in mine]
+    seeds = [job.seed("answer", number, *([again] if again else [])) for number, _ in mine]
     rollout = job.params.launch.rollout
     ends = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
     with policy_weights(policy, rollout.gather) as together:
@@ -130,6 +142,14 @@ def answer(job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     found = list(zip(rollouts.prompts, rollouts.answers, rollouts.log_probs, rollouts.finish, strict=True))
     texts, answers, log_probs, finish = (list(column) for column in zip(*gather(found, job), strict=True))
     return Rollouts(texts, answers, log_probs, finish, policy_version=0)
+
+
+def several_answers(
+    job: Job, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]], first: Sequence[str]
+) -> list[list[str]]:
+    """As many answers to each prompt as params say, its first among them."""
+    more = [answer(job, policy, tokenizer, prompts, again).answers for again in range(1, job.params.evaluate.answers)]
+    return [[said, *(decode_answer(tokenizer, ids[i]) for ids in more)] for i, said in enumerate(first)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- judges
@@ -145,6 +165,7 @@ class Judge:
     score: ScoreAll
     model: ScalarModel | None = None
     adapters: lora.Adapters | None = None
+    identity: str | None = None  # of functions and services: a hash of all that decides a score
 
     def save(self, job: Job, tokenizer: PreTrainedTokenizerBase) -> str:
         """Write models/judge, so that other models' answers can be judged later; returns a hash of all that decides a score."""
@@ -156,15 +177,19 @@ class Judge:
         folder.mkdir(parents=True, exist_ok=True)
         # the gold score is decided by its source alone
         files = sorted(folder.glob("*.safetensors")) if self.model else [Path(sandbox.__file__), Path(sandbox.facts.__file__)]
-        fingerprint = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        fingerprint = self.identity or hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
         (folder / "judge.json").write_text(json.dumps({"name": self.name, "fingerprint": fingerprint}) + "\n", encoding="utf-8")
         return fingerprint
 
 
 def make_judge(job: Job, tokenizer: PreTrainedTokenizerBase) -> Judge:
-    """The gold score where there is one, else a second reward model, trained here."""
+    """The gold score where there is one; a second reward model, trained here; or what tells right from wrong, where no pairs are read."""
     if job.params.data.has_gold:
         return Judge("gold score", gold_scores)
+    if not job.params.trains_judge:
+        entries = checking.checkers_of(job)
+        name = ", ".join(f"reward '{entry.name}'" for entry in entries)
+        return Judge(name, partial(checking.totals, job, entries), identity=checking.fingerprint(job))
     params = job.params.evaluate.judge
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/judge.jsonl", params.max_tokens)
     second = reward.new_scalar(job, tokenizer, "judge")
@@ -274,12 +299,13 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
 
 def summary(metrics: dict[str, Any], new: str) -> dict[str, float]:
     """What decides, as `dvc metrics` and `dvc exp` show it: the numbers that the gates look at, on one level."""
-    gold = metrics["gold"]
+    gold, accuracy = metrics["gold"], metrics.get("accuracy")
     return {
+        **({"accuracy": accuracy[new]["value"], "accuracy_difference_low": accuracy["ci95"][0]} if accuracy else {}),
         **({"gold": gold[new], "gold_difference": gold["difference"], "gold_difference_low": gold["ci95"][0]} if gold else {}),
         "win_rate": metrics["win_rate"]["value"],
         "win_rate_low": metrics["win_rate"]["ci95"][0],
-        "reward_accuracy": metrics["reward_model"]["accuracy"],
+        **({"reward_accuracy": metrics["reward_model"]["accuracy"]} if metrics["reward_model"] else {}),
         "kl": metrics["kl"],
         "perplexity_ratio": metrics["perplexity"]["ratio"],
         "eos_rate": metrics["eos_rate"][new],
@@ -290,16 +316,22 @@ def summary(metrics: dict[str, Any], new: str) -> dict[str, float]:
 def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:
     """A hash of what is asked and how: scores of two models with the same one can be compared."""
     asked = [[row["prompt"], row["gold"]] for row in prompts]
-    content = json.dumps([asked, job.params.evaluate.temperature, job.params.ppo.max_answer_tokens])
+    references = [[[row.get("reference"), row.get("columns")] for row in prompts], *found] if (found := checking.identity(job)) else []
+    content = json.dumps([asked, job.params.evaluate.temperature, job.params.ppo.max_answer_tokens, *references])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def all_answers(
-    prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]], rewards: dict[str, list[float]]
+    prompts: Sequence[dict[str, Any]],
+    answers: dict[str, list[str]],
+    scores: dict[str, list[float]],
+    rewards: dict[str, list[float]],
+    right: dict[str, dict[int, list[bool]]],
 ) -> list[dict[str, Any]]:
-    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo)."""
+    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo), and what is right."""
     columns: dict[str, dict[str, list[Any]]] = {"answers": answers, "scores": scores, "rewards": rewards}
-    return [{**row, **{key: {name: by[name][i] for name in by} for key, by in columns.items()}} for i, row in enumerate(prompts)]
+    lines = [{**row, **{key: {name: by[name][i] for name in by} for key, by in columns.items()}} for i, row in enumerate(prompts)]
+    return [line | ({"right": {name: by[i] for name, by in right.items() if i in by}} if right else {}) for i, line in enumerate(lines)]
 
 
 def samples(

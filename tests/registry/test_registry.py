@@ -336,3 +336,46 @@ def test_what_is_missing_is_named(root: Path, params: config.Params, evaluate: E
     (root / "models/ppo/model.safetensors").unlink()
     with pytest.raises(UserError, match="models/ppo: no model"):
         registry.register(root, params)
+
+
+# ----------------------------------------------------------------------------------------------------------- right and wrong
+
+ACCURACY = {
+    "ppo": {"value": 0.6, "ci95": [0.5, 0.7]},
+    "sft": {"value": 0.4, "ci95": [0.3, 0.5]},
+    "difference": 0.2,
+    "ci95": [0.1, 0.3],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "bounds", "name", "distance"),
+    [
+        ({}, {"min_accuracy": 0.55}, "min_accuracy", "accuracy, lower end: 0.5, short of 0.55 by 0.05"),
+        ({"ci95": [-0.1, 0.3]}, {}, "min_accuracy_difference", "accuracy of ppo − sft, lower end: -0.1, short of 0 by 0.1"),
+        ({"difference": -0.1}, {}, "over_optimisation_accuracy", "more reward, but short of an accuracy above sft's by 0.1"),
+    ],
+)
+def test_each_gate_of_accuracy(params: config.Params, change: dict[str, Any], bounds: dict[str, float], name: str, distance: str) -> None:
+    given = params.model_copy(update={"promote": params.promote.model_copy(update=bounds)})
+    passed = gates.check(changed("accuracy", ACCURACY), params, None)
+    assert all(gate.passed for gate in passed)
+    assert {"min_accuracy", "min_accuracy_difference"} <= {gate.name for gate in passed}
+    failed = [gate for gate in gates.check(changed("accuracy", ACCURACY | change), given, None) if not gate.passed]
+    assert [gate.name for gate in failed] == [name]
+    assert failed[0].text.endswith(distance)
+
+
+def test_accuracy_against_the_champion_and_by_kind(params: config.Params) -> None:
+    def failed(good: float, bad: float) -> dict[str, str]:
+        pairs = [replace(pair, new_right=good, champion_right=0.5) for pair in beside("sums", wins=90, losses=10, ties=0)]
+        pairs += [replace(pair, new_right=bad, champion_right=0.5) for pair in beside("facts", wins=60, losses=10, ties=0)]
+        return {gate.name: gate.text for gate in gates.against_champion(pairs, params) if not gate.passed}
+
+    assert failed(0.75, 0.75) == {}
+    worse_in_one = failed(0.75, 0.25)
+    assert worse_in_one.keys() == {"min_kind_accuracy_difference"}
+    assert worse_in_one["min_kind_accuracy_difference"].endswith("upper end: facts -0.25, short of -0.05 by 0.2")
+    assert failed(0.25, 0.75)["min_champion_accuracy_difference"].startswith("accuracy − the champion's -0.0")
+    unchecked = [gate.name for gate in gates.against_champion(beside("a", wins=60, losses=10, ties=0), params)]
+    assert "min_champion_accuracy_difference" not in unchecked
