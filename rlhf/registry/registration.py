@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -29,13 +28,13 @@ from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry import gates, serving
 from rlhf.registry.versions import Version, connect, find, fold
+from rlhf.tracking.sending import NOT_IN_NAMES
 from rlhf.workspace import fingerprint, snapshot
 from rlhf.workspace.find import refuse_experiment
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
 EVALUATED = ("gold", "win_rate", "accuracy", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
-NOT_IN_NAMES = re.compile(r"[^\w .:/-]")  # MLflow's, which kinds of tasks may hold
 # what the page of models sorts by
 SCORES = (
     *("gold.difference", "gold.{policy}", "win_rate.value", "accuracy.{policy}.value", "accuracy.difference", "reward_model.accuracy"),

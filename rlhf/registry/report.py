@@ -22,10 +22,13 @@ from rlhf.registry.course import Course, duration, moment
 from rlhf.registry.registration import ANSWERS
 from rlhf.registry.remedies import remedy
 from rlhf.tracking import pictures
+from rlhf.tracking import samples as tracking_samples
 from rlhf.workspace import fingerprint
 
 SAMPLES = Path("data/samples.jsonl")
+ROLLOUTS = Path("data/rollouts.jsonl")
 SHOWN = 8
+OF_A_STEP = 2  # answers of a step of training
 EVALUATED = "evaluate."
 IDENTITIES = ("evaluate.heldout", "evaluate.judge")
 # what would be markup; an underscore is, where it begins or ends a word
@@ -47,6 +50,7 @@ class Evidence:
     worse: dict[str, list[dict[str, Any]]]  # than the champion, or than sft: the prompts on which the judge says so, worst first
     changes: Changes | None  # against the champion
     pictures: dict[str, bytes]
+    course: list[dict[str, Any]]  # answers in the course of training, with their rewards
 
 
 def collect(root: Path, verdict: Verdict, champion: Version | None, results: Path) -> Evidence:
@@ -72,7 +76,8 @@ def collect(root: Path, verdict: Verdict, champion: Version | None, results: Pat
         worse = {"champion": regressions(comparison.rows(version, champion, root), "new", "champion")} | worse
     samples = read_lines(root / SAMPLES)[:SHOWN] if (root / SAMPLES).exists() else []
     changed = changes.between(champion, version, root) if champion else None
-    return Evidence(numbers(version, champion), _note(version, champion), samples, worse, changed, drawn)
+    course = [row for step in tracking_samples.chosen(root / ROLLOUTS, SHOWN) for row in step[:OF_A_STEP]]
+    return Evidence(numbers(version, champion), _note(version, champion), samples, worse, changed, drawn, course)
 
 
 def regressions(rows: Sequence[Mapping[str, Any]], new: str, old: str) -> list[dict[str, Any]]:
@@ -177,6 +182,9 @@ def markdown(decision: Decision, evidence: Evidence, course: Course) -> str:
             for row in evidence.samples
         ]
         parts += ["## Sample answers", _table(("prompt", *policies), sampled)]
+    if evidence.course:
+        shown = [tuple(_cell(row.get(name)) for name in evidence.course[0]) for row in evidence.course]
+        parts += ["## Answers in the course of training", _table(tuple(evidence.course[0]), shown)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -268,6 +276,10 @@ def _changes(found: Changes) -> list[str]:
     for name, lines in (("Data", found.data), ("Code", found.code)):
         parts.append("\n".join([f"{name}:\n", *(f"- {text(line)}" for line in lines)]) if lines else f"{name}: none.")
     return parts
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _answer(answered: tuple[str, float | None]) -> str:

@@ -7,13 +7,14 @@ metric of the same step, time and value is the same metric.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.locks import lock
-from rlhf.tracking import pictures
+from rlhf.tracking import pictures, samples
 from rlhf.tracking.record import FLOWS, Record, read
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ METRICS_PER_BATCH = 1000
 CURVES = ("reward", "kl", "score", "accuracy", "heldout_accuracy", "loss", "eos_rate", "answer_tokens")
 COST = ("seconds", "share", "per_second", "utilisation", "memory_gib", "tokens_seen", "learning_rate")
 PARAMS_PER_BATCH = 100
+NOT_IN_NAMES = re.compile(r"[^\w .:/-]")  # MLflow's, which kinds of tasks may hold
 
 
 class Sender:
@@ -93,17 +95,23 @@ class Sender:
             self._finish(max((step for name, step in steps.items() if not name.startswith("system/")), default=0), ended)
 
     def _finish(self, step: int, ended: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
         values, results = self._record.values, self._record.folder / "results"
         self._send_tags()
         for path in sorted(results.glob("metrics/*.json")):
             at = int(path.stat().st_mtime * 1000)
             found = leaves(json.loads(path.read_text(encoding="utf-8")), ".")
-            numbers = [Metric(f"final/{name}", float(value), at, step) for name, value in found if isinstance(value, int | float)]
+            numbers = [
+                Metric(f"final/{NOT_IN_NAMES.sub('_', name)}", float(value), at, step)
+                for name, value in found
+                if isinstance(value, int | float)
+            ]
             self._client.log_batch(values["run"], metrics=numbers)
         for path, axes in values["plots"].items():
             pictures.draw(results / path, axes)
+        if samples.write(self._record.folder / "rollouts.jsonl", results / samples.ARTIFACT):
+            self._client.log_batch(values["run"], tags=[RunTag(name, value) for name, value in samples.TAG.items()])
         if results.exists():
             self._client.log_artifacts(values["run"], str(results))
         self._client.set_terminated(values["run"], values["status"], ended)

@@ -31,7 +31,7 @@ def test_what_failed_comes_first_with_what_to_do_and_the_worst_answers_are_ranke
     worst = report.regressions([row("a", 0.5, 0.6), row("b", 1, 0), row("c", 0, 0.9), row("d", 1, 1), {}], "new", "champion")
     assert [found["prompt"] for found in worst] == ["c", "a"]
     found = changes.Changes([("ppo.steps", "30", "60")], ["data/raw/x.jsonl: new"], [])
-    evidence = report.Evidence([], "", [], {"champion": worst, "sft": []}, found, {"gold_against_kl": b"png"})
+    evidence = report.Evidence([], "", [], {"champion": worst, "sft": []}, found, {"gold_against_kl": b"png"}, [])
     hour = 3_600_000
     course = Course("ada@host, by hand", hour, 2 * hour, "http://flow", [Stage("ppo", True, hour, hour + 65_000, "http://ppo")])
     page = report.markdown(decision, evidence, course)
