@@ -89,7 +89,7 @@ def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
 @cache
 def _server() -> Any:
     """Where ranks are forked from: a process that has loaded torch, transformers and DeepSpeed once, which takes seconds."""
-    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "dpo", "evaluate")])
+    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "grpo", "dpo", "evaluate")])
     with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
@@ -149,6 +149,8 @@ def tiny_params() -> dict[str, Any]:
     raw["ppo"] |= {"steps": 4, "rollout_batch_size": 8, "mini_batch_size": 4, "epochs": 2, "max_answer_tokens": 8, "mixture_batch_size": 2}
     raw["ppo"] |= {"critic_warmup_steps": 1, "checkpoint_every": 2, "max_approx_kl": 100.0}
     raw["ppo"]["kl"] |= {"controller": "adaptive", "target": 1.0, "horizon": 100}
+    raw["grpo"] |= {name: raw["ppo"][name] for name in ("steps", "rollout_batch_size", "mini_batch_size", "epochs", "max_answer_tokens")}
+    raw["grpo"] |= {"answers_per_prompt": 2, "mixture_batch_size": 2, "checkpoint_every": 2, "max_approx_kl": 100.0}
     return raw
 
 

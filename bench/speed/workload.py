@@ -213,7 +213,7 @@ def fitting(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair], answer_to
 
 def jobs(ranks: int = 1, tokens: int = 4096) -> dict[str, Any]:
     """`launch.jobs`, alike for all stages; `tokens` of a micro-batch."""
-    stages = ("base", "sft", "reward", "ppo", "dpo", "evaluate")
+    stages = ("base", "sft", "reward", "ppo", "grpo", "dpo", "evaluate")
     return {stage: {"processes": ranks, "threads": 1, "micro_batch_tokens": tokens} for stage in stages}
 
 

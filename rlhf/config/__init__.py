@@ -7,22 +7,24 @@ missing key is an error, an unknown one too. ``docs/params.md`` is generated fro
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rlhf.config import text
+from rlhf.config import algorithms, text
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
+from rlhf.config.group import Grpo
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.rewards import RewardEntry, check_rewards
 from rlhf.config.section import Section
-from rlhf.config.training import Base, Dpo, Evaluate, Ppo, Reward, Sft
+from rlhf.config.training import Answering, Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
 
-STAGES = ("prepare", "base", "sft", "reward", "ppo", "dpo", "evaluate")
-# The stages of a run, by `algorithm`, which is also the name of the stage that makes the policy.
+STAGES = ("prepare", "base", "sft", "reward", "ppo", "grpo", "dpo", "evaluate")
+# The stages of a run, by the one that makes the policy (`Params.policy`).
 STAGES_OF = {
     "ppo": ("prepare", "base", "sft", "reward", "ppo", "evaluate"),
+    "grpo": ("prepare", "base", "sft", "reward", "grpo", "evaluate"),
     "dpo": ("prepare", "base", "sft", "dpo", "evaluate"),
 }
 
@@ -33,19 +35,26 @@ PARAMS_OF_STAGE = {
     "sft": ("seed", "sft", "launch.precision"),
     "reward": ("seed", "reward", "launch.precision"),
     "ppo": ("seed", "ppo", "rewards", "launch.precision"),
+    "grpo": ("seed", "grpo", "rewards", "launch.precision"),
     "dpo": ("seed", "dpo", "launch.precision"),
-    "evaluate": ("seed", "algorithm", "data", "evaluate", "rewards", "launch.precision", "ppo.max_prompt_tokens", "ppo.max_answer_tokens"),
+    "evaluate": ("seed", "algorithm", "data", "evaluate", "rewards", "launch.precision"),
 }
-# What evaluate reads besides, by algorithm.
-PARAMS_OF_EVALUATION = {"ppo": ("reward.max_tokens",), "dpo": ("dpo.max_tokens", "dpo.reference")}
+# What evaluate reads besides, by the stage that makes the policy.
+PARAMS_OF_EVALUATION = {
+    "ppo": ("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "reward.max_tokens"),
+    "grpo": ("grpo.max_prompt_tokens", "grpo.max_answer_tokens", "reward.max_tokens"),
+    "dpo": ("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "dpo.max_tokens", "dpo.reference"),
+}
 
 
 class Params(Section):
     """The whole of params.yaml."""
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(description="all randomness of a run derives from it")
-    algorithm: Literal["ppo", "dpo"] = Field(
-        description="ppo: reward model, then PPO against it; dpo: DPO on the pairs; `rlhf use` sets dvc.yaml to it"
+    algorithm: algorithms.Algorithm = Field(
+        description="ppo: reward model, then PPO against it; dpo: DPO on the pairs; rloo, grpo, dr-grpo, dapo, gspo, cispo, reinforce++, "
+        "reinforce++-baseline, remax, opo: reward model, then stage grpo by the values of its section, into which `rlhf use PRESET "
+        "algorithm=NAME` writes what the name stands for; `rlhf use` sets dvc.yaml to it"
     )
     data: Data
     prepare: Prepare
@@ -54,6 +63,7 @@ class Params(Section):
     reward: Reward
     rewards: list[RewardEntry] = Field(min_length=1, description="what answers are scored by: the sum of weight × score is trained on")
     ppo: Ppo
+    grpo: Grpo
     dpo: Dpo
     evaluate: Evaluate
     promote: Promote
@@ -64,12 +74,12 @@ class Params(Section):
     @property
     def trains_reward(self) -> bool:
         """Whether there is a stage reward: its model scores the answers that the policy learns from."""
-        return self.algorithm != "dpo" and any(entry.kind == "model" for entry in self.rewards)
+        return self.policy != "dpo" and any(entry.kind == "model" for entry in self.rewards)
 
     @property
     def reads_pairs(self) -> bool:
         """Whether anything is trained on preference pairs; else what a program checks is all there is to judge by."""
-        return self.algorithm == "dpo" or self.trains_reward
+        return self.policy == "dpo" or self.trains_reward
 
     @property
     def trains_judge(self) -> bool:
@@ -79,7 +89,7 @@ class Params(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of a run, in order."""
-        return tuple(stage for stage in STAGES_OF[self.algorithm] if stage != "reward" or self.trains_reward)
+        return tuple(stage for stage in STAGES_OF[self.policy] if stage != "reward" or self.trains_reward)
 
     @property
     def reward_files(self) -> list[str]:
@@ -99,16 +109,16 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _every_stage_has_data(self) -> Params:
-        with_ppo = self.algorithm == "ppo"
+        answers = self.policy != "dpo"
         needs = {"sft": "sft needs demonstrations"}
         if self.reads_pairs:
             needs["reward"] = f"{'reward' if self.trains_reward else 'dpo'} needs preference pairs"
-        if with_ppo:
-            needs["ppo"] = "ppo needs prompts"
+        if answers:
+            needs["ppo"] = f"{self.policy} needs prompts"
         if self.base.source == "build":
             needs["text"] = "base.source: build needs text to pretrain on"
-        elif with_ppo and self.ppo.mixture_coefficient > 0:
-            needs["text"] = "ppo.mixture_coefficient above 0 needs text"
+        elif answers and self.answering.mixture_coefficient > 0:
+            needs["text"] = f"{self.policy}.mixture_coefficient above 0 needs text"
         if self.trains_judge:
             needs["judge"] = "evaluate needs pairs for its judge, as these sources have no gold score"
         for slice_name, why in needs.items():
@@ -123,17 +133,41 @@ class Params(Section):
         if not heldout_kinds - {"text"}:
             raise ValueError("data.sources: evaluate needs held-out prompts, but no source of prompts has split.heldout above 0")
         if self.base.source == "build":
-            pairs = self.reward.max_tokens if with_ppo else self.dpo.max_tokens
-            longest = max(self.sft.max_tokens, pairs, self.ppo.max_prompt_tokens + self.ppo.max_answer_tokens)
+            pairs = self.reward.max_tokens if self.trains_reward else self.dpo.max_tokens if self.reads_pairs else 0
+            longest = max(self.sft.max_tokens, pairs, self.answering.longest)
             if longest > self.base.context_tokens:
                 raise ValueError(
                     f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it"
                 )
         return self
 
+    @model_validator(mode="after")
+    def _reference_can_move(self) -> Params:
+        engines = self.launch.engines
+        if self.grpo.reference_every and (engines.policy.zero_stage == 3) != (engines.reference.zero_stage == 3):
+            raise ValueError(
+                "grpo.reference_every copies the policy into its reference: launch.engines must hold both with zero_stage 3, or neither"
+            )
+        return self
+
+    @property
+    def policy(self) -> str:
+        """The stage that makes the policy: ppo, grpo or dpo."""
+        return algorithms.policy_stage(self.algorithm)
+
+    @property
+    def answering(self) -> Answering:
+        """How prompts are answered: what the policy's stage says of it, and ppo after dpo."""
+        return self.grpo if self.policy == "grpo" else self.ppo
+
+    @property
+    def answering_key(self) -> str:
+        """The name of that section."""
+        return "grpo" if self.policy == "grpo" else "ppo"
+
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The values that determine a stage's result, by dotted key: what its graph lists under its params."""
-        keys = PARAMS_OF_STAGE[stage] + (PARAMS_OF_EVALUATION[self.algorithm] if stage == "evaluate" else ())
+        keys = PARAMS_OF_STAGE[stage] + (PARAMS_OF_EVALUATION[self.policy] if stage == "evaluate" else ())
         keys = tuple(key for key in keys if key != "reward.max_tokens" or self.trains_reward)
         return {key: _at(self.model_dump(mode="json"), key) for key in keys}
 

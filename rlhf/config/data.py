@@ -24,10 +24,10 @@ SLICES_OF_KIND: dict[str, frozenset[str]] = {
 class Split(Section):
     """Relative shares in which a source's rows are dealt to the slices, after a seeded shuffle. No row is in two slices."""
 
-    text: NonNegative = Field(description="plain text that the base model is pretrained on and that ppo mixes in")
+    text: NonNegative = Field(description="plain text that the base model is pretrained on and that ppo and grpo mix in")
     sft: NonNegative = Field(description="demonstrations for sft")
     reward: NonNegative = Field(description="preference pairs for the reward model")
-    ppo: NonNegative = Field(description="prompts that ppo answers")
+    ppo: NonNegative = Field(description="prompts that ppo or grpo answers")
     judge: NonNegative = Field(description="pairs for the independent judge of evaluate, where no gold score exists")
     heldout: NonNegative = Field(description="rows that no stage trains on: evaluation reads them")
 

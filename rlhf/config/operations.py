@@ -91,6 +91,7 @@ class Jobs(Section):
     sft: JobLayout
     reward: JobLayout
     ppo: JobLayout
+    grpo: JobLayout
     dpo: JobLayout
     evaluate: JobLayout
 
@@ -137,14 +138,14 @@ class Engine(Section):
 class Engines(Section):
     """DeepSpeed's settings of each model."""
 
-    policy: Engine = Field(description="the model that base, sft and dpo train, and ppo's actor")
+    policy: Engine = Field(description="the model that base, sft and dpo train, and the actor of ppo and grpo")
     critic: Engine = Field(description="the reward model while it is trained (stage reward, the judge), and ppo's critic")
-    reference: FrozenEngine = Field(description="the frozen policy that ppo keeps near to")
-    reward: FrozenEngine = Field(description="the frozen reward model of ppo")
+    reference: FrozenEngine = Field(description="the frozen policy that ppo and grpo keep near to")
+    reward: FrozenEngine = Field(description="the frozen reward model of ppo and grpo")
 
 
 class Rollout(Section):
-    """How each rank samples answers (ppo, evaluate)."""
+    """How each rank samples answers (ppo, grpo, evaluate)."""
 
     slots: PositiveInt = Field(description="answers that a rank writes at a time; one that ends makes room for the next prompt")
     gather: Literal["whole", "layers"] = Field(

@@ -1,8 +1,8 @@
-"""Sections base, sft, reward, ppo, dpo and evaluate: how the models are trained and measured."""
+"""Sections base, sft, reward, ppo, dpo and evaluate (grpo: group.py): how the models are trained and measured."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -120,14 +120,16 @@ class Kl(Section):
     estimator: Literal["k1", "k2", "k3"] = Field(description="per-token KL estimator in the reward (Schulman 2020)")
 
 
-class PpoStop(Section):
+class Stop(Section):
     """A run that leaves these bounds has diverged: the stage stops with an error, and its last checkpoint is kept."""
 
-    kl: Positive = Field(description="KL to sft, mean per answer in nats")
+    kl: Positive = Field(description="KL to the reference, mean per answer in nats")
     score: Positive = Field(description="mean score of the reward model in standard deviations of its held-out scores, up or down")
 
 
-class Ppo(Section):
+class Answering(Section):
+    """What a policy is trained with on its own answers, whatever the algorithm."""
+
     steps: PositiveInt = Field(description="rollout batches, each followed by `epochs` passes of updates")
     rollout_batch_size: PositiveInt = Field(description="answers per rollout, over all processes")
     mini_batch_size: PositiveInt = Field(description="answers per optimiser step, over all processes; divides rollout_batch_size")
@@ -137,12 +139,8 @@ class Ppo(Section):
     temperature: Positive = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
-    kl: Kl
     reward_clip: Positive = Field(description="normalised reward-model scores are clipped to ± this")
     no_eos_reward: float = Field(description="score of an answer that was cut off, instead of the reward model's")
-    gamma: Fraction = Field(description="discount γ of GAE")
-    gae_lambda: Fraction = Field(description="λ of GAE")
-    whiten_advantages: bool = Field(description="scale advantages to mean 0, std 1 over the valid tokens of the global rollout batch")
     policy_clip: tuple[Fraction, Positive] = Field(
         strict=False,
         description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO",
@@ -150,7 +148,6 @@ class Ppo(Section):
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
         description="bound of the ratio for tokens with a negative advantage; null: none"
     )
-    value_clip: Positive | None = Field(description="range in which a new value may move from the old one; null: any")
     entropy_coefficient: NonNegative = Field(description="weight of the entropy bonus; 0: off")
     max_approx_kl: Positive = Field(description="updates on a rollout stop once the policy moved this far from it (nats per token)")
     mixture_coefficient: NonNegative = Field(description="weight of the next-token loss on plain text (PPO-ptx); 0: off")
@@ -159,21 +156,40 @@ class Ppo(Section):
         description="share of its old value that an fp32 moving average of the policy keeps at each update; the stage then hands on the "
         "average; null: off"
     )
-    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(description="first steps in which only the critic learns")
     actor: Optimizer
-    critic: Optimizer
     actor_lora: Lora | None = Field(
         description="adapters; the actor without them is then the reference policy; null: all weights are trained"
     )
-    critic_lora: Lora | None = Field(description="adapters of the critic; null: all weights are trained")
-    stop: PpoStop
+    stop: Stop
     checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return self.max_prompt_tokens + self.max_answer_tokens
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * (self.rollout_batch_size // self.mini_batch_size)
+
     @model_validator(mode="after")
-    def _batches(self) -> Ppo:
+    def _batches(self) -> Self:
         if self.rollout_batch_size % self.mini_batch_size:
             raise ValueError(f"mini_batch_size ({self.mini_batch_size}) must divide rollout_batch_size ({self.rollout_batch_size})")
         return self
+
+
+class Ppo(Answering):
+    """Proximal policy optimisation against the reward model, with a critic (arXiv 1707.06347), where `algorithm` is ppo."""
+
+    kl: Kl
+    gamma: Fraction = Field(description="discount γ of GAE")
+    gae_lambda: Fraction = Field(description="λ of GAE")
+    whiten_advantages: bool = Field(description="scale advantages to mean 0, std 1 over the valid tokens of the global rollout batch")
+    value_clip: Positive | None = Field(description="range in which a new value may move from the old one; null: any")
+    critic_warmup_steps: Annotated[int, Field(ge=0)] = Field(description="first steps in which only the critic learns")
+    critic: Optimizer
+    critic_lora: Lora | None = Field(description="adapters of the critic; null: all weights are trained")
 
 
 class Dpo(Section):

@@ -5,7 +5,7 @@ A checkpoint is a folder step-N:
     ENGINE/             weights, optimiser, schedule, loss scale: DeepSpeed's own form, shared out among the ranks as in training
     state.json          step, layout, and what else the loop needs
     rank-R.pt           generators of random numbers of rank R
-    ema-R.safetensors   the moving average, in as many parts as the model is held in
+    NAME-R.safetensors  an average of weights (ema, reference), in as many parts as the model is held in
     COMPLETE-R          size and SHA-256 of rank R's share of the files above, which are on the disk
 
 It is whole once the COMPLETE of every rank exists. They are written in the background, while training goes on.
@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,12 @@ _sealing: list[Future[None]] = []
 
 
 def save(
-    job: Job, step: int, engines: Mapping[str, DeepSpeedEngine], state: Mapping[str, Any], quality: float, ema: Ema | None = None
+    job: Job,
+    step: int,
+    engines: Mapping[str, DeepSpeedEngine],
+    state: Mapping[str, Any],
+    quality: float,
+    averages: Mapping[str, Ema] = MappingProxyType({}),
 ) -> None:
     """Write a checkpoint after `step` steps, and remove those that need not stay. All ranks must call it.
 
@@ -49,6 +55,7 @@ def save(
         engines: the DeepSpeed engines by name.
         state: what else the loop needs, as JSON: counters, the KL coefficient, rows of the plot.
         quality: the higher, the better; the best checkpoint is kept besides the newest.
+        averages: of weights, by name.
 
     Raises:
         UserError: the disk is full; the checkpoints before this one stay.
@@ -64,8 +71,9 @@ def save(
         for name, engine in engines.items():
             engine.save_checkpoint(str(folder), tag=name, save_latest=False)
         torch.save(_random_states(), folder / f"rank-{job.rank}.pt")
-        if ema and job.rank < ema.parts:
-            save_file(ema.average, folder / f"ema-{job.rank}.safetensors")
+        for name, average in averages.items():
+            if job.rank < average.parts:
+                save_file(average.average, folder / f"{name}-{job.rank}.safetensors")
         if job.is_main:
             layout = {"ranks": job.world_size, "zero": {name: engine.zero_optimization_stage() for name, engine in engines.items()}}
             content = {"step": step, "quality": quality, "layout": layout, "loop": state}
@@ -91,7 +99,7 @@ def settle() -> None:
         _sealing.pop().result()
 
 
-def load(job: Job, engines: Mapping[str, DeepSpeedEngine], ema: Ema | None = None) -> dict[str, Any]:
+def load(job: Job, engines: Mapping[str, DeepSpeedEngine], averages: Mapping[str, Ema] = MappingProxyType({})) -> dict[str, Any]:
     """Restore the newest whole checkpoint; returns its state, with `step` 0 where there is none. All ranks must call it.
 
     Where the number of ranks or the ZeRO stage has changed since, DeepSpeed's universal checkpoint cuts the shares anew: the loss goes on
@@ -116,8 +124,8 @@ def load(job: Job, engines: Mapping[str, DeepSpeedEngine], ema: Ema | None = Non
             universal.load(job, folder, name, engine)
         else:
             engine.load_checkpoint(str(folder), tag=name)
-    if ema:
-        ema.restore([load_file(part) for part in _parts_to_read(folder, ema)])
+    for name, average in averages.items():
+        average.restore([load_file(part) for part in _parts_to_read(folder, name, average)])
     if (own := folder / f"rank-{job.rank}.pt").exists():
         _restore_random_states(torch.load(own, weights_only=False))
     moved = f", on {job.world_size} ranks instead of {layout['ranks']}" if job.world_size != layout["ranks"] else ""
@@ -134,10 +142,10 @@ def _by_step(job: Job) -> list[Path]:
     return sorted(_root(job).glob("step-*"), key=lambda path: -int(path.name.removeprefix("step-")))
 
 
-def _parts_to_read(folder: Path, ema: Ema) -> list[Path]:
-    """This rank's own part of the moving average; all parts where it is cut differently now."""
-    parts = sorted(folder.glob("ema-*.safetensors"), key=lambda path: int(path.stem.removeprefix("ema-")))
-    return [parts[ema.part]] if len(parts) == ema.parts else parts
+def _parts_to_read(folder: Path, name: str, average: Ema) -> list[Path]:
+    """This rank's own part of an average; all parts where it is cut differently now."""
+    parts = sorted(folder.glob(f"{name}-*.safetensors"), key=lambda path: int(path.stem.removeprefix(f"{name}-")))
+    return [parts[average.part]] if len(parts) == average.parts else parts
 
 
 # ---------------------------------------------------------------------------------------------------------- whole or not

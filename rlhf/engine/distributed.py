@@ -130,6 +130,51 @@ def layout(job: Job) -> JobLayout:
     return getattr(job.params.launch.jobs, job.stage)
 
 
+def sharing_micro_batches(rows: Sequence[T], prompt: Callable[[T], Sequence[int]], answer: Callable[[T], int], job: Job) -> list[list[T]]:
+    """As `equal_micro_batches`, rows with the same prompt in the same one as far as it holds them: a forward pass reads that once.
+
+    Args:
+        prompt, answer: token ids of a row's prompt; tokens of its answer.
+    """
+    tokens = layout(job).micro_batch_tokens
+
+    def size(unit: Sequence[T]) -> int:
+        return len(prompt(unit[0])) + sum(map(answer, unit))
+
+    open_units: dict[tuple[int, ...], list[T]] = {}
+    units: list[list[T]] = []
+    for row in rows:
+        key = tuple(prompt(row))
+        if key not in open_units or size([*open_units[key], row]) > tokens:
+            open_units[key] = []
+            units.append(open_units[key])
+        open_units[key].append(row)
+    needed = torch.tensor(len(micro_batches(units, size, tokens)), device=device(job))
+    dist.all_reduce(needed, op=dist.ReduceOp.MAX)
+    while len(units) < needed:  # another rank has more of them
+        largest = max((unit for unit in units if len(unit) > 1), key=size)
+        units.append([largest.pop() for _ in range(len(largest) // 2)])
+    return [[row for unit in part for row in unit] for part in micro_batches(units, size, tokens, least=int(needed))]
+
+
+def block(rows: Sequence[T], job: Job, name: str) -> list[T]:
+    """As `share`, but rows that follow each other stay together.
+
+    Raises:
+        UserError: the batch cannot be dealt evenly to the ranks.
+    """
+    check_even(len(rows), job, name)
+    each = len(rows) // job.world_size
+    return list(rows[job.rank * each : (job.rank + 1) * each])
+
+
+def join(rows: Sequence[T], job: Job) -> list[T]:
+    """The rows of all ranks' blocks, in their order, on each rank."""
+    parts: list[list[T]] = [[] for _ in range(job.world_size)]
+    dist.all_gather_object(parts, list(rows))
+    return [row for part in parts for row in part]
+
+
 def add(sums: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
     """Add numbers to sums of the same names, in double precision and where they are: reading each would have a GPU waited for."""
     for name, value in more.items():

@@ -26,8 +26,11 @@ class Order:
 
     def batch(self, step: int) -> list[int]:
         """Row indices of step 0, 1, 2, …"""
-        first = step * self.batch_size
-        return [_permutation(self, at // self.rows)[at % self.rows] for at in range(first, first + self.batch_size)]
+        return self.following(step * self.batch_size, self.batch_size)
+
+    def following(self, first: int, count: int) -> list[int]:
+        """So many row indices from a place on, counted from 0 over all epochs."""
+        return [_permutation(self, at // self.rows)[at % self.rows] for at in range(first, first + count)]
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ The estimate, in bytes:
                   weights and Adam's two moments; in half precision the fp32 weights besides; with adapters the weights alone
     models        weights of each model that the stage writes, a given one that base pins among them; DVC's cache and the registry link
                   to them
-    records       4 bytes for each token of ppo's rollouts; for prepare the raw files, ten times those that are compressed,
+    records       4 bytes for each token of the rollouts of ppo or grpo; for prepare the raw files, ten times those that are compressed,
                   and as much again for what it packs for as long as it runs
 
 Logs, metrics and what an estimate misses have operations.spare_gib. What the stage has on the disk already is not needed again.
@@ -91,9 +91,11 @@ def estimate(root: Path, stage: str, params: Params, base: int | None = None) ->
     if stage == "base" and isinstance(params.base, PretrainedBase):
         models = [base or 0]
     records = 0
-    if stage == "ppo":
-        records = params.ppo.steps * params.ppo.rollout_batch_size * (params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens) * TOKEN
-        checkpoint += AVERAGE * models[0] if params.ppo.ema_decay else 0
+    if stage in ("ppo", "grpo"):
+        own = params.ppo if stage == "ppo" else params.grpo
+        records = own.steps * own.rollout_batch_size * own.longest * TOKEN
+        averages = (own.ema_decay is not None) + (stage == "grpo" and params.grpo.reference_every is not None)
+        checkpoint += averages * AVERAGE * models[0]
     if stage == "prepare":
         records = sum(_raw(root, source) for source in params.data.sources if isinstance(source, FileSource))
     return Estimate(params.launch.checkpoints.keep + 2, checkpoint, sum(models) * WEIGHT[precision], records)
@@ -114,6 +116,7 @@ def _trained(root: Path, stage: str, params: Params, base: int | None) -> list[t
         "sft": [("base", params.sft.lora)],
         "reward": [("base", params.reward.lora)],
         "ppo": [("sft", params.ppo.actor_lora), ("reward", params.ppo.critic_lora)],
+        "grpo": [("sft", params.grpo.actor_lora)],
         "dpo": [("sft", params.dpo.lora)],
     }
     return [(of(name), lora) for name, lora in starts.get(stage, [])]

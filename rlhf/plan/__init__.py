@@ -40,7 +40,7 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
     elif model and model.layers:
         adapters.check(stages, params, model.name, model.layers, findings)
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
-    if {params.algorithm, "evaluate"} & set(stages):
+    if {params.policy, "evaluate"} & set(stages):
         rewards.check(root, params, findings)
     gpus, nodes = launching.check(root, stages, params, findings)
     if shape and gpus is not None:
@@ -83,11 +83,11 @@ def _gone(root: Path, params: Params) -> UserError | None:
 
 def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     """The longest sequences of the stages, by what in params.yaml sets them."""
-    both = params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens
     longest = {"sft": params.sft.max_tokens, "reward": params.reward.max_tokens, "dpo": params.dpo.max_tokens}
     lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
-    if "ppo" in stages or "evaluate" in stages:
-        lengths["ppo.max_prompt_tokens + ppo.max_answer_tokens"] = both
+    if params.policy in stages or "evaluate" in stages:
+        key = params.answering_key
+        lengths[f"{key}.max_prompt_tokens + {key}.max_answer_tokens"] = params.answering.longest
     if "evaluate" in stages and params.trains_judge:
         lengths["evaluate.judge.max_tokens"] = params.evaluate.judge.max_tokens
     return lengths

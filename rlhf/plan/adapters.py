@@ -37,6 +37,8 @@ def _given(params: Params, stages: Sequence[str]) -> dict[str, Lora | None]:
     adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "dpo") if stage in stages}
     if "ppo" in stages:
         adapters |= {"ppo.actor_lora": params.ppo.actor_lora, "ppo.critic_lora": params.ppo.critic_lora}
+    if "grpo" in stages:
+        adapters["grpo.actor_lora"] = params.grpo.actor_lora
     if "evaluate" in stages and params.trains_judge:
         adapters["evaluate.judge.lora"] = params.evaluate.judge.lora
     return adapters

@@ -19,6 +19,7 @@ BATCHES = {
     "sft": ("sft.batch_size",),
     "reward": ("reward.batch_size",),
     "ppo": ("ppo.rollout_batch_size", "ppo.mini_batch_size", "ppo.mixture_batch_size"),
+    "grpo": ("grpo.rollout_batch_size", "grpo.mini_batch_size", "grpo.mixture_batch_size"),
     "dpo": ("dpo.batch_size",),
     "evaluate": ("evaluate.judge.batch_size",),
 }
@@ -109,7 +110,7 @@ def _uneven(stage: str, params: Params, processes: int) -> list[UserError]:
         size: object = params
         for part in key.split("."):
             size = getattr(size, part, None)  # a given base has no batches
-        idle = (stage == "evaluate" and not params.trains_judge) or ("mixture" in key and not params.ppo.mixture_coefficient)
+        idle = (stage == "evaluate" and not params.trains_judge) or ("mixture" in key and not params.answering.mixture_coefficient)
         if isinstance(size, int) and size % processes and not idle:
             what = f"{key}: a batch of {size} rows cannot be dealt evenly to {processes} processes"
             found.append(UserError(what, remedy=f"make it a multiple of {processes}, or change launch.jobs.{stage}.processes"))

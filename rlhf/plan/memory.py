@@ -59,7 +59,7 @@ class Held:
     engine: str
     trained: bool = False
     lora: Lora | None = None
-    average: bool = False
+    averages: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def of_built(base: BuiltBase) -> Shape:
 def models(stage: str, params: Params) -> list[Held]:
     """The models that a stage holds at a time."""
     frozen = [Held("reference")]
+    rewards = [Held("reward")] if params.trains_reward else []
     if stage == "base":
         return [Held("policy", trained=True)] if isinstance(params.base, BuiltBase) else frozen
     if stage == "sft":
@@ -102,11 +103,14 @@ def models(stage: str, params: Params) -> list[Held]:
     if stage == "dpo":
         reference = frozen if params.dpo.reference == "live" and params.dpo.lora is None else []
         return [Held("policy", True, params.dpo.lora), *reference]
-    if stage == "ppo":
-        actor = Held("policy", True, params.ppo.actor_lora, params.ppo.ema_decay is not None)
-        return [actor, Held("critic", True, params.ppo.critic_lora), *(frozen if params.ppo.actor_lora is None else []), Held("reward")]
+    if stage in ("ppo", "grpo"):
+        own = params.ppo if stage == "ppo" else params.grpo
+        critic = [Held("critic", True, params.ppo.critic_lora)] if stage == "ppo" else []
+        moving = params.grpo.reference_every is not None and stage == "grpo"  # kept in fp32 besides, for checkpoints
+        actor = Held("policy", True, own.actor_lora, (own.ema_decay is not None) + moving)
+        return [actor, *critic, *(frozen if own.actor_lora is None else []), *rewards]
     judge = [Held("critic", True, params.evaluate.judge.lora)] if params.trains_judge else []
-    return [*frozen, *frozen, *([Held("reward")] if params.trains_reward else []), *judge]
+    return [*frozen, *frozen, *rewards, *judge]
 
 
 def need(stage: str, params: Params, shape: Shape, nodes: int = 1) -> Need:
@@ -127,8 +131,8 @@ def _held(model: Held, params: Params, shape: Shape, processes: int) -> Need:
     trained = model.lora.rank * shape.linear if model.lora else shape.weights
     gradients = width * trained / (processes if zero >= 2 else 1)
     optimiser = MOMENTS[precision] * trained / (processes if zero >= 1 or precision != "fp32" else 1)
-    if model.average:
-        weights += 4 * shape.weights / (processes if zero == 3 else 1)
+    if model.averages:
+        weights += 4 * model.averages * shape.weights / (processes if zero == 3 else 1)
     away = (weights if engine.offload_parameters else 0) + (optimiser if engine.offload_optimizer else 0)
     return Need(
         weights=0 if engine.offload_parameters else weights,
@@ -152,14 +156,14 @@ def _activations(stage: str, params: Params, shape: Shape) -> float:
     layers = shape.layers * width * shape.width + layer if params.launch.gradient_checkpointing else shape.layers * layer
     training = any(model.trained for model in models(stage, params))
     logits = LOGITS * shape.vocabulary if stage != "reward" else 0
-    answers = params.launch.rollout.slots * (params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens)
-    cache = answers * shape.layers * shape.key_values * width if stage in ("ppo", "evaluate") else 0
+    answers = params.launch.rollout.slots * params.answering.longest
+    cache = answers * shape.layers * shape.key_values * width if stage in (params.policy, "evaluate") and stage != "dpo" else 0
     return max(tokens * ((layers if training else layer) + logits), cache)
 
 
 def _longest_row(stage: str, params: Params) -> int:
     longest = {"sft": params.sft.max_tokens, "reward": params.reward.max_tokens, "dpo": params.dpo.max_tokens}
-    return longest.get(stage, params.ppo.max_prompt_tokens + params.ppo.max_answer_tokens if stage in ("ppo", "evaluate") else 0)
+    return longest.get(stage, params.answering.longest if stage in ("ppo", "grpo", "evaluate") else 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- machine

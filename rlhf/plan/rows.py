@@ -46,11 +46,11 @@ class Example:
 
 def limits(params: Params) -> dict[str, tuple[str, int]]:
     """By name: the key of params.yaml, and its tokens. Pairs are the reward model's, or dpo's."""
-    dpo = params.algorithm == "dpo"
+    dpo = params.policy == "dpo"
     return {
         "sft": ("sft.max_tokens", params.sft.max_tokens),
         "reward": ("dpo.max_tokens", params.dpo.max_tokens) if dpo else ("reward.max_tokens", params.reward.max_tokens),
-        "ppo": ("ppo.max_prompt_tokens", params.ppo.max_prompt_tokens),
+        "ppo": (f"{params.answering_key}.max_prompt_tokens", params.answering.max_prompt_tokens),
         "judge": ("evaluate.judge.max_tokens", params.evaluate.judge.max_tokens),
     }
 

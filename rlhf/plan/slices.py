@@ -15,7 +15,7 @@ from rlhf.plan.findings import Findings
 from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files
 
 FEW = 10
-_SPREAD = {"ppo": ": ppo, which takes the spread of rewards from them, may stop as diverged", "dpo": ""}
+_SPREAD = ": {policy}, which takes the spread of rewards from them, may stop as diverged"
 
 
 def job(root: Path, params: Params) -> Job:
@@ -45,6 +45,5 @@ def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findin
         findings.problems += [error for feeding, error in wrong if names >= {source.name for source in feeding}]
         pairs = {source.name for source in params.data.feeding("heldout") if source.kind == "pairs"}
         if names >= pairs and 0 < (count := len(files["heldout_pairs"])) < FEW:
-            findings.notes.append(
-                f"heldout_pairs.jsonl would have {count} rows, and what is measured on so few says little{_SPREAD[params.algorithm]}"
-            )
+            spread = "" if params.policy == "dpo" else _SPREAD.format(policy=params.policy)
+            findings.notes.append(f"heldout_pairs.jsonl would have {count} rows, and what is measured on so few says little{spread}")

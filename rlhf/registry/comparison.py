@@ -50,14 +50,14 @@ def check_champion(champion: Version, root: Path, params: config.Params) -> None
         tokenizer, context = load_tokenizer(folder), context_of(folder)
     except UserError as error:
         raise UserError(f"{who} cannot be compared with: {error.what}", remedy=remedy) from None
-    longest, answer = params.ppo.max_prompt_tokens, params.ppo.max_answer_tokens
+    longest, answer = params.answering.max_prompt_tokens, params.answering.max_answer_tokens
     rows = short_enough(tokenizer, read_lines(root / PROMPTS), longest)[: params.evaluate.prompts]
     fitting = short_enough(tokenizer, rows, context - answer)
     if len(fitting) < LEAST_SHARE * len(rows):
         what = f"{who} takes {context} tokens: room for {len(fitting)} of {len(rows)} held-out prompts with an answer"
         raise UserError(
-            f"{what} (ppo.max_answer_tokens: {answer}), too few to compare it with what would be trained",
-            remedy=f"{remedy}; or lower ppo.max_answer_tokens",
+            f"{what} ({params.answering_key}.max_answer_tokens: {answer}), too few to compare it with what would be trained",
+            remedy=f"{remedy}; or lower {params.answering_key}.max_answer_tokens",
         )
 
 

@@ -77,7 +77,7 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
     Raises:
         UserError: a number is missing in the metrics.
     """
-    policy, promote = params.algorithm, params.promote
+    policy, promote = params.policy, params.promote
     gates = []
     if metrics.get("gold"):
         gates.append(

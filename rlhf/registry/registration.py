@@ -62,7 +62,8 @@ def register(root: Path, params: Params, flow_run_id: str | None = None) -> Vers
             version = find(root, params, int(same[0].version))
             _tag(root, version)  # a kill may have come between the two
             return version
-        tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none", "algorithm": params.algorithm}
+        tags = {"sha256": weights, "evaluation": evaluation, "flow_run": flow_run_id or "none"}
+        tags |= {"algorithm": params.policy, "algorithm.name": params.algorithm}  # the stage, and what its values are called
         tags |= _lineage(root, params) | _evaluated(metrics)
         tags["git.revision"] = snapshot.commit(root, f"Run of {name}: params, dvc.lock and metrics") or "none"
         version = find(root, params, _store(client, root, params, tags))
@@ -80,7 +81,7 @@ def _tag(root: Path, version: Version) -> None:
 
 
 def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str]) -> int:
-    run_id = tags.get(f"run.{params.algorithm}")
+    run_id = tags.get(f"run.{params.policy}")
     logged = client.create_logged_model(tracking.initialise(root, params), name=params.promote.model, source_run_id=run_id)
     made = root, root / _model(params)
     if urlparse(logged.artifact_location).scheme in ("", "file"):
@@ -156,7 +157,7 @@ def _link_weights(source: str, target: str) -> None:
 
 
 def _model(params: Params) -> Path:
-    return Path("models") / params.algorithm
+    return Path("models") / params.policy
 
 
 def weights_hash(model: Path) -> str:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+SECTIONS = {"ppo": "ppo", "grpo": "grpo", "dpo": "ppo"}  # which one says how prompts are answered
 LEARN_MORE = {
     "ppo": "It learned too little. If gold against KL still rises: more `ppo.steps`, a higher `ppo.actor.learning_rate` or a lower "
     "`ppo.kl.coefficient`. If not, the reward model is at fault: see its held-out accuracy.",
+    "grpo": "It learned too little. If gold against KL still rises: more `grpo.steps`, a higher `grpo.actor.learning_rate` or a lower "
+    "`grpo.kl.coefficient`. If not, the reward model is at fault: see its held-out accuracy.",
     "dpo": "It learned too little: more `dpo.epochs`, a higher `dpo.optimizer.learning_rate` or a lower `dpo.beta`.",
 }
 STAY_NEAR = {
     "ppo": "It went far from sft: raise `ppo.kl.coefficient`, or lower `ppo.steps` to where gold against KL is highest.",
+    "grpo": "It went far from sft: raise `grpo.kl.coefficient`, or lower `grpo.steps` to where gold against KL is highest.",
     "dpo": "It went far from sft: raise `dpo.beta`, or lower `dpo.epochs`.",
 }
+RETRAIN = (
+    "The reward model tells good from bad too rarely: more or cleaner pairs, or other `reward.epochs` and "
+    "`reward.optimizer.learning_rate`. Held-out accuracy that falls while accuracy rises means fewer epochs."
+)
 JUDGE_BETTER = {
-    "ppo": "The reward model tells good from bad too rarely: more or cleaner pairs, or other `reward.epochs` and "
-    "`reward.optimizer.learning_rate`. Held-out accuracy that falls while accuracy rises means fewer epochs.",
+    "ppo": RETRAIN,
+    "grpo": RETRAIN,
     "dpo": "Its own preference is wrong too often: more or cleaner pairs, or other `dpo.epochs` and `dpo.beta`.",
 }
-FOOLED = (
-    "The reward model is pleased and the judge is not: lower `ppo.steps` to where gold against KL turns, raise `ppo.kl.coefficient`, or "
-    "give the reward model more pairs."
-)
+FOOLED = {
+    policy: f"The reward model is pleased and the judge is not: lower `{section}.steps` to where gold against KL turns, raise "
+    f"`{section}.kl.coefficient`, or give the reward model more pairs."
+    for policy, section in SECTIONS.items()
+}
 LEARN_TO_BE_RIGHT = (
     "It is not surely right more often. If accuracy still rises with the steps: more of them, or a higher learning rate. If every answer "
     "to a prompt gets the same reward, there is nothing to learn from it: take easier or harder prompts. More `evaluate.prompts` or "
@@ -32,9 +41,13 @@ OF_GATES: dict[str, dict[str, str] | str] = {
     "max_kl": STAY_NEAR,
     "max_perplexity_ratio": {
         "ppo": "It forgets plain text: raise `ppo.mixture_coefficient` or `ppo.kl.coefficient`.",
+        "grpo": "It forgets plain text: raise `grpo.mixture_coefficient` or `grpo.kl.coefficient`.",
         "dpo": "It forgets plain text: raise `dpo.beta`, or lower `dpo.epochs`.",
     },
-    "min_eos_rate": "Answers are cut off: raise `ppo.max_answer_tokens`, and see that the demonstrations end within `sft.max_tokens`.",
+    "min_eos_rate": {
+        policy: f"Answers are cut off: raise `{section}.max_answer_tokens`, and see that the demonstrations end within `sft.max_tokens`."
+        for policy, section in SECTIONS.items()
+    },
     "max_answer_tokens": "Answers grow long, most likely because the longer answer wins in the pairs: add pairs in which it loses, or stay "
     "nearer to sft.",
     "min_accuracy": LEARN_TO_BE_RIGHT,

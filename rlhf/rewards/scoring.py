@@ -39,7 +39,7 @@ class Checkers:
     entries: Sequence[CheckedReward]
     root: Path
     ranks: int = 1
-    seconds: dict[str, float] = field(default_factory=dict)  # what each entry took when last asked
+    seconds: dict[str, float] = field(default_factory=dict)  # that each entry took
     _functions: Functions | None = None
     _thread: ThreadPoolExecutor | None = None
 
@@ -83,7 +83,7 @@ class Checkers:
         for number, reply in zip(numbers, replies, strict=True):
             failed = "error" in reply
             found[number] = Outcome(entry.failure_score, reply["error"]) if failed else Outcome(reply["score"])
-        self.seconds[entry.name] = time.monotonic() - started
+        self.seconds[entry.name] = self.seconds.get(entry.name, 0.0) + time.monotonic() - started
         return found
 
     @property

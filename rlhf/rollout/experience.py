@@ -1,4 +1,4 @@
-"""What PPO learns from: scored answers, and their layout for a forward pass."""
+"""What a policy learns from: scored answers, and their layout for a forward pass."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Scored:
     answer: list[int]  # end token included where it ended by itself
     ended: bool
     score: float  # what is trained on: the sum over section rewards
-    log_probs: Tensor  # (A,) under the policy that sampled
+    log_probs: Tensor  # (A,) under the policy that sampled, as training computes them
+    rollout_log_probs: Tensor  # (A,) the same, as the rollout computed them
     reference_log_probs: Tensor  # (A,)
-    values: Tensor  # (A,) V(s) before each answer token
+    values: Tensor  # (A,) V(s) before each answer token; (0,) without a critic
     rewards: Mapping[str, Outcome] = field(default_factory=dict)  # by entry of section rewards
 
 
@@ -42,8 +43,9 @@ class Experience:
     ended: Tensor  # (B,) whether the answer ended by itself
     scores: Tensor  # (B,)
     log_probs: Tensor  # (B, A)
+    rollout_log_probs: Tensor  # (B, A)
     reference_log_probs: Tensor  # (B, A)
-    values: Tensor  # (B, A)
+    values: Tensor  # (B, A); (B, 0) without a critic
     rewards: Sequence[Mapping[str, Outcome]] = ()  # B, by entry of section rewards
 
     @classmethod
@@ -59,6 +61,7 @@ class Experience:
             ended=torch.tensor([row.ended for row in rows], device=device),
             scores=torch.tensor([row.score for row in rows], device=device),
             log_probs=log_probs,
+            rollout_log_probs=padded([row.rollout_log_probs for row in rows]),
             reference_log_probs=padded([row.reference_log_probs for row in rows]),
             values=padded([row.values for row in rows]),
             rewards=[row.rewards for row in rows],

@@ -20,6 +20,7 @@ class Sampling:
     top_k: int  # among the k likeliest; 0: all
     top_p: float  # in the nucleus of this mass; 1: all
     max_new_tokens: int
+    of_what_is_left: bool = False  # log-probabilities are those among the tokens that top_k and top_p leave; else among all
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -33,8 +34,8 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """One token per row by inverse-CDF sampling, and its log-probability. Logits (B, V), uniforms (B,) → (B,), (B,).
 
-    The log-probability is that of the full distribution at the sampling temperature, as training computes it; top-k and top-p only
-    narrow what is drawn.
+    The log-probability is that of the full distribution at the sampling temperature, as training computes it, although top-k and top-p
+    narrow what is drawn; or that of the distribution drawn from, where `sampling` asks for it.
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
@@ -45,7 +46,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     elif sampling.top_k or sampling.top_p < 1:
-        tokens = _narrowed(weights, total, uniforms, sampling)
+        tokens, left = _narrowed(weights, total, uniforms, sampling)
+        total = left if sampling.of_what_is_left else total
     else:
         tokens = _drawn(weights, uniforms)
     chosen = logits.gather(1, tokens) - likeliest - total.log()
@@ -71,11 +73,11 @@ def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
     return part * PART + torch.searchsorted(within, torch.minimum(wanted - before, most), right=True)
 
 
-def _narrowed(weights: Tensor, total: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """As `_drawn`, among the likeliest tokens only."""
+def _narrowed(weights: Tensor, total: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """As `_drawn`, among the likeliest tokens only; and their sum (B, 1)."""
     weights, order = weights.topk(min(sampling.top_k or weights.shape[1], weights.shape[1]))
     if sampling.top_p < 1:
         # the token that crosses the bound belongs to the nucleus
         before = weights.cumsum(-1) - weights
         weights = weights.masked_fill(before >= sampling.top_p * total, 0)
-    return order.gather(1, _drawn(weights, uniforms))
+    return order.gather(1, _drawn(weights, uniforms)), weights.sum(-1, keepdim=True)

@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.training import Ppo, peak
+from rlhf.config.training import Answering, peak
 from rlhf.engine.distributed import equal_micro_batches
 from rlhf.engine.ema import Ema
 from rlhf.engine.partition import born
@@ -40,16 +40,20 @@ class Models:
     reference: lora.Reference
     reward: ScalarModel | None  # None where no entry of section rewards is a model
     adapters: lora.Adapters | None  # of the actor
-    ema: Ema | None
+    averages: dict[str, Ema]  # of the actor: ema, where there is one
     tokenizer: PreTrainedTokenizerBase
     rewards: Rewards
+
+    @property
+    def ema(self) -> Ema | None:
+        return self.averages.get("ema")
 
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_token_id
 
 
-def section(job: Job) -> Ppo:
+def section(job: Job) -> Answering:
     """The stage's own values."""
     return getattr(job.params, job.stage)
 
@@ -75,7 +79,7 @@ def read_texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     params = section(job)
     if not params.mixture_coefficient:
         return []
-    width = params.max_prompt_tokens + params.max_answer_tokens
+    width = params.longest
     texts = [row["text"] for row in read_lines(job.input("data/prepared/text.jsonl"))]
     return [[*ids, tokenizer.eos_token_id][:width] for ids in encode_passages(tokenizer, texts)]
 
@@ -93,23 +97,32 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     with born(settings(job, "policy")):
         actor = load_policy(job.input("models/sft"), job.params.launch.precision)
     key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens"
-    check_length(actor, params.max_prompt_tokens + params.max_answer_tokens, key)
+    check_length(actor, params.longest, key)
     adapters = lora.attach(actor, params.actor_lora, "models/sft", f"{job.stage}.actor_lora", job)
     return Models(
         actor=train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", updates),
         reference=lora.reference(adapters, job, job.input("models/sft"), device),
         reward=reward,
         adapters=adapters,
-        ema=Ema(actor, params.ema_decay) if params.ema_decay else None,
+        averages={"ema": Ema(actor, params.ema_decay)} if params.ema_decay else {},
         tokenizer=tokenizer,
         rewards=Rewards.of(job),
     )
 
 
-def roll_out(job: Job, models: Models, prompts: list[list[int]], seeds: Sequence[int], step: int, clock: Clock) -> Rollouts:
-    """An answer to each of this rank's prompts, from the weights as they are."""
-    params = section(job)
-    sampling = Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
+def sampling_of(params: Answering) -> Sampling:
+    return Sampling(params.temperature, params.top_k, params.top_p, params.max_answer_tokens)
+
+
+def roll_out(
+    job: Job, models: Models, prompts: list[list[int]], seeds: Sequence[int], step: int, clock: Clock, sampling: Sampling | None = None
+) -> Rollouts:
+    """An answer to each of this rank's prompts, from the weights as they are.
+
+    Args:
+        sampling: how; None: as the stage's section says.
+    """
+    sampling = sampling or sampling_of(section(job))
     ids = {"eos_id": models.tokenizer.eos_token_id, "pad_id": models.pad_id}
     rollout = job.params.launch.rollout
     actor = models.actor.module
@@ -134,17 +147,23 @@ def score(
     rows: Sequence[Mapping[str, Any]],
     rollouts: Rollouts,
     parts: Iterable[list[int]],
+    *,
     critic: DeepSpeedEngine | None = None,
+    exact: bool = True,
 ) -> list[Scored]:
     """What section rewards, the reference, and the critic where there is one, say of each answer of this rank.
 
     Functions and services are asked meanwhile.
     Nothing is read until all forward passes have been asked for: a GPU computes one micro-batch while the next is laid out.
+
+    Args:
+        parts: numbers of the answers of each forward pass.
+        exact: the rollout's log-probabilities are those of training, where it computes in fp32.
     """
     params, device = section(job), models.actor.device
     asked = models.rewards.begin(rows, [decode_answer(models.tokenizer, ids) for ids in rollouts.answers])
     # decoding and training round differently in half precision, and the ratio must start at 1
-    exact = job.params.launch.precision == "fp32"
+    exact = exact and job.params.launch.precision == "fp32"
     found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
     for index in parts:
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
@@ -162,11 +181,11 @@ def score(
         scores, again = others[: len(scores)], others[len(scores) :]
         for row, i in enumerate(index):
             length = len(rollouts.answers[i])
-            log_probs = again[0][row, :length].clone() if again else torch.tensor(rollouts.log_probs[i])
-            of_tokens = (log_probs, reference[row, :length].clone(), values[row, :length].clone())
-            total, rewards = models.rewards.summed(
-                {name: given[i] for name, given in outcomes.items()}, [part[row].item() for part in scores]
-            )
+            sampled = torch.tensor(rollouts.log_probs[i])
+            log_probs = again[0][row, :length].clone() if again else sampled
+            of_tokens = (log_probs, sampled, reference[row, :length].clone(), values[row, :length].clone())
+            given = {name: of_all[i] for name, of_all in outcomes.items()}
+            total, rewards = models.rewards.summed(given, [part[row].item() for part in scores])
             scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], total, *of_tokens, rewards)
     return [scored[i] for i in range(len(rollouts.answers))]
 

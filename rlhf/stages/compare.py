@@ -37,12 +37,12 @@ def main(job: Job) -> None:
         answers, scores = [row["answers"][name] for row in found], [row["scores"][name] for row in found]
     else:
         asked = len(rows)
-        rows = short_enough(load_tokenizer(folder), rows, context_of(folder) - job.params.ppo.max_answer_tokens)
+        rows = short_enough(load_tokenizer(folder), rows, context_of(folder) - job.params.answering.max_answer_tokens)
         if len(rows) < asked:
             job.say(f"{asked - len(rows)} of {asked} prompts are left out: the champion has no room for them and an answer")
         answers = answers_of(job, folder, rows, device) if rows else []
         scores = judge(job, rows, answers, device) if rows else []
-    new = job.params.algorithm
+    new = job.params.policy
     rewards: list[Any] = rewards_of(job, rows, answers, device) if rows and job.params.trains_reward else [None] * len(rows)
     right = right_of(job, folder, name, rows, answers, device, same=champion["same_evaluation"])
     if job.is_main:

@@ -1,4 +1,4 @@
-"""Stage evaluate: the new policy (of ppo or dpo) against sft on held-out data, judged by something that training did not optimise.
+"""Stage evaluate: the new policy (of ppo, grpo or dpo) against sft on held-out data, judged by something that training did not optimise.
 
 Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of
 the judge slice that no other stage saw, and decides which answer wins.
@@ -40,7 +40,7 @@ from rlhf.tensors import token_log_probs
 
 ANSWERS = "data/answers.jsonl"
 JUDGE = "models/judge"
-JUDGED_ROLLOUTS = 5000  # at most so many answers of PPO's course are judged for the plot
+JUDGED_ROLLOUTS = 5000  # at most so many answers of the course of training are judged for the plot
 
 
 def main(job: Job) -> None:
@@ -48,12 +48,12 @@ def main(job: Job) -> None:
     params = job.params.evaluate
     tokenizer = load_tokenizer(job.input("models/sft"))
     heldout_prompts = read_lines(job.input("data/prepared/heldout_prompts.jsonl"))
-    prompts = short_enough(tokenizer, heldout_prompts, job.params.ppo.max_prompt_tokens)[: params.prompts]
-    new = job.params.algorithm
+    prompts = short_enough(tokenizer, heldout_prompts, job.params.answering.max_prompt_tokens)[: params.prompts]
+    new = job.params.policy
     policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
-    longest = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
+    longest, key = job.params.answering.longest, job.params.answering_key
     for policy in policies.values():
-        check_length(policy, longest, "ppo.max_prompt_tokens + max_answer_tokens")
+        check_length(policy, longest, f"{key}.max_prompt_tokens + max_answer_tokens")
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
@@ -84,7 +84,7 @@ def main(job: Job) -> None:
     if checking.checkers_of(job):
         several = {name: several_answers(job, policies[name], tokenizer, prompts, answers[name]) for name in policies}
         metrics["accuracy"], right = checking.measure(job, prompts, several, new, partial(bootstrap, job))
-    judged = course(job, judge.score) if new == "ppo" else []
+    judged = course(job, judge.score) if new != "dpo" else []
     # 4. outputs
     fingerprint = judge.save(job, tokenizer)
     if job.is_main:
@@ -92,7 +92,7 @@ def main(job: Job) -> None:
         job.write_metrics(summary(metrics, new), "summary")
         write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards, right))
         write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
-        if new == "ppo":
+        if new != "dpo":
             job.write_plot("plots/gold_against_kl.csv", judged)
         for line in table(prompts, answers, scores, params.shown):
             job.say(line)
@@ -131,7 +131,7 @@ def answer(
         again: how often they were asked before, which gives other answers.
     """
     params = job.params.evaluate
-    sampling = Sampling(params.temperature, 0, 1.0, job.params.ppo.max_answer_tokens)
+    sampling = Sampling(params.temperature, 0, 1.0, job.params.answering.max_answer_tokens)
     mine = list(enumerate(prompts))[job.rank :: job.world_size]
     ids = [encode_prompt(tokenizer, row["prompt"]) for _, row in mine]
     seeds = [job.seed("answer", number, *([again] if again else [])) for number, _ in mine]
@@ -228,7 +228,7 @@ def measure_reward_model(
     scores = reward.score_pairs(model, pairs, layout(job).micro_batch_tokens)
     given = {name: reward_scores(model, tokenizer, prompts, answers[name], job) for name in answers}
     means = {name: statistics.fmean(values) for name, values in given.items()}
-    rise = bootstrap(job, np.array(given["ppo"]) - np.array(given["sft"]))
+    rise = bootstrap(job, np.array(given[job.params.policy]) - np.array(given["sft"]))
     return {"accuracy": reward.accuracy(*scores), "n": len(pairs), **means, "ci95": rise}, given
 
 
@@ -242,7 +242,7 @@ def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, polici
 
 def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
     """Mean gold score of both models, their difference with its 95% interval, and the means of each kind of task."""
-    differences = np.array(scores[job.params.algorithm]) - np.array(scores["sft"])
+    differences = np.array(scores[job.params.policy]) - np.array(scores["sft"])
     kinds = sorted({row["gold"]["kind"] for row in prompts})
     by_kind = {
         kind: {
@@ -257,7 +257,7 @@ def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, 
 
 def win_rate(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
     """Share of prompts on which the new policy's answer scores higher than sft's; a tie counts one half."""
-    new, sft = np.array(scores[job.params.algorithm]), np.array(scores["sft"])
+    new, sft = np.array(scores[job.params.policy]), np.array(scores["sft"])
     wins = np.where(new == sft, 0.5, new > sft)
     return {"value": float(wins.mean()), "ci95": bootstrap(job, wins)}
 
@@ -281,17 +281,17 @@ def kl(job: Job, policies: dict[str, PreTrainedModel], rollouts: Rollouts) -> fl
             name: token_log_probs(logits_at(model, packed, answered.places), answered.targets, job.params.evaluate.temperature)
             for name, model in policies.items()
         }
-        total += (log_probs[job.params.algorithm] - log_probs["sft"]).sum().item()
+        total += (log_probs[job.params.policy] - log_probs["sft"]).sum().item()
     return total / len(rows)
 
 
 def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Perplexity of both models on held-out plain text; their ratio is the alignment tax."""
-    limit = job.params.ppo.max_prompt_tokens + job.params.ppo.max_answer_tokens
+    limit = job.params.answering.longest
     texts = [row["text"] for row in read_lines(job.input("data/prepared/heldout_text.jsonl"))][: job.params.evaluate.texts]
     rows = [[*ids, tokenizer.eos_token_id][:limit] for ids in encode_passages(tokenizer, texts)]
     values = {name: perplexity(model, rows, layout(job).micro_batch_tokens) for name, model in policies.items()}
-    return {**values, "ratio": values[job.params.algorithm] / values["sft"]}
+    return {**values, "ratio": values[job.params.policy] / values["sft"]}
 
 
 # --------------------------------------------------------------------------------------------------------------- outputs
@@ -317,7 +317,7 @@ def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:
     """A hash of what is asked and how: scores of two models with the same one can be compared."""
     asked = [[row["prompt"], row["gold"]] for row in prompts]
     references = [[[row.get("reference"), row.get("columns")] for row in prompts], *found] if (found := checking.identity(job)) else []
-    content = json.dumps([asked, job.params.evaluate.temperature, job.params.ppo.max_answer_tokens, *references])
+    content = json.dumps([asked, job.params.evaluate.temperature, job.params.answering.max_answer_tokens, *references])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -344,7 +344,7 @@ def samples(
 
 
 def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
-    """How the judged score went with the KL in the course of PPO: the curve on which over-optimisation shows (arXiv 2210.10760)."""
+    """How the judged score went with the KL in the course of training: the curve on which over-optimisation shows (arXiv 2210.10760)."""
     records = read_lines(job.input("data/rollouts.jsonl"))
     records = records[:: -(-len(records) // JUDGED_ROLLOUTS)]
     judged = score_all(records, [record["answer"] for record in records])

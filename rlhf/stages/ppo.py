@@ -36,7 +36,7 @@ from rlhf.rollout.generate import Rollouts
 from rlhf.stages import answering
 from rlhf.stages.answering import Models, answer_kl, answer_values, in_parts, read_prompts, read_texts, roll_out
 from rlhf.stages.records import Records, Report
-from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches, updates_per_step
+from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches
 from rlhf.stages.updates import update as update_all
 from rlhf.tensors import send
 
@@ -54,7 +54,7 @@ def main(job: Job) -> None:
     text_order = Order(len(texts), params.mixture_batch_size, job.seed("texts")) if texts else None
 
     engines = {"actor": models.actor, "critic": critic}
-    state = checkpoints.load(job, engines, models.ema)
+    state = checkpoints.load(job, engines, models.averages)
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
     records = Records(job, tokenizer, state.get("records_bytes", 0))
@@ -71,7 +71,7 @@ def main(job: Job) -> None:
         clock.stop("scoring")
         # 3. rewards and advantages
         targets, stats = advantages(experience, params, controller.beta)
-        stats |= models.rewards.check(job, step + 1, experience)
+        stats |= models.rewards.check(job, step + 1, experience.rewards)
         # 4. updates
         batches = mini_batches(job, experience, texts, text_order, step)
         stats |= update(job, models, critic, experience, targets, batches, step)
@@ -81,12 +81,12 @@ def main(job: Job) -> None:
         controller.update(stats["kl"], params.rollout_batch_size)
 
         history.append({"step": step + 1, **stats})
-        cost = report.of(clock, experience, batches[: int(stats["updates"])], actor_learns=step >= params.critic_warmup_steps)
+        cost = report.of(clock, experience, experience, batches[: int(stats["updates"])], actor_learns=step >= params.critic_warmup_steps)
         job.log(step + 1, params.steps, {**stats, **cost, **models.rewards.seconds()})
         records.add(step + 1, [prompts[i]["row"] for i in order.batch(step)], experience, answer_kl(experience))
         if steps.checkpoint_due(step):
             going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes}
-            checkpoints.save(job, step + 1, engines, going, stats["reward"], models.ema)
+            checkpoints.save(job, step + 1, engines, going, stats["reward"], models.averages)
 
     models.rewards.checkers.close()
     if models.ema:
@@ -101,7 +101,7 @@ def main(job: Job) -> None:
 def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[Models, DeepSpeedEngine]:
     """The policy with the frozen models, and the critic."""
     params = job.params.ppo
-    updates = updates_per_step(params)
+    updates = params.updates_per_step
     models = answering.load_models(job, tokenizer, device, max(1, (params.steps - params.critic_warmup_steps) * updates))
     with born(settings(job, "critic")):
         critic = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision)
@@ -121,7 +121,7 @@ def answer_seeds(job: Job, step: int, count: int) -> list[int]:
 
 def score(job: Job, models: Models, critic: DeepSpeedEngine, rows: Sequence[Mapping[str, Any]], rollouts: Rollouts) -> list[Scored]:
     critic.eval()
-    scored = answering.score(job, models, rows, rollouts, in_parts(job, rollouts), critic)
+    scored = answering.score(job, models, rows, rollouts, in_parts(job, rollouts), critic=critic)
     critic.train()
     return scored
 

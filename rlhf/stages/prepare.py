@@ -162,9 +162,9 @@ def lacking(
     needed = {"sft": "sft", "heldout_prompts": "heldout"}
     if params.reads_pairs:
         needed |= {"reward": "reward", "heldout_pairs": "heldout"}
-    if params.algorithm == "ppo":
-        needed["ppo"] = "ppo"
-    if params.base.source == "build" or (params.algorithm == "ppo" and params.ppo.mixture_coefficient > 0):
+    if params.policy != "dpo":
+        needed["ppo"] = params.policy
+    if params.base.source == "build" or (params.policy != "dpo" and params.answering.mixture_coefficient > 0):
         needed["text"] = "text"
     if params.trains_judge:
         needed["judge"] = "judge"

@@ -67,17 +67,19 @@ class Report:
         if job.params.launch.precision != "fp32":  # the actor says anew what it thinks of its answers
             self.scoring.append(self.actor)
 
-    def of(self, clock: Clock, e: Experience, batches: Sequence[Batch], *, actor_learns: bool = True) -> dict[str, float]:
+    def of(self, clock: Clock, made: Experience, e: Experience, batches: Sequence[Batch], *, actor_learns: bool = True) -> dict[str, float]:
         """Seconds and tokens per second of the phases, the share of the machine's rate that all their products come to, and memory.
 
         All ranks must call it.
 
         Args:
-            batches: that were learnt from.
+            made: all that was sampled and scored.
+            e, batches: what there was to learn from, and the batches of it that were.
         """
         sizes, answers = [len(sequence) for sequence in e.sequences], e.mask.sum(-1).tolist()
         rows = [row for batch in batches for row in batch.rows]
-        tokens, answer_tokens, text_tokens = sum(sizes), sum(answers), sum(len(text) for batch in batches for text in batch.texts)
+        tokens, answer_tokens = sum(map(len, made.sequences)), made.mask.sum().item()
+        text_tokens = sum(len(text) for batch in batches for text in batch.texts)
         learnt, learnt_answers = sum(sizes[row] for row in rows), sum(answers[row] for row in rows)
         operations = [model.forward(tokens, answer_tokens) for model in (self.actor, *self.scoring)]
         if self.critic:

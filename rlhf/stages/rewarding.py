@@ -11,7 +11,6 @@ from typing import Any
 from rlhf.config.rewards import RewardEntry
 from rlhf.job import Job
 from rlhf.rewards.scoring import Checkers, Outcome, check_failures, first_failures
-from rlhf.rollout.experience import Experience
 
 
 @dataclass
@@ -48,15 +47,18 @@ class Rewards:
         found = {entry.name: Outcome(model[0]) if entry.kind == "model" else outcomes[entry.name] for entry in self.entries}
         return sum(entry.weight * found[entry.name].score for entry in self.entries), found
 
-    def check(self, job: Job, step: int, experience: Experience) -> dict[str, float]:
+    def check(self, job: Job, step: int, answers: Sequence[Mapping[str, Outcome]]) -> dict[str, float]:
         """Look at what all ranks were given in a step; what is logged of it.
+
+        Args:
+            answers: of all of them, what each entry gave.
 
         Raises:
             UserError: an entry failed on too many answers.
         """
         if self.plain:
             return {}
-        given = {entry.name: [rewards[entry.name] for rewards in experience.rewards] for entry in self.entries}
+        given = {entry.name: [rewards[entry.name] for rewards in answers] for entry in self.entries}
         for name, failure in first_failures(given).items():
             if name not in self.told:
                 self.told.add(name)
@@ -65,8 +67,10 @@ class Rewards:
         return {f"reward/{name}{what}": value for name, outcomes in given.items() for what, value in summary(outcomes).items()}
 
     def seconds(self) -> dict[str, float]:
-        """What each entry took, for the log alone."""
-        return {f"reward/{name}_seconds": seconds for name, seconds in self.checkers.seconds.items()}
+        """What each entry took since this was last asked, for the log alone."""
+        taken = {f"reward/{name}_seconds": seconds for name, seconds in self.checkers.seconds.items()}
+        self.checkers.seconds.clear()
+        return taken
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from rlhf.algorithms.language_model import next_token_loss
 from rlhf.algorithms.ppo import LossStats
-from rlhf.config.training import Ppo
 from rlhf.engine.distributed import add, gather, share, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.setup import backward, step_together
@@ -46,10 +45,6 @@ class Batch:
 Learn = Callable[[Sequence[int], Batch, list[list[int]], bool], tuple[dict[str, Tensor], Tensor | None]]
 
 
-def updates_per_step(params: Ppo) -> int:
-    return params.epochs * (params.rollout_batch_size // params.mini_batch_size)
-
-
 def deal(job: Job, count: int, step: int, together: int = 1) -> list[list[int]]:
     """Rows of each mini-batch, over all ranks: every epoch deals all of them in a fresh order.
 
@@ -74,7 +69,7 @@ def mini_batches(job: Job, e: Experience, texts: list[list[int]], text_order: Or
         together: as in `deal`.
     """
     dealt = deal(job, len(e.sequences), step, together)
-    first = step * updates_per_step(section(job))
+    first = step * section(job).updates_per_step
     passages = [[texts[i] for i in text_order.batch(first + number)] if text_order else [] for number in range(len(dealt))]
     tokens = [float(sum(len(e.sequences[i]) - e.prompt_lengths[i] for i in rows)) for rows in dealt]
     return [Batch(*batch) for batch in zip(dealt, tokens, passages, strict=True)]

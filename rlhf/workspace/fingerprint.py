@@ -70,7 +70,7 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
 
 def _inputs_of_rewards(graph: Mapping[str, Node], params: Params) -> list[str]:
     """What dvc.yaml lacks of what section rewards asks for."""
-    calling = [graph[stage] for stage in (params.algorithm, "evaluate") if stage in graph]
+    calling = [graph[stage] for stage in (params.policy, "evaluate") if stage in graph]
     files = [f"input {file} of stage {node.name}" for node in calling for file in params.reward_files if file not in node.inputs]
     return [*files, *(["stage reward"] if params.trains_reward and calling and "reward" not in graph else [])]
 

@@ -25,6 +25,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from ruamel.yaml.util import load_yaml_guess_indent
 
 from rlhf import config
+from rlhf.config import algorithms
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 from rlhf.paths import check_links, inside
@@ -63,6 +64,8 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         if not equals:
             raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
         done.append(_set(raw, key, _parse(value), origin))
+        if key == "algorithm":
+            done += _set_all(raw, "grpo", value, origin)
     try:
         params = config.validate(config.text.parse(_text(raw, editor), origin), origin)
     except UserError as error:
@@ -83,7 +86,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
 
 
 def graph(root: Path, params: config.Params) -> str:
-    """The text of dvc.yaml for params: DVC has no branches, so each algorithm has a graph of its own.
+    """The text of dvc.yaml for params: DVC has no branches, so each stage that makes the policy has a graph of its own.
 
     Where no reward is a model, there is no stage reward, and nothing reads what it makes. The files of reward functions are inputs of
     the stages that call them.
@@ -91,7 +94,7 @@ def graph(root: Path, params: config.Params) -> str:
     Raises:
         UserError: a part of it is missing.
     """
-    parts = ["common", *(["reward"] if params.trains_reward else []), params.algorithm]
+    parts = ["common", *(["reward"] if params.trains_reward else []), params.policy]
     try:
         text = "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in parts)
     except FileNotFoundError as error:
@@ -167,6 +170,21 @@ def _set(raw: Any, key: str, value: object, origin: str) -> str:
         holder[place] = CommentedMap(value) if isinstance(value, dict) else CommentedSeq(value)
         holder[place].fa.set_flow_style()
     return f"{key} {_shown(old)} → {_shown(value)}"
+
+
+def _set_all(raw: Any, section: str, algorithm: str, origin: str) -> list[str]:
+    """Set what an algorithm's name stands for; the changes, for people."""
+    if not isinstance(raw.get(section), CommentedMap):
+        return []  # the schema says that it is missing
+    wanted = {f"{section}.{key}": value for key, value in algorithms.values(algorithm, raw[section]).items()}
+    return [_set(raw, key, value, origin) for key, value in wanted.items() if _at(raw, key) != value]
+
+
+def _at(raw: Any, key: str) -> Any:
+    """What stands at a dotted key; None where nothing does."""
+    for part in key.split("."):
+        raw = raw.get(part) if isinstance(raw, CommentedMap) else None
+    return raw
 
 
 def _shown(value: object) -> str:

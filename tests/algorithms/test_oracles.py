@@ -317,6 +317,7 @@ def experience() -> Experience:
         ended=torch.tensor([True, False]),
         scores=torch.tensor([9.0, 1.0]),
         log_probs=math.log(0.5) * mask,
+        rollout_log_probs=math.log(0.5) * mask,
         reference_log_probs=math.log(0.25) * mask,
         values=torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, 3.0]]),
     )

@@ -45,7 +45,7 @@ def test_each_preset_is_a_line_of_models_of_its_own() -> None:
     raw = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "presets").glob("*.yaml")}
     names = {preset: values["promote"]["model"] for preset, values in raw.items()}
     assert names["sandbox"] == "assistant"
-    assert len(set(names.values())) == len(names) == 5
+    assert len(set(names.values())) == len(names) == 6
 
 
 def test_params_file_is_a_preset_that_passes() -> None:
@@ -72,7 +72,7 @@ def test_hh_lacks_its_file_only() -> None:
         ("data.sources.1.name", "passages", "two sources are named 'passages'"),
         ("data.sources.2.split.heldout", 0, "evaluate needs held-out pairs"),
         ("data.sources.2.split.reward", 0, "reward needs preference pairs"),
-        ("algorithm", "grpo", "algorithm: Input should be 'ppo' or 'dpo', got 'grpo'"),
+        ("algorithm", "grop", "algorithm: Input should be 'ppo', 'dpo', 'rloo', 'grpo', 'dr-grpo', 'dapo', "),
         ("dpo.label_smoothing", 0.5, "dpo.label_smoothing: Input should be less than 0.5, got 0.5"),
         (
             "dpo",
@@ -88,6 +88,46 @@ def test_hh_lacks_its_file_only() -> None:
 )
 def test_refusal_names_key_and_value(key: str, value: Any, words: str) -> None:
     assert words in message(with_value(SANDBOX, key, value))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"answers_per_prompt": 5}, "answers_per_prompt (5) must divide mini_batch_size (32)"),
+        ({"answers_per_prompt": 1}, "baseline mean is made of several answers to a prompt, but answers_per_prompt is 1: 2 at least"),
+        ({"answers_per_prompt": 1, "baseline": "greedy"}, "scale: group divides by the spread of the answers to a prompt"),
+        ({"answers_per_prompt": 1, "baseline": "none", "scale": "batch", "resample_rounds": 1}, "one answer is always as good as itself"),
+        ({"baseline": "none"}, "scale: group divides a distance from the prompt's other answers, but baseline is none"),
+        ({"baseline": "length-weighted"}, "a rollout has 2 updates: set mini_batch_size to rollout_batch_size, and epochs to 1"),
+        ({"overlong": {"buffer": 49, "factor": 1.0}}, "overlong.buffer (49) is longer than an answer"),
+        ({"ratio": "sequence-mean", "normaliser": "tokens"}, "ratio sequence-mean is one number for a whole answer, which is then counted"),
+        ({"ratio": "sequence-sum", "gamma": 0.9}, "with kl.where: token, or gamma below 1, each token has an advantage of its own"),
+        ({"ratio": "sequence-token", "objective": "cispo"}, "cispo caps the ratio of each token, but ratio is sequence-token"),
+        ({"objective": "cispo", "dual_clip": 3.0}, "cispo clips by ratio_cap alone: set dual_clip to null"),
+        ({"ratio_cap": [0.0, 0.5]}, "ratio_cap [0.0, 0.5] leaves out 1"),
+        ({"mismatch": {"correction": "tis", "low": 2.0, "high": 5.0}}, "mismatch: low 2 and high 5 leave out 1"),
+        ({"kl.where": "none"}, "kl.coefficient is 0.04, but kl.where is none"),
+        ({"kl.where": "answer"}, "in the reward only k1 has the gradient of the KL, k3 another one"),
+        ({"kl.where": "token", "kl.estimator": "k1", "kl.with_ratio": True}, "kl.with_ratio is for kl.where: loss"),
+        ({"kl.estimator": "k1"}, "as a loss k1 pulls nowhere, its gradient has mean 0"),
+        ({"kl.where": "none", "kl.coefficient": 0.0, "reference_every": 5}, "reference_every moves what the policy is kept near to"),
+        (
+            {"reference_every": 5, "actor_lora": {"rank": 4, "alpha": 8.0, "targets": "all-linear", "learning_rate": 1e-3}},
+            "reference_every: with actor_lora the reference is the model without adapters",
+        ),
+    ],
+)
+def test_what_training_without_a_critic_cannot_mean_is_refused(values: dict[str, Any], words: str) -> None:
+    raw = SANDBOX
+    for key, value in values.items():
+        raw = with_value(raw, f"grpo.{key}", value)
+    assert words in message(raw)
+
+
+def test_a_reference_that_moves_is_held_as_the_policy_is() -> None:
+    raw = with_value(SANDBOX, "launch.engines.reference.zero_stage", 3)
+    config.validate(raw, "params.yaml")
+    assert "launch.engines must hold both with zero_stage 3, or neither" in message(with_value(raw, "grpo.reference_every", 5))
 
 
 def test_missing_key_is_named() -> None:
@@ -123,7 +163,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_stage_depends_on_its_own_sections_alone() -> None:
     assert presets.graph(ROOT, config.validate(SANDBOX, "params.yaml")) == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    for algorithm, stages in config.STAGES_OF.items():
+    for algorithm, stages in config.STAGES_OF.items():  # a stage's name is also that of an algorithm
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
         graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
         assert tuple(graph) == stages

@@ -64,7 +64,7 @@ def test_each_gate_has_a_remedy_whose_keys_exist() -> None:
     metrics["accuracy"] = {"ppo": {"ci95": [0, 0]}, "difference": 0, "ci95": [0, 0]}
     checked = gates.check(metrics, PARAMS, [gates.Pair("kind", 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)])
     assert {gate.name for gate in checked} == remedies.OF_GATES.keys()
-    for algorithm in ("ppo", "dpo"):
+    for algorithm in ("ppo", "grpo", "dpo"):
         for gate in checked:
             for key in remedies.remedy(gate.name, algorithm).split("`")[1::2]:
                 value: Any = PARAMS

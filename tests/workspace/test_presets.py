@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from dvc.utils.hydra import apply_overrides
 
 from rlhf import config
+from rlhf.config import algorithms
 from rlhf.config.data import SandboxSource
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
@@ -217,3 +219,41 @@ def test_new_data_is_versioned_and_makes_prepare_stale(workspace: Path, tmp_path
     pairs(file, '{"chosen": "c", "rejected": "d"}\n')
     presets.use(workspace, "hh", ["data.sources.0.path=../pairs.jsonl"])
     assert "prepare" in dvc("status")
+
+
+# ------------------------------------------------------------------------------------------------------ names of algorithms
+
+
+@pytest.mark.parametrize("name", algorithms.VALUES)
+def test_an_algorithms_name_writes_its_values(workspace: Path, name: str) -> None:
+    done = presets.use(workspace, "sandbox", [f"algorithm={name}"])
+    params = config.load(workspace / "params.yaml")
+    assert (params.algorithm, params.policy) == (name, "grpo")
+    assert f"wrote dvc.yaml for algorithm {name}" in done
+    for key, value in algorithms.values(name, params.grpo.model_dump()).items():
+        found: Any = params.grpo.model_dump(mode="json")
+        for part in key.split("."):
+            found = found[part]
+        assert found == value, key
+    # what stays as it was is not told, and the file keeps the layout that DVC writes
+    assert all(before != after for line in done if " → " in line for before, _, after in [line.partition(" ")[2].partition(" → ")])
+    before = (workspace / "params.yaml").read_text(encoding="utf-8")
+    apply_overrides(workspace / "params.yaml", ["ppo.steps=5"])
+    assert sum(a != b for a, b in zip(before.split("\n"), (workspace / "params.yaml").read_text().split("\n"), strict=True)) == 1
+
+
+def test_what_comes_after_a_name_goes_first(workspace: Path) -> None:
+    done = presets.use(workspace, "sandbox", ["grpo.steps=7", "grpo.kl.coefficient=0.5", "algorithm=rloo", "grpo.answers_per_prompt=2"])
+    params = config.load(workspace / "params.yaml")
+    # the name stands for the KL and for the number of answers, not for the steps
+    assert (params.grpo.steps, params.grpo.kl.coefficient, params.grpo.answers_per_prompt) == (7, 0.03, 2)
+    assert "grpo.baseline mean → leave-one-out" in done
+    again = presets.use(workspace, "params.yaml", ["algorithm=ppo"])
+    assert again[:2] == ["algorithm rloo → ppo", "wrote dvc.yaml for algorithm ppo"]
+    assert config.load(workspace / "params.yaml").grpo == params.grpo
+    assert (workspace / "dvc.yaml").read_bytes() == (ROOT / "dvc.yaml").read_bytes()
+
+
+def test_the_table_of_names_is_the_schemas() -> None:
+    assert ("ppo", "dpo", *algorithms.VALUES) == algorithms.NAMES
+    assert {algorithms.policy_stage(name) for name in algorithms.NAMES} == config.STAGES_OF.keys()
