@@ -37,6 +37,7 @@ class Job:
     world_size: int
     local_rank: int
     clock: dict[str, float] = field(default_factory=dict)  # when the last line was printed
+    rollouts: Path | None = None  # stored answers to train from, instead of sampling
 
     @classmethod
     def from_environment(cls, stage: str) -> Job:
@@ -46,7 +47,15 @@ class Job:
             raise UserError(f"{missing} is not set", remedy=f"start the stage with `rlhf launch {stage}`") from None
         ranks = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
         return cls(
-            stage, config.load(Path(params)), Path(root), Path(folder), device, ranks["RANK"], ranks["WORLD_SIZE"], ranks["LOCAL_RANK"]
+            stage,
+            config.load(Path(params)),
+            Path(root),
+            Path(folder),
+            device,
+            ranks["RANK"],
+            ranks["WORLD_SIZE"],
+            ranks["LOCAL_RANK"],
+            rollouts=Path(os.environ["RLHF_ROLLOUTS"]) if "RLHF_ROLLOUTS" in os.environ else None,
         )
 
     @property

@@ -240,6 +240,10 @@ def status(
 @app.command()
 def launch(
     stage: Annotated[str, typer.Argument(help=f"One of {', '.join(config.STAGES)}.", autocompletion=lambda: list(config.STAGES))],
+    rollouts: Annotated[
+        Path | None,
+        typer.Option("--from", help="Stored answers (runs/STAGE/FINGERPRINT/rollout.pt) to train from; publishes nothing."),
+    ] = None,
 ) -> None:
     """Run one stage by itself, as dvc.yaml does: through the DeepSpeed launcher, going on from its last checkpoint if it has one.
 
@@ -247,6 +251,10 @@ def launch(
     """
     if stage not in config.STAGES:
         raise UserError(f"unknown stage '{stage}'", remedy=f"one of {', '.join(config.STAGES)}")
+    if rollouts is not None:
+        from rlhf.launcher.replay import replay
+
+        sys.exit(replay(stage, workspace(), rollouts))
     from rlhf.launcher.launch import launch as launch_stage
 
     sys.exit(launch_stage(stage, workspace()))

@@ -204,7 +204,7 @@ def train(run: Run, module: str) -> None:
     (run.folder / "FINISHED").unlink(missing_ok=True)
     _end_last_line(run.folder / "metrics.jsonl")
     gpus = [] if stage == "prepare" else command.find_gpus(settings.accelerator)
-    with _held(run, gpus) as numbers, Console(stage, run.folder / "log.txt") as console:
+    with held(run.root, stage, run.params, gpus) as numbers, Console(stage, run.folder / "log.txt") as console:
         words = command.command(stage, module, run.params, numbers)
         environment = command.environment(stage, run.params, run.root, run.folder, "cuda" if gpus else "cpu")
         try:
@@ -228,11 +228,12 @@ def _end_last_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _held(run: Run, gpus: list[int]) -> AbstractContextManager[list[int]]:
+def held(root: Path, stage: str, params: config.Params, gpus: list[int]) -> AbstractContextManager[list[int]]:
+    """The GPUs of a stage, held for as long as it runs."""
     # a hostfile says itself which devices it means
-    if not gpus or run.params.launch.hostfile:
+    if not gpus or params.launch.hostfile:
         return nullcontext(gpus)
-    return command.hold_gpus(home(run.root), run.node.name, gpus, getattr(run.params.launch.jobs, run.node.name).processes)
+    return command.hold_gpus(home(root), stage, gpus, getattr(params.launch.jobs, stage).processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- after

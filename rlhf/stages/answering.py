@@ -28,6 +28,7 @@ from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
+from rlhf.stages import stored
 from rlhf.stages.rewarding import Rewards
 from rlhf.tensors import token_log_probs
 
@@ -64,6 +65,8 @@ def read_prompts(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dic
     Raises:
         UserError: none fits.
     """
+    if job.rollouts:
+        return stored.load(job, job.rollouts), 0
     limit = section(job).max_prompt_tokens
     rows = read_lines(job.input("data/prepared/ppo.jsonl"))
     prompts = encode_dialogues(tokenizer, (row["prompt"] for row in rows))
@@ -163,7 +166,7 @@ def score(
     params, device = section(job), models.actor.device
     asked = models.rewards.begin(rows, [decode_answer(models.tokenizer, ids) for ids in rollouts.answers])
     # decoding and training round differently in half precision, and the ratio must start at 1
-    exact = exact and job.params.launch.precision == "fp32"
+    exact = exact and job.params.launch.precision == "fp32" and job.rollouts is None
     found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
     for index in parts:
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]

@@ -34,7 +34,7 @@ from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
-from rlhf.stages import checking, dpo, reward
+from rlhf.stages import checking, dpo, reward, shown
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
 
@@ -89,12 +89,12 @@ def main(job: Job) -> None:
     fingerprint = judge.save(job, tokenizer)
     if job.is_main:
         job.write_metrics({**metrics, "judge": fingerprint})
-        job.write_metrics(summary(metrics, new), "summary")
-        write_lines(job.output(ANSWERS), all_answers(prompts, answers, scores, rewards, right))
-        write_lines(job.output("data/samples.jsonl"), samples(job, prompts, answers, scores))
+        job.write_metrics(shown.summary(metrics, new), "summary")
+        write_lines(job.output(ANSWERS), shown.all_answers(prompts, answers, scores, rewards, right))
+        write_lines(job.output("data/samples.jsonl"), shown.samples(prompts, answers, scores)[: params.shown])
         if new != "dpo":
             job.write_plot("plots/gold_against_kl.csv", judged)
-        for line in table(prompts, answers, scores, params.shown):
+        for line in shown.table(prompts, answers, scores, params.shown):
             job.say(line)
 
 
@@ -297,50 +297,12 @@ def perplexities(job: Job, policies: dict[str, PreTrainedModel], tokenizer: PreT
 # --------------------------------------------------------------------------------------------------------------- outputs
 
 
-def summary(metrics: dict[str, Any], new: str) -> dict[str, float]:
-    """What decides, as `dvc metrics` and `dvc exp` show it: the numbers that the gates look at, on one level."""
-    gold, accuracy = metrics["gold"], metrics.get("accuracy")
-    return {
-        **({"accuracy": accuracy[new]["value"], "accuracy_difference_low": accuracy["ci95"][0]} if accuracy else {}),
-        **({"gold": gold[new], "gold_difference": gold["difference"], "gold_difference_low": gold["ci95"][0]} if gold else {}),
-        "win_rate": metrics["win_rate"]["value"],
-        "win_rate_low": metrics["win_rate"]["ci95"][0],
-        **({"reward_accuracy": metrics["reward_model"]["accuracy"]} if metrics["reward_model"] else {}),
-        "kl": metrics["kl"],
-        "perplexity_ratio": metrics["perplexity"]["ratio"],
-        "eos_rate": metrics["eos_rate"][new],
-        "answer_tokens": metrics["answer_tokens"][new],
-    }
-
-
 def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:
     """A hash of what is asked and how: scores of two models with the same one can be compared."""
     asked = [[row["prompt"], row["gold"]] for row in prompts]
     references = [[[row.get("reference"), row.get("columns")] for row in prompts], *found] if (found := checking.identity(job)) else []
     content = json.dumps([asked, job.params.evaluate.temperature, job.params.answering.max_answer_tokens, *references])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def all_answers(
-    prompts: Sequence[dict[str, Any]],
-    answers: dict[str, list[str]],
-    scores: dict[str, list[float]],
-    rewards: dict[str, list[float]],
-    right: dict[str, dict[int, list[bool]]],
-) -> list[dict[str, Any]]:
-    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo), and what is right."""
-    columns: dict[str, dict[str, list[Any]]] = {"answers": answers, "scores": scores, "rewards": rewards}
-    lines = [{**row, **{key: {name: by[name][i] for name in by} for key, by in columns.items()}} for i, row in enumerate(prompts)]
-    return [line | ({"right": {name: by[i] for name, by in right.items() if i in by}} if right else {}) for i, line in enumerate(lines)]
-
-
-def samples(
-    job: Job, prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]]
-) -> list[dict[str, Any]]:
-    return [
-        {"prompt": row["prompt"], **{name: answers[name][i] for name in answers}, "scores": {name: scores[name][i] for name in scores}}
-        for i, row in enumerate(prompts)
-    ][: job.params.evaluate.shown]
 
 
 def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
@@ -359,15 +321,6 @@ def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
         {"step": step, "kl": mean(rows, "kl"), "gold": statistics.fmean(judged[i] for i in rows), "reward_model": mean(rows, "score")}
         for step, rows in steps.items()
     ]
-
-
-def table(prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], scores: dict[str, list[float]], count: int) -> list[str]:
-    """Some prompts with both answers, as lines."""
-    lines = []
-    for i in range(min(count, len(prompts))):
-        lines.append(f"prompt: {prompts[i]['prompt'][-1]['content']}")
-        lines += [f"    {name} ({scores[name][i]:.2f}): {answers[name][i]}" for name in answers]
-    return lines
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rlhf.job import Job
 from rlhf.rollout.experience import Scored
 from rlhf.rollout.generate import Rollouts
 from rlhf.rollout.sampling import Sampling
+from rlhf.stages import stored
 from rlhf.stages.answering import Models, roll_out, score
 
 
@@ -64,7 +65,9 @@ def collect(job: Job, models: Models, prompts: Sequence[dict[str, Any]], order: 
         if len(kept) == wanted:
             break
     filling = spare[: wanted - len(kept)]
-    return Collected(kept + filling, place, made, len(spare) - len(filling))
+    found = kept + filling
+    stored.save(job, step + 1, [(prompts[g.prompt]["row"], [*g.answers, *([g.greedy] if g.greedy else [])]) for g in found])
+    return Collected(found, place, made, len(spare) - len(filling))
 
 
 def rewards(params: Grpo, answers: Sequence[Scored]) -> Tensor:
@@ -97,7 +100,10 @@ def answer(
             asked = [prompts[numbers[i]]["ids"] for i, _ in own]
             asked_of += [prompts[numbers[i]]["row"] for i, _ in own]
             seeds = [job.seed("rollout", place + i, k) for i, k in own]
-            mine.append(roll_out(job, models, asked, seeds, step, clock, sampling(params, likeliest=wanted is greedy)))
+            if job.rollouts:
+                mine.append(stored.replay([prompts[numbers[i]] for i, _ in own], [k for _, k in own], step))
+            else:
+                mine.append(roll_out(job, models, asked, seeds, step, clock, sampling(params, likeliest=wanted is greedy)))
     together = Rollouts(
         [ids for part in mine for ids in part.prompts],
         [ids for part in mine for ids in part.answers],

@@ -33,7 +33,7 @@ from rlhf.models.scalar import load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts
-from rlhf.stages import answering
+from rlhf.stages import answering, stored
 from rlhf.stages.answering import Models, answer_kl, answer_values, in_parts, read_prompts, read_texts, roll_out
 from rlhf.stages.records import Records, Report
 from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches
@@ -65,9 +65,12 @@ def main(job: Job) -> None:
         clock = Clock(device)
         picked = share(order.batch(step), job, "ppo.rollout_batch_size")
         # 1. rollout
-        rollouts = roll_out(job, models, [prompts[i]["ids"] for i in picked], answer_seeds(job, step, len(picked)), step, clock)
+        asked = [prompts[i] for i in picked]
+        rollouts = answers(job, models, asked, step, clock)
         # 2. scores, reference log-probabilities, values: each rank its answers, then all of them on every rank
-        experience = Experience.of(gather(score(job, models, critic, [prompts[i]["row"] for i in picked], rollouts), job), device)
+        scored = gather(score(job, models, critic, [prompt["row"] for prompt in asked], rollouts), job)
+        stored.save(job, step + 1, [(prompts[i]["row"], [one]) for i, one in zip(order.batch(step), scored, strict=True)])
+        experience = Experience.of(scored, device)
         clock.stop("scoring")
         # 3. rewards and advantages
         targets, stats = advantages(experience, params, controller.beta)
@@ -112,6 +115,13 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
 
 
 # ---------------------------------------------------------------------------------------------------------------- a step
+
+
+def answers(job: Job, models: Models, asked: list[dict[str, Any]], step: int, clock: Clock) -> Rollouts:
+    """An answer to each of this rank's prompts, sampled or stored."""
+    if job.rollouts:
+        return stored.replay(asked, [0] * len(asked), step)
+    return roll_out(job, models, [prompt["ids"] for prompt in asked], answer_seeds(job, step, len(asked)), step, clock)
 
 
 def answer_seeds(job: Job, step: int, count: int) -> list[int]:

@@ -86,8 +86,9 @@ class Report:
             operations.append(self.critic.training(learnt))
         if actor_learns:
             operations.append(self.actor.training(learnt + text_tokens, learnt_answers + text_tokens))
+        sampled = {} if self.job.rollouts else {"generation": answer_tokens}
         return {
-            **clock.report({"generation": answer_tokens, "scoring": tokens, "training": learnt + text_tokens}),
+            **clock.report({**sampled, "scoring": tokens, "training": learnt + text_tokens}),
             "flops_utilisation": sum(operations) / clock.total / self.rate,
             "peak_memory_gib": max(gather([peak_memory(self.device)], self.job)),
         }

@@ -1,0 +1,72 @@
+"""Training from the stored answers of a step alone: nothing is sampled, and nothing published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf import config
+from rlhf.errors import UserError
+from rlhf.job import Job, read_lines
+from rlhf.launcher.replay import replay
+from rlhf.stages import stored
+from rlhf.workspace import presets
+from tests.stage_runs import REPOSITORY, make_workspace, run, tiny_params
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which grpo has run, by the rewards of a model and of a function."""
+    root = tmp_path_factory.mktemp("stored") / "root"
+    raw = tiny_params() | {"algorithm": "grpo"}
+    raw["grpo"] |= {"steps": 3, "rollout_batch_size": 8, "mini_batch_size": 4, "answers_per_prompt": 4, "max_answer_tokens": 8}
+    raw["grpo"] |= {"mixture_batch_size": 2, "max_approx_kl": 100.0, "checkpoint_every": 2}
+    raw["launch"]["accelerator"] = "cpu"
+    make_workspace(root, raw, pairs=240)
+    shutil.copytree(REPOSITORY / "graphs", root / "graphs")
+    (root / "dvc.yaml").write_text(presets.graph(root, config.load(root / "params.yaml")), encoding="utf-8")
+    (root / "rlhf").symlink_to(REPOSITORY / "rlhf")
+    run(root, "base", "sft", "reward", "grpo")
+    return root
+
+
+def test_the_last_steps_answers_are_kept(root: Path) -> None:
+    content = torch.load(root / "runs/grpo" / stored.FILE, weights_only=True)
+    assert (content["stage"], content["step"], len(content["prompts"])) == ("grpo", 3, 2)
+    last = [row["answer"] for row in read_lines(root / "data/rollouts.jsonl") if row["step"] == 3]
+    assert [len(prompt["answers"]) for prompt in content["prompts"]] == [4, 4]
+    assert len(last) == 8
+
+
+def test_a_stored_step_is_trained_from_without_sampling(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "place"
+    shutil.copytree(root, place, symlinks=True)
+    (place / "rlhf").unlink()
+    shutil.copytree(REPOSITORY / "rlhf", place / "rlhf")  # an input outside the workspace is refused
+    before = (place / "models/grpo/model.safetensors").read_bytes()
+    rollouts = place / "runs/grpo" / stored.FILE
+    assert replay("grpo", place, rollouts) == 0
+    steps = [line["metrics"] for line in read_lines(place / "runs/replay/grpo/metrics.jsonl")]
+    assert len(steps) == 3
+    assert len({step["answer_tokens"] for step in steps}) == 1  # the same answers in each step
+    assert steps[0]["ratio_error"] < 1e-3  # of the policy as it stands, whoever sampled them
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-3)
+    assert (place / "models/grpo/model.safetensors").read_bytes() == before
+    assert not (place / "runs/replay/grpo/out").exists()
+    assert rollouts.is_file()
+
+
+def test_what_cannot_be_trained_from_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stage sft learns from no answers of its own"):
+        replay("sft", root, tmp_path / "x")
+    with pytest.raises(UserError, match="no such file"):
+        replay("grpo", root, tmp_path / "x")
+    (tmp_path / "x").write_text("x", encoding="utf-8")
+    job = Job("ppo", config.load(root / "params.yaml"), root, tmp_path, "cpu", 0, 1, 0)
+    with pytest.raises(UserError, match="holds no stored answers"):
+        stored.load(job, tmp_path / "x")
+    with pytest.raises(UserError, match="holds answers of stage grpo, not of ppo"):
+        stored.load(job, root / "runs/grpo" / stored.FILE)
