@@ -1,6 +1,6 @@
 """SIGKILL at random moments: every stage must still end with the bytes of a run that nothing disturbed, and MLflow know each step once.
 
-python bench/faults/kills.py                    30 kills over sft, reward and ppo, on one rank and on two: a quarter of an hour on two cores
+python bench/faults/kills.py                    40 kills over sft, reward, ppo and grpo, on one rank and on two: 20 minutes on two cores
 
 A kill hits a rank, DeepSpeed's launcher or the stage's own launcher, at any time after the first step of a start.
 """
@@ -8,6 +8,7 @@ A kill hits a rank, DeepSpeed's launcher or the stage's own launcher, at any tim
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -34,9 +35,11 @@ SMALL = [
     *("base.hidden_size=64", "base.intermediate_size=64", "base.heads=4", "base.kv_heads=2", "base.epochs=0.1"),
     *("data.sources.0.rows=2000", "data.sources.1.rows=600", "data.sources.2.rows=900", "data.sources.3.rows=600"),
     *("sft.epochs=2", "reward.epochs=1", "ppo.steps=20", "ppo.rollout_batch_size=16", "ppo.mini_batch_size=8", "ppo.max_answer_tokens=24"),
+    *("grpo.steps=20", "grpo.rollout_batch_size=16", "grpo.mini_batch_size=8", "grpo.max_answer_tokens=24", "grpo.checkpoint_every=2"),
+    *("grpo.answers_per_prompt=4", "grpo.ema_decay=0.9", "grpo.kl.where=loss", "grpo.kl.coefficient=0.01", "grpo.reference_every=3"),
     *("sft.checkpoint_every=3", "reward.checkpoint_every=3", "ppo.checkpoint_every=2", "ppo.kl.controller=adaptive", "ppo.ema_decay=0.9"),
 ]
-STAGES = ("sft", "reward", "ppo")
+STAGES = {"ppo": ("sft", "reward", "ppo"), "dapo": ("grpo",)}  # by algorithm; dapo's prompts are replaced while it goes on
 VICTIMS = ("rank", "deepspeed", "launcher")
 LONGEST_WAIT = 3.0  # seconds after a step was logged
 
@@ -54,12 +57,12 @@ def main(
         place = Path(tempfile.mkdtemp(prefix="rlhf-kills-"))
         afterwards.callback(shutil.rmtree, place, ignore_errors=True)
         clone = Clone(place)
-        use(clone, 1)
+        use(clone, "ppo", 1)
         clone.run("dvc", "repro", "reward")
         clone.run("dvc", "repro", "ppo")
-        for ranks in (1, 2):
-            use(clone, ranks)
-            for stage in STAGES:
+        for algorithm, ranks in itertools.product(STAGES, (1, 2)):
+            use(clone, algorithm, ranks)
+            for stage in STAGES[algorithm]:
                 rows.append(disturb(clone, stage, ranks, kills, chance))
                 console.print(f"{stage}, {ranks} rank{'s' * (ranks > 1)}: {'the same bytes' if rows[-1]['same'] else 'OTHER BYTES'}")
     console.print(table(rows))
@@ -68,9 +71,10 @@ def main(
         raise typer.Exit(1)
 
 
-def use(clone: Clone, ranks: int) -> None:
-    layouts = [f"launch.jobs.{stage}.processes={ranks}" for stage in STAGES]
-    clone.run("rlhf", "use", "sandbox", *SMALL, *layouts, *(f"launch.jobs.{stage}.threads=1" for stage in STAGES))
+def use(clone: Clone, algorithm: str, ranks: int) -> None:
+    stages = [stage for some in STAGES.values() for stage in some]
+    layouts = [f"launch.jobs.{stage}.{key}={value}" for stage in stages for key, value in (("processes", ranks), ("threads", 1))]
+    clone.run("rlhf", "use", "sandbox", f"algorithm={algorithm}", *SMALL, *layouts)
 
 
 def disturb(clone: Clone, stage: str, ranks: int, kills: int, chance: random.Random) -> dict[str, Any]:
@@ -187,7 +191,7 @@ def steps_once(clone: Clone, stage: str) -> bool:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     run = client.search_runs(experiments, f"tags.stage = '{stage}'", order_by=["attributes.start_time DESC"], max_results=1)[0]
     total = json.loads(next(clone.root.glob(f"runs/{stage}/*/metrics.jsonl")).read_text(encoding="utf-8").splitlines()[-1])["total"]
-    name = "curves/loss" if stage != "ppo" else "curves/reward"
+    name = "curves/reward" if stage in ("ppo", "grpo") else "curves/loss"
     return [point.step for point in client.get_metric_history(run.info.run_id, name)] == list(range(1, total + 1))
 
 
