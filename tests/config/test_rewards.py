@@ -71,3 +71,29 @@ def test_a_graph_without_a_reward_model_is_refused_where_one_is_asked_for() -> N
     without = {name: node for name, node in graph.items() if name != "reward"}
     with pytest.raises(UserError, match="lacks stage reward"):
         fingerprint.check_algorithm(without, params(MODEL))
+
+
+def test_without_a_model_there_is_no_stage_reward_and_nothing_reads_one(tmp_path: Path) -> None:
+    given = config.load(ROOT / "presets/sandbox-function.yaml")
+    assert not any(source.kind == "pairs" for source in given.data.sources)
+    text = presets.graph(ROOT, given)
+    assert "models/reward" not in text
+    assert "plots/reward.csv" not in text
+    graph = yaml.safe_load(text)["stages"]
+    assert tuple(graph) == given.stages == ("prepare", "base", "sft", "grpo", "evaluate")
+    for stage in given.stages:
+        assert list(given.of_stage(stage)) == graph[stage]["params"]
+    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params(MODEL, algorithm="grpo")), encoding="utf-8")
+    with pytest.raises(UserError, match=r"dvc\.yaml has stage reward"):
+        fingerprint.check_algorithm(fingerprint.read_graph(tmp_path), given)
+
+
+def test_a_run_without_gold_score_and_pairs_needs_something_that_tells_right_from_wrong() -> None:
+    raw = yaml.safe_load((ROOT / "presets/sandbox-function.yaml").read_text(encoding="utf-8"))
+    raw["data"]["sources"][2] |= {"format": "gsm8k", "path": "data/raw/g.jsonl", "hub": None, "revision": None, "hub_split": None}
+    for key in ("kind", "rows", "label_noise"):
+        del raw["data"]["sources"][2][key]
+    assert not config.validate(raw, "params.yaml").trains_judge
+    raw["rewards"][0]["right_from"] = None
+    with pytest.raises(UserError, match="evaluate has nothing to judge by: give an entry right_from"):
+        config.validate(raw, "params.yaml")
