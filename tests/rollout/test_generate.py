@@ -152,6 +152,17 @@ def test_frequencies_follow_the_probabilities(sampling: Sampling, expected: list
     torch.testing.assert_close(frequencies(sampling), torch.tensor(expected), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize(("top_k", "top_p", "left"), [(0, 1.0, 1.0), (2, 1.0, 0.7), (0, 0.75, 0.85), (2, 0.75, 0.7)])
+def test_the_log_probability_is_that_of_what_is_left_where_it_is_wanted(top_k: int, top_p: float, left: float) -> None:
+    rows = PROBABILITIES.log().expand(20, -1)
+    uniforms = (torch.arange(20) + 0.5) / 20
+    of_all = sample(rows, uniforms, Sampling(1.0, top_k, top_p, 1))
+    tokens, log_probs = sample(rows, uniforms, Sampling(1.0, top_k, top_p, 1, of_what_is_left=True))
+    assert torch.equal(tokens, of_all[0])
+    torch.testing.assert_close(of_all[1], PROBABILITIES.log()[tokens])
+    torch.testing.assert_close(log_probs, (PROBABILITIES[tokens] / left).log())
+
+
 @pytest.mark.parametrize("size", [100, 128, 1000, 4096])
 def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_uniform_number(size: int) -> None:
     torch.manual_seed(1)

@@ -199,6 +199,17 @@ def test_what_top_k_cuts_is_known_and_made_up_for(start: Path, tmp_path: Path) -
     assert abs(mask["policy_loss"]) < abs(plain["policy_loss"]) or mask["actor_grad_norm"] < plain["actor_grad_norm"]
 
 
+def test_adapters_learn_beside_a_reference_that_is_the_policy_without_them(start: Path, tmp_path: Path) -> None:
+    lora = {"rank": 4, "alpha": 8.0, "targets": "all-linear", "learning_rate": 1e-2}
+    root = place(start, tmp_path / "root", params_of("grpo", actor_lora=lora, actor=params_of("grpo")["grpo"]["actor"] | {"epsilon": 1e-8}))
+    run(root, "grpo")
+    first, second = rows_of(root)
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(second["kl"]) > 1e-4
+    assert (root / "models/grpo/adapter/adapter_model.safetensors").is_file()
+    assert 0 < json.loads((root / "metrics/grpo.json").read_text(encoding="utf-8"))["trainable_share"] < 1
+
+
 def test_no_critic_is_held() -> None:
     for name in algorithms.VALUES:
         params = config.validate(params_of(name), "params.yaml")
