@@ -243,7 +243,7 @@ def test_report_says_what_is_broken_and_goes_on(workspace: Path, rlhf: Command, 
 def test_completion_in_bash(workspace: Path, tmp_path: Path) -> None:
     words = "rlhf --install-completion && source ~/.bash_completions/rlhf.sh && COMP_WORDS=(rlhf {}) COMP_CWORD={} && _rlhf_completion rlhf"
     environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for typed, place, offered in (("sta", 1, ["status"]), ("use s", 2, ["sandbox"]), ("launch e", 2, ["evaluate"])):
+    for typed, place, offered in (("sta", 1, ["status"]), ("use h", 2, ["hh"]), ("launch e", 2, ["evaluate"])):
         command = f'{words.format(typed, place)} && echo "offered: ${{COMPREPLY[@]}}"'
         out = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True).stdout
         assert out.splitlines()[-1].split()[1:] == offered

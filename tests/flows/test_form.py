@@ -26,7 +26,8 @@ def with_graphs(root: Path) -> None:
     pipeline(root, graph["stages"])
     (root / "graphs").mkdir()
     shutil.copy(root / "dvc.yaml", root / "graphs" / "common.yaml")
-    (root / "graphs" / "ppo.yaml").touch()
+    for part in ("reward", "ppo"):
+        (root / "graphs" / f"{part}.yaml").touch()
 
 
 def test_values_and_a_reason_are_of_one_run(root: Path) -> None:
