@@ -163,7 +163,8 @@ class Launch(Section):
 
     accelerator: Literal["auto", "cpu", "cuda"] = Field(description="auto: cuda where a GPU is present, else cpu")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        description="arithmetic of the models; optimiser states are fp32, and fp16 scales its loss dynamically"
+        description="arithmetic of the models; optimiser states are fp32, and fp16 scales its loss dynamically. `rlhf use PRESET "
+        "launch.precision=auto` writes the one that this machine is quick at"
     )
     engines: Engines
     rollout: Rollout

@@ -29,6 +29,7 @@ from rlhf.config import algorithms
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 from rlhf.paths import check_links, inside
+from rlhf.workspace import precision
 
 RAW = Path("data/raw")
 
@@ -66,6 +67,10 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         done.append(_set(raw, key, _parse(value), origin))
         if key == "algorithm":
             done += _set_all(raw, "grpo", value, origin)
+    if raw["launch"]["precision"] == precision.AUTO:
+        found, why = precision.best(built=raw["base"]["source"] == "build")
+        done.append(f"{_set(raw, 'launch.precision', found, origin)} ({why})")
+        changed = True
     try:
         params = config.validate(config.text.parse(_text(raw, editor), origin), origin)
     except UserError as error:

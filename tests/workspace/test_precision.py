@@ -1,0 +1,43 @@
+"""`launch.precision=auto`: written into params.yaml as what this machine is quick at."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf import config
+from rlhf.workspace import precision, presets
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset", "expected", "why"),
+    [
+        ("fpu avx512f avx512_bf16 amx_bf16 amx_tile", "sandbox", "bf16", "this processor has AMX"),
+        ("fpu avx512f avx512_bf16", "sandbox", "fp32", "the model is a small one, and this processor has no AMX"),
+        ("fpu avx512f avx512_bf16", "qwen2.5-0.5b", "bf16", "this processor has AVX512-BF16"),
+        ("fpu avx2", "qwen2.5-0.5b", "fp32", "this processor has no products of bfloat16"),
+        (None, "sandbox", "fp32", "this processor has no products of bfloat16"),
+    ],
+)
+def test_the_processors_own(
+    flags: str | None, preset: str, expected: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if flags:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
+    monkeypatch.setattr(precision, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "DEVICES", tmp_path)
+    for folder in ("presets", "graphs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    done = presets.use(tmp_path, preset, ["launch.precision=auto"])
+    assert f"launch.precision auto → {expected} ({why})" in done
+    assert config.load(tmp_path / "params.yaml").launch.precision == expected
+
+
+def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "DEVICES", tmp_path)
+    (tmp_path / "nvidia0").touch()
+    assert precision.best(built=True) == ("bf16", "there is a GPU")
