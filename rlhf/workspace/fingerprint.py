@@ -73,7 +73,7 @@ def _inputs_of_rewards(graph: Mapping[str, Node], params: Params) -> list[str]:
     calling = [graph[stage] for stage in (params.policy, "evaluate") if stage in graph]
     files = [f"input {file} of stage {node.name}" for node in calling for file in params.reward_files if file not in node.inputs]
     # a graph that has no sft begins elsewhere: who wrote it has a reward model already
-    return [*files, *(["stage reward"] if params.trains_reward and "sft" in graph and "reward" not in graph else [])]
+    return [*files, *(["stage reward"] if params.trains_reward and calling and "sft" in graph and "reward" not in graph else [])]
 
 
 def _node(name: Any, entry: Any) -> Node:

@@ -67,8 +67,8 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
         done.append(_set(raw, key, _parse(value), origin))
         if key == "algorithm":
             done += _set_all(raw, "grpo", value, origin)
-    if raw["launch"]["precision"] == precision.AUTO:
-        found, why = precision.best(built=raw["base"]["source"] == "build")
+    if _at(raw, "launch.precision") == precision.AUTO:
+        found, why = precision.best(built=_at(raw, "base.source") == "build")
         done.append(f"{_set(raw, 'launch.precision', found, origin)} ({why})")
         changed = True
     try:
