@@ -19,7 +19,7 @@ from rlhf.rewards.answers import match
 from rlhf.rewards.instructions import CHECKS, follows
 
 NOTHING = {"text": 0, "sft": 0, "reward": 0, "ppo": 0, "judge": 0, "heldout": 0}
-GSM8K = Path("/work/shared/data/gsm8k-2000.jsonl.gz")
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k-2000.jsonl.gz"
 TURNS = [{"role": "user", "content": "What is 1 + 1?"}]
 VERL = {
     "data_source": "math_dapo",

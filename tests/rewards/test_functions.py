@@ -13,7 +13,7 @@ from rlhf.config.rewards import BUILT_IN
 from rlhf.rewards import answers, functions, penalties
 from rlhf.rewards.instructions import CHECKS, follows, instructions
 
-GSM8K = Path("/work/shared/data/gsm8k-2000.jsonl.gz")
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k-2000.jsonl.gz"
 
 
 def test_the_schema_names_the_built_in_functions() -> None:
