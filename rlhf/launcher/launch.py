@@ -47,12 +47,7 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
             run already, took too long, did not write an output, or its inputs changed meanwhile.
     """
     root = root.resolve()
-    params = config.load(root / "params.yaml")
-    graph = fingerprint.read_graph(root)
-    fingerprint.check_algorithm(graph, params)
-    if stage not in graph:
-        raise UserError(f"dvc.yaml: no stage '{stage}'", remedy=f"one of {', '.join(graph)}")
-    fingerprint.check_inputs(root, stage, graph)
+    params, graph = ready(root, stage)
     check_base(root, stage, params)
     if stage == "base":
         check_base_is_apart(root, params)
@@ -226,6 +221,21 @@ def _end_last_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def ready(root: Path, stage: str) -> tuple[config.Params, dict[str, fingerprint.Node]]:
+    """Params and graph of a stage whose inputs are there.
+
+    Raises:
+        UserError: params.yaml or dvc.yaml is wrong, the graph has no such stage, or an input is missing.
+    """
+    params = config.load(root / "params.yaml")
+    graph = fingerprint.read_graph(root)
+    fingerprint.check_algorithm(graph, params)
+    if stage not in graph:
+        raise UserError(f"dvc.yaml: no stage '{stage}'", remedy=f"one of {', '.join(graph)}")
+    fingerprint.check_inputs(root, stage, graph)
+    return params, graph
 
 
 def held(root: Path, stage: str, params: config.Params, gpus: list[int]) -> AbstractContextManager[list[int]]:

@@ -8,13 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf import config
 from rlhf.errors import UserError
 from rlhf.launcher import command, processes
 from rlhf.launcher.console import Console
-from rlhf.launcher.launch import held
+from rlhf.launcher.launch import held, ready
 from rlhf.locks import lock
-from rlhf.workspace import fingerprint
 
 STAGES = ("ppo", "grpo")  # that learn from their own answers
 
@@ -34,12 +32,7 @@ def replay(stage: str, root: Path, rollouts: Path, package: str = "rlhf.stages")
         raise UserError(
             f"{rollouts}: no such file", remedy=f"give runs/{stage}/FINGERPRINT/rollout.pt, which the stage writes in each step"
         )
-    params = config.load(root / "params.yaml")
-    graph = fingerprint.read_graph(root)
-    fingerprint.check_algorithm(graph, params)
-    if stage not in graph:
-        raise UserError(f"dvc.yaml: no stage '{stage}'", remedy=f"one of {', '.join(graph)}")
-    fingerprint.check_inputs(root, stage, graph)
+    params, _ = ready(root, stage)
     folder = root / "runs" / "replay" / stage
     settings = params.launch
     try:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from rlhf import config
 from rlhf.workspace import precision, presets
-
-ROOT = Path(__file__).parents[2]
+from tests.workspace.test_presets import workspace  # noqa: F401  # fixture
 
 
 @pytest.mark.parametrize(
@@ -24,17 +22,21 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_the_processors_own(
-    flags: str | None, preset: str, expected: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: str | None,
+    preset: str,
+    expected: str,
+    why: str,
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     if flags:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:\n")
     monkeypatch.setattr(precision, "PROCESSOR", tmp_path / "cpuinfo")
     monkeypatch.setattr(precision, "DEVICES", tmp_path)
-    for folder in ("presets", "graphs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    done = presets.use(tmp_path, preset, ["launch.precision=auto"])
+    done = presets.use(workspace, preset, ["launch.precision=auto"])
     assert f"launch.precision auto → {expected} ({why})" in done
-    assert config.load(tmp_path / "params.yaml").launch.precision == expected
+    assert config.load(workspace / "params.yaml").launch.precision == expected
 
 
 def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
