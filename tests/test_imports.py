@@ -22,7 +22,7 @@ LAYERS = (
     ("rlhf.tracking",),
     ("rlhf.launcher",),
     ("rlhf.registry",),
-    ("rlhf.plan",),
+    ("rlhf.plan", "rlhf.serving"),
     ("tasks",),
     ("flows",),
     ("rlhf.cli",),

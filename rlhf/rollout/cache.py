@@ -34,10 +34,12 @@ class SlotCache:
     Args:
         slots: answers at a time.
         capacity: tokens of the longest prompt with its answer.
+        step: on a CPU so many columns at a time are attended to. With 16 the bits of what a slot gives do not hang on its neighbours'
+            lengths: torch adds up whole vectors of columns otherwise than what is left over, and a masked column adds nothing.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
-        self.slots, self.capacity = slots, capacity
+    def __init__(self, slots: int, capacity: int, step: int = 1) -> None:
+        self.slots, self.capacity, self.step = slots, -(-capacity // step) * step, step
         self.layers: list[Layer] = []  # (slots, H, capacity, D) each
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
@@ -59,11 +61,14 @@ class SlotCache:
         Args:
             lengths: tokens that each slot in use holds already.
         """
-        self.lengths, self.width = torch.tensor(lengths, device=device), max(lengths) + 1
+        self.lengths, self.width = torch.tensor(lengths, device=device), self._columns(lengths)
         hidden = torch.arange(self.width, device=device) > self.lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        self.spans = [(first, max(lengths[first : first + SPAN]) + 1) for first in range(0, len(lengths), SPAN)]
+        self.spans = [(first, self._columns(lengths[first : first + SPAN])) for first in range(0, len(lengths), SPAN)]
         return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "held": self}
+
+    def _columns(self, lengths: Sequence[int]) -> int:
+        return -(-(max(lengths) + 1) // self.step) * self.step
 
     def decode_at_once(self, lengths: Tensor) -> dict[str, Any]:
         """The same on a GPU. Nothing but the number of slots decides what will be computed, so that it can be captured.

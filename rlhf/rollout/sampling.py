@@ -49,12 +49,12 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
         tokens, left = _narrowed(weights, total, uniforms, sampling)
         total = left if sampling.of_what_is_left else total
     else:
-        tokens = _drawn(weights, uniforms)
+        tokens = drawn(weights, uniforms)
     chosen = logits.gather(1, tokens) - likeliest - total.log()
     return tokens.squeeze(1), chosen.squeeze(1)
 
 
-def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
+def drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Column (B, 1) at which each row's cumulative weight passes its uniform number. Weights (B, V) ≥ 0.
 
     In two steps, the part of the row in which that happens and the column in the part: so only sums of parts, and one part of each row,
@@ -74,10 +74,10 @@ def _drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _narrowed(weights: Tensor, total: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """As `_drawn`, among the likeliest tokens only; and their sum (B, 1)."""
+    """As `drawn`, among the likeliest tokens only; and their sum (B, 1)."""
     weights, order = weights.topk(min(sampling.top_k or weights.shape[1], weights.shape[1]))
     if sampling.top_p < 1:
         # the token that crosses the bound belongs to the nucleus
         before = weights.cumsum(-1) - weights
         weights = weights.masked_fill(before >= sampling.top_p * total, 0)
-    return order.gather(1, _drawn(weights, uniforms)), weights.sum(-1, keepdim=True)
+    return order.gather(1, drawn(weights, uniforms)), weights.sum(-1, keepdim=True)

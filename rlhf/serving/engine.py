@@ -1,0 +1,262 @@
+"""Continuous batching for requests that come while others are being answered.
+
+A thread of its own steps the model. A request joins at the next token, and its answers leave their slots when they end, when nobody waits
+for them any more, or when their time is over. An answer is a function of the model, its request and its seed alone (rlhf/serving/writer.py,
+rlhf/serving/draw.py): whoever is served beside it, it is the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout.cache import Layer
+from rlhf.rollout.sampling import uniforms
+from rlhf.serving.draw import draw, log_probs
+from rlhf.serving.requests import BusyError, ClosedError, End, Event, Finish, Piece, Request, Token
+from rlhf.serving.texts import Text
+from rlhf.serving.writer import Writer
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[Event], None]  # called on the engine's thread: it must not wait
+READ = 512  # tokens of prompts that are read before the others go on by one token, but for a longer prompt
+NO_TOP = 0
+
+
+class Asked:
+    """A request that was taken."""
+
+    def __init__(self, request: Request, deliver: Deliver) -> None:
+        self.request, self.deliver = request, deliver
+        self.deadline = time.monotonic() + request.seconds
+        self.ended: Finish | None = None  # before its answers have
+        self.begun = 0  # choices that have got a slot
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more: it ends at the next token."""
+        self.ended = self.ended or "cancelled"
+
+    def over(self, now: float) -> Finish | None:
+        return self.ended or ("time" if now > self.deadline else None)
+
+    def tell(self, event: Event) -> None:
+        """Deliver an event; who cannot take it any more has left."""
+        try:
+            self.deliver(event)
+        except Exception:
+            self.cancel()
+
+
+@dataclass
+class _Answer:
+    """One in the making."""
+
+    asked: Asked
+    choice: int
+    text: Text
+    uniforms: Tensor  # (max_tokens,)
+    last: int = -1
+    count: int = 0
+    tokens: list[tuple[int, Token]] = field(default_factory=list)  # not told yet, each with where its text begins
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values its slot holds; the last one drawn is not among them yet."""
+        return len(self.asked.request.prompt) + self.count - 1
+
+
+class Engine:
+    """Answers requests with one model.
+
+    Args:
+        writer: the model.
+        slots: answers at a time.
+        queue: requests that wait at most.
+        threads: of the processor, where the model computes on one.
+    """
+
+    def __init__(self, writer: Writer, slots: int, queue: int, threads: int) -> None:
+        self.writer, self.slots, self._queue, self._threads = writer, slots, queue, threads
+        self._writing: list[_Answer] = []  # in slot 0, 1, 2, …
+        self._waiting: deque[Asked] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def writing(self) -> int:
+        return len(self._writing)
+
+    def submit(self, request: Request, deliver: Deliver) -> Asked:
+        """Have a request answered: `deliver` gets its events, of each choice an `End` as the last one.
+
+        Raises:
+            BusyError: too many wait.
+            ClosedError: no more are taken.
+        """
+        asked = Asked(request, deliver)
+        with self._changed:
+            if self._closed:
+                raise ClosedError
+            if len(self._waiting) >= self._queue:
+                raise BusyError
+            self._waiting.append(asked)
+            self._changed.notify()
+        return asked
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """The events of a request as they come, for who may wait."""
+        found: SimpleQueue[Event] = SimpleQueue()
+        asked = self.submit(request, found.put)
+        ends = 0
+        try:
+            while ends < request.choices:
+                event = found.get()
+                ends += isinstance(event, End)
+                yield event
+        finally:
+            asked.cancel()
+
+    def close(self) -> None:
+        """Take no more requests, answer those that were taken, and let the model go."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self.writer.close()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while True:
+            with self._changed:
+                while not (self._waiting or self._writing or self._closed):
+                    self._changed.wait()
+                if self._closed and not (self._waiting or self._writing):
+                    return
+            try:
+                self._step()
+            except Exception:  # a fault of one step must not leave everybody waiting for ever
+                logger.exception("the engine failed; what was being answered ends with an error")
+                while self._writing:
+                    self._leave(len(self._writing) - 1, "error")
+
+    def _step(self) -> None:
+        """Look who has left, let others join, and write one more token of each answer."""
+        now = time.monotonic()
+        for slot in reversed(range(len(self._writing))):
+            if finish := self._writing[slot].asked.over(now):
+                self._leave(slot, finish)
+        self._drop_waiting(now)
+        read = 0
+        while self._waiting and len(self._writing) < self.slots and read < READ:
+            read += self._join()
+        if self._writing:
+            last, lengths = [answer.last for answer in self._writing], [answer.held for answer in self._writing]
+            self._write(self.writer.step(last, lengths), 0)
+
+    def _drop_waiting(self, now: float) -> None:
+        with self._changed:
+            gone = [(asked, finish) for asked in self._waiting if (finish := asked.over(now))]
+            for asked, _ in gone:
+                self._waiting.remove(asked)
+        for asked, finish in gone:
+            for choice in range(asked.begun, asked.request.choices):
+                asked.tell(End(choice, finish, 0))
+
+    def _join(self) -> int:
+        """Read the next prompt and begin its answers, as many as there is room for; how many tokens were read."""
+        asked = self._waiting[0]
+        request = asked.request
+        first = len(self._writing)
+        try:
+            layers, logits = self.writer.read(request.prompt)
+        except Exception:
+            logger.exception("a prompt of %d tokens could not be read", len(request.prompt))
+            asked.ended = "error"
+            self._drop_waiting(time.monotonic())
+            return len(request.prompt)
+        for choice in range(asked.begun, min(request.choices, asked.begun + self.slots - first)):
+            self._begin(asked, choice, layers)
+        if asked.begun == request.choices:
+            with self._changed:
+                self._waiting.remove(asked)
+        self._write(logits.expand(len(self._writing) - first, -1), first)
+        return len(request.prompt)
+
+    def _begin(self, asked: Asked, choice: int, layers: list[Layer]) -> None:
+        request = asked.request
+        numbers = uniforms([(request.seed + choice) % 2**63], request.max_tokens)[0]
+        self.writer.place(len(self._writing), layers)
+        self._writing.append(_Answer(asked, choice, Text(self.writer.tokenizer, request.stops), numbers))
+        asked.begun += 1
+
+    def _write(self, logits: Tensor, first: int) -> None:
+        """Draw a token for the answer in each slot from `first` on, and tell its text."""
+        answers = self._writing[first:]
+        requests = [answer.asked.request for answer in answers]
+        numbers = torch.stack([answer.uniforms[answer.count] for answer in answers])
+        drawn = draw(logits, numbers, [request.temperature for request in requests], [request.top_p for request in requests])
+        wanted = [row for row, request in enumerate(requests) if request.top is not None]
+        told = dict(zip(wanted, log_probs(logits[wanted]), strict=True)) if wanted else {}
+        over: list[tuple[int, Finish]] = []
+        for row, (answer, token) in enumerate(zip(answers, drawn, strict=True)):
+            answer.last = token
+            answer.count += 1
+            if row in told:
+                answer.tokens.append((answer.text.length, _told(token, told[row], requests[row].top or NO_TOP)))
+            if finish := self._told_of(answer, token):
+                over.append((first + row, finish))
+        for slot, finish in reversed(over):
+            self._leave(slot, finish)
+
+    def _told_of(self, answer: _Answer, token: int) -> Finish | None:
+        """Tell what a token adds to an answer; how it ends, if it does."""
+        request = answer.asked.request
+        if token == self.writer.eos_id:
+            answer.tokens = answer.tokens[:-1]  # it is no text
+            return "stop"
+        text = answer.text.add(token)
+        if answer.text.stopped:
+            answer.tokens = [(start, kept) for start, kept in answer.tokens if start < answer.text.out]
+        if text:
+            self._tell(answer, text)
+        if answer.text.stopped:
+            return "stop"
+        full = len(request.prompt) + answer.count >= self.writer.capacity
+        return "length" if answer.count == request.max_tokens or full else None
+
+    def _tell(self, answer: _Answer, text: str) -> None:
+        tokens, answer.tokens = tuple(token for _, token in answer.tokens), []
+        answer.asked.tell(Piece(answer.choice, text, tokens))
+
+    def _leave(self, slot: int, finish: Finish) -> None:
+        """An answer is over: the last slot's moves into its place."""
+        answer, last = self._writing[slot], self._writing[-1]
+        if answer is not last:
+            self.writer.move(len(self._writing) - 1, slot, last.held)
+            self._writing[slot] = last
+        self._writing.pop()
+        rest = answer.text.end()
+        if rest or answer.tokens:
+            self._tell(answer, rest)
+        answer.asked.tell(End(answer.choice, finish, answer.count))
+
+
+def _told(token: int, found: Tensor, top: int) -> Token:
+    values, numbers = found.topk(top)
+    return Token(token, float(found[token]), tuple(zip(numbers.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,62 @@
+"""What is asked of the engine, and what comes of it. It knows neither HTTP nor JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# by itself or at a text to stop at; at its most tokens; or early, as its time is over, nobody waits for it, or something broke
+Finish = Literal["stop", "length", "time", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to be answered."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    seconds: float  # from now on, waiting included
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stops: tuple[str, ...] = ()
+    choices: int = 1
+    top: int | None = None  # likeliest tokens to tell beside each one, with log-probabilities; None: none are wanted
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer with its log-probability as the model has it, and the likeliest ones in its place."""
+
+    number: int
+    log_prob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text of an answer."""
+
+    choice: int
+    text: str
+    tokens: tuple[Token, ...]  # where they were asked for
+
+
+@dataclass(frozen=True)
+class End:
+    """An answer is over; the last of its events."""
+
+    choice: int
+    finish: Finish
+    tokens: int  # of the answer, the end token included
+
+
+Event = Piece | End
+
+
+class BusyError(Exception):
+    """So many requests wait already that no more are taken."""
+
+
+class ClosedError(Exception):
+    """The engine takes no more requests."""

@@ -1,0 +1,165 @@
+"""The engine: answers that do not hang on their neighbours, and how each of them comes and ends."""
+
+from __future__ import annotations
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.rollout.generate import generate
+from rlhf.rollout.sampling import Sampling
+from rlhf.serving.engine import Engine
+from rlhf.serving.requests import BusyError, End, Event, Piece, Request, Token
+from rlhf.serving.texts import Text
+from rlhf.serving.writer import Writer
+
+LIMIT = 40
+ASKED = Request((11, 12, 13), max_tokens=LIMIT, seed=7, seconds=60)
+
+
+def answers(engine: Engine, request: Request) -> dict[int, tuple[str, End, list[Token]]]:
+    """The whole of each choice."""
+    events = list(engine.events(request))
+    ends = {event.choice: event for event in events if isinstance(event, End)}
+
+    def of(choice: int) -> list[Piece]:
+        return [event for event in events if isinstance(event, Piece) and event.choice == choice]
+
+    return {
+        choice: ("".join(piece.text for piece in of(choice)), end, [token for piece in of(choice) for token in piece.tokens])
+        for choice, end in ends.items()
+    }
+
+
+def some_requests() -> list[Request]:
+    drawn = random.Random(1)
+    return [
+        Request(
+            prompt=tuple(drawn.randrange(5, 400) for _ in range(drawn.randrange(1, 80))),
+            max_tokens=drawn.randrange(1, LIMIT),
+            seed=drawn.randrange(1000),
+            seconds=60,
+            temperature=drawn.choice([0.0, 0.7, 1.0]),
+            top_p=drawn.choice([0.8, 1.0]),
+            choices=drawn.choice([1, 1, 3]),
+            top=2,
+        )
+        for _ in range(40)
+    ]
+
+
+def test_an_answer_is_the_same_alone_and_among_others_to_the_last_bit(engine: Engine) -> None:
+    requests = some_requests()
+    alone = [answers(engine, request) for request in requests]
+    with ThreadPoolExecutor(len(requests)) as at_once:
+        assert list(at_once.map(lambda request: answers(engine, request), requests)) == alone  # log-probabilities, too
+    assert len({text for found in alone for text, _, _ in found.values()}) > 30
+
+
+def test_a_seed_draws_what_rollouts_draw(engine: Engine, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.8, 0.9)):
+        sampling = Sampling(temperature, 0, top_p, LIMIT)
+        made = generate(llama, [list(ASKED.prompt)], [7], sampling, eos_id=tokenizer.eos_token_id, pad_id=0, slots=1).answers[0]
+        ((text, end, _),) = answers(engine, replace(ASKED, temperature=temperature, top_p=top_p)).values()
+        assert (text, end.tokens) == (tokenizer.decode(made, skip_special_tokens=True), len(made))
+
+
+def test_choices_differ_and_the_first_is_that_of_the_seed(engine: Engine) -> None:
+    found = answers(engine, replace(ASKED, choices=11))  # more than there are slots
+    assert len({text for text, _, _ in found.values()}) > 5
+    assert found[0] == answers(engine, ASKED)[0]
+
+
+def test_log_probs_are_those_of_the_model(engine: Engine, llama: LlamaForCausalLM) -> None:
+    ((_, _, tokens),) = answers(engine, replace(ASKED, temperature=0.5, top=3)).values()
+    numbers = [token.number for token in tokens]
+    with torch.no_grad():
+        logits = llama(torch.tensor([[*ASKED.prompt, *numbers]])).logits[0, len(ASKED.prompt) - 1 : -1].log_softmax(-1)
+    expected = logits[torch.arange(len(numbers)), numbers]
+    torch.testing.assert_close(torch.tensor([token.log_prob for token in tokens]), expected, rtol=1e-4, atol=1e-4)
+    assert [[number for number, _ in token.top] for token in tokens] == logits.topk(3).indices.tolist()
+
+
+def test_an_answer_ends_before_a_text_to_stop_at(engine: Engine) -> None:
+    ((whole, _, _),) = answers(engine, ASKED).values()
+    stop = whole[len(whole) // 2 :][:3]
+    ((text, end, tokens),) = answers(engine, replace(ASKED, stops=(stop, "never"), top=0)).values()
+    assert (text, end.finish) == (whole[: whole.index(stop)], "stop")
+    assert 0 < len(tokens) <= end.tokens < LIMIT
+
+
+def test_the_queue_is_bounded_and_who_leaves_makes_room(engine: Engine) -> None:
+    told: list[Event] = []
+    long = replace(ASKED, max_tokens=120, choices=40)
+    taken = [engine.submit(long, told.append) for _ in range(40)]
+    with pytest.raises(BusyError):
+        _ = [engine.submit(long, told.append) for _ in range(3)]  # the first has left the queue, perhaps
+    for asked in taken:
+        asked.cancel()
+    while engine.waiting or engine.writing:
+        time.sleep(0.01)
+    assert answers(engine, ASKED)[0][1].finish in ("stop", "length")
+    ends = [event for event in told if isinstance(event, End)]
+    assert len(ends) >= 40 * len(taken)
+    assert any(end.finish == "cancelled" for end in ends)
+
+
+def test_an_answer_whose_time_is_over_ends(engine: Engine) -> None:
+    (end,) = [event for event in engine.events(replace(ASKED, seconds=-1)) if isinstance(event, End)]
+    assert end.finish == "time"
+
+
+def test_a_fault_ends_what_it_hits_and_nothing_else(engine: Engine) -> None:
+    beyond = replace(ASKED, prompt=(10**9,))  # no token
+    assert answers(engine, beyond)[0][1].finish == "error"
+    assert answers(engine, ASKED)[0][1].finish in ("stop", "length")
+
+
+def test_an_engine_that_closes_answers_what_it_took(folder: Path) -> None:
+    engine = Engine(Writer(folder, 2, 128), slots=2, queue=40, threads=1)
+    told: list[Event] = []
+    for seed in range(10):
+        engine.submit(replace(ASKED, seed=seed), told.append)
+    engine.close()
+    assert [event.finish for event in told if isinstance(event, End)].count("error") == 0
+    assert sum(isinstance(event, End) for event in told) == 10
+
+
+def test_text_comes_in_whole_characters(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "Grüße, 世界! 🧪🇩🇪 e\u0301 end"
+    numbers = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = Text(tokenizer, ())
+    pieces = [found.add(number) for number in numbers] + [found.end()]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len(list(filter(None, pieces))) > 10
+
+
+def test_text_that_may_become_a_stop_is_held_back(tokenizer: PreTrainedTokenizerFast) -> None:
+    def written(text: str, *stops: str) -> list[str]:
+        found = Text(tokenizer, stops)
+        pieces = []
+        for character in text:
+            for number in tokenizer(character, add_special_tokens=False)["input_ids"]:
+                if not found.stopped:
+                    pieces.append(found.add(number))
+        return [*pieces, found.end()]
+
+    assert written("ab###c", "####") == ["a", "b", "", "", "", "###c", ""]
+    assert "".join(written("ab####c", "####")) == "ab"
+    assert "".join(written("one\n\ntwo", "\n\n", "two")) == "one"
+    assert "".join(written("ends in ##", "###")) == "ends in ##"
+
+
+def test_a_character_that_never_becomes_whole_is_told_as_unknown(tokenizer: PreTrainedTokenizerFast) -> None:
+    lone = tokenizer("世", add_special_tokens=False)["input_ids"][0]
+    found = Text(tokenizer, ())
+    started = time.monotonic()
+    assert "\ufffd" in "".join([*(found.add(lone) for _ in range(20)), found.end()])
+    assert time.monotonic() - started < 1
