@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -199,17 +200,30 @@ def ingest(
         )
 
 
+class Only(StrEnum):
+    """Parts of `rlhf serve` that start alone."""
+
+    assistant = "assistant"
+
+
 @app.command()
 def serve(
     prefect_port: Annotated[int | None, typer.Option(help="Port of Prefect's server.  [default: 4200, or a free one]")] = None,
     mlflow_port: Annotated[int | None, typer.Option(help="Port of MLflow's server.  [default: 5000, or a free one]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the assistant's own server.  [default: serving.port, or a free one]")] = None,
+    only: Annotated[Only | None, typer.Option(help="Start the assistant's own server alone.")] = None,
 ) -> None:
-    """Start Prefect's server, a worker for the schedule of prefect.yaml and MLflow's pages on this machine, until Ctrl-C."""
-    from rlhf.cli import serve as serving
-
+    """Start Prefect's server, a worker for the schedule of prefect.yaml, MLflow's pages and the assistant on this machine, until Ctrl-C."""
     root = workspace()
     params = config.load(root / "params.yaml")
-    serving.serve(root, params, prefect_port, mlflow_port, lambda line: print(line, flush=True))
+    if only:
+        from rlhf.serving import server
+
+        server.serve(root, params, port, lambda line: print(line, flush=True))
+        return
+    from rlhf.cli import serve as serving
+
+    serving.serve(root, params, prefect_port, mlflow_port, port, lambda line: print(line, flush=True))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, and MLflow's pages, all on this machine's loopback.
+"""`rlhf serve`: Prefect's server, a worker for the deployments of prefect.yaml, MLflow's pages and the assistant, all on the loopback.
 
 Home, names and ports are the workspace's own (rlhf/workspace/served.py), so that several are served side by side.
 """
@@ -34,7 +34,9 @@ SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line tha
 MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
 
-def serve(root: Path, params: config.Params, prefect_port: int | None, mlflow_port: int | None, say: Callable[[str], Any]) -> None:
+def serve(
+    root: Path, params: config.Params, prefect_port: int | None, mlflow_port: int | None, port: int | None, say: Callable[[str], Any]
+) -> None:
     """Start all, tell the addresses, and stay until SIGINT or SIGTERM; nothing is left running then.
 
     Raises:
@@ -47,6 +49,7 @@ def serve(root: Path, params: config.Params, prefect_port: int | None, mlflow_po
         to_the_end.callback(served.forget, root)
         ports = {name: choose_port(name, port, to_the_end) for name, port in (("prefect", prefect_port), ("mlflow", mlflow_port))}
         api, pages = (f"http://{HOST}:{port}" for port in ports.values())
+        own = choose_port("assistant", port, to_the_end, params.serving.port)
         tracking.initialise(root, params)  # before two processes find no database
         to_the_end.enter_context(processes.stoppable())
         parts = Parts(root, _environment(root, f"{api}/api", pages))
@@ -54,9 +57,12 @@ def serve(root: Path, params: config.Params, prefect_port: int | None, mlflow_po
         try:
             uri = tracking.tracking_uri(root, params)
             start(root, parts, ports, uri)
+            # it opens versions as there come to be some, so nothing here waits for it
+            parts.start("assistant", "rlhf", "serve", "--only", "assistant", "--port", str(own))
             served.write(root, f"{api}/api", pages)
             say(f"Prefect   {api}")
             say(f"MLflow    {tracking.page(None, root, params, pages)}")
+            say(f"assistant http://{params.serving.host}:{own}/v1 (no key is asked for: every program of this machine may use it)")
             say(f"worker    of pool {served.name(root)}; logs in {parts.logs.relative_to(root)}")
             say("`rlhf run` and `rlhf ingest` in this workspace are seen there, and the nightly run is started by hand with:")
             say(f"PREFECT_API_URL={api}/api prefect deployment run retrain/{served.deployment(root)}")
@@ -100,7 +106,7 @@ def start(root: Path, parts: Parts, ports: Mapping[str, int], uri: str) -> None:
     parts.start("worker", "prefect", "worker", "start", "--pool", pool)
 
 
-def choose_port(part: str, port: int | None, to_the_end: ExitStack) -> int:
+def choose_port(part: str, port: int | None, to_the_end: ExitStack, usual: int = 0) -> int:
     """A port for a part: the one that is given, else the usual one, else any that is free.
 
     Two that start at the same time do not choose the same one: a name that the system knows is taken until `to_the_end`.
@@ -108,7 +114,7 @@ def choose_port(part: str, port: int | None, to_the_end: ExitStack) -> int:
     Raises:
         UserError: the one that is given is taken.
     """
-    for candidate in (port,) if port else (USUAL_PORTS[part], *[0] * 20):
+    for candidate in (port,) if port else (USUAL_PORTS.get(part, usual), *[0] * 20):
         with socket.socket() as listener, suppress(OSError):
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((HOST, candidate))
@@ -117,7 +123,10 @@ def choose_port(part: str, port: int | None, to_the_end: ExitStack) -> int:
             to_the_end.callback(name.close)
             name.bind(f"\0rlhf-port-{found}")
             return found
-    raise UserError(f"--{part}-port {port}: the port is taken", remedy="give another one, or none to have a free one chosen")
+    raise UserError(
+        f"--{f'{part}-port' if part in USUAL_PORTS else 'port'} {port}: the port is taken",
+        remedy="give another one, or none to have a free one chosen",
+    )
 
 
 def forget_other_places(root: Path, api: str) -> None:

@@ -17,6 +17,7 @@ from rlhf.config.group import Grpo
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.rewards import RewardEntry, check_rewards
 from rlhf.config.section import Section
+from rlhf.config.serving import Serving
 from rlhf.config.training import Answering, Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
 
@@ -68,6 +69,7 @@ class Params(Section):
     evaluate: Evaluate
     promote: Promote
     operations: Operations
+    serving: Serving
     launch: Launch
     tracking: Tracking
 

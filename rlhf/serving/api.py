@@ -1,0 +1,137 @@
+"""The server's interface, as OpenAI's: what clients of theirs ask, and errors in their form."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as Call
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
+from rlhf.serving.counts import Counts
+from rlhf.serving.exchange import begin
+from rlhf.serving.replies import Json, RefusedError
+from rlhf.serving.versions import Versions
+
+READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
+
+
+def create(versions: Versions) -> FastAPI:
+    """The application; it opens the versions as it starts, and closes them as it ends."""
+    counts = Counts(versions)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        versions.start()
+        yield
+        versions.stop()
+
+    # the pages of documentation would load their scripts from elsewhere
+    app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Bounded, most=versions.settings.max_body_kib * 1024)
+    _answer_errors(app, counts)
+
+    async def reply(call: Call, body: Asked) -> Response:
+        exchange = await begin(versions, counts, body)
+        head = {"x-model-version": exchange.version.name}
+        if body.stream:
+            head["cache-control"] = "no-cache"
+            return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers=head)
+        return JSONResponse(await exchange.whole(call.is_disconnected), headers=head)
+
+    @app.post("/v1/chat/completions")
+    async def chat(call: Call, body: ChatBody) -> Response:
+        return await reply(call, body)
+
+    @app.post("/v1/completions")
+    async def complete(call: Call, body: CompletionBody) -> Response:
+        return await reply(call, body)
+
+    @app.get("/v1/models")
+    async def models() -> Json:
+        listed = [
+            {"id": name, "object": "model", "created": version.created, "owned_by": "rlhf", "version": version.name}
+            for name, version in versions.names.items()
+        ]
+        return {"object": "list", "data": listed}
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        ready = {alias: version.name for alias, version in versions.by_alias.items()}
+        content = {"status": "ok" if ready else "no version is served", "versions": ready, "problems": versions.problems}
+        return JSONResponse(content, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(generate_latest(counts.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+def _answer_errors(app: FastAPI, counts: Counts) -> None:
+    """Have every error told in OpenAI's form."""
+
+    def told(error: RefusedError) -> JSONResponse:
+        counts.refused.labels(error.status).inc()
+        return JSONResponse(error.content, error.status)
+
+    @app.exception_handler(RefusedError)
+    async def refused(_: Call, error: RefusedError) -> JSONResponse:
+        return told(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Call, error: RequestValidationError) -> JSONResponse:
+        first: dict[str, Any] = dict(error.errors()[0])
+        place = [str(part) for part in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            return told(RefusedError(400, "the body is no JSON", "invalid_json"))
+        param = ".".join(place) or None
+        said = "this field is not known here" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        return told(RefusedError(400, f"{param}: {said}" if param else said, "invalid_value", param))
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Call, error: HTTPException) -> JSONResponse:
+        return told(RefusedError(error.status_code, str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def fault(_: Call, error: Exception) -> JSONResponse:
+        return told(RefusedError(500, "the server failed; its log says how"))
+
+
+class Bounded:
+    """Reads a request's body before anything else does, and refuses one that is too large."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more and size <= READ_ON * self._most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body = message.get("body", b"")
+            more, size = message.get("more_body", False), size + len(body)
+            if size <= self._most:
+                parts.append(body)
+        if size > self._most:
+            error = RefusedError(413, f"the body is larger than {self._most} bytes (serving.max_body_kib)", "too_large")
+            await JSONResponse(error.content, error.status)(scope, receive, send)
+            return
+        given = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
+
+        async def again() -> Message:
+            return next(given, None) or await receive()
+
+        await self._app(scope, again, send)

@@ -1,0 +1,44 @@
+"""What is counted for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from rlhf.serving.versions import Versions
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Counts:
+    """Counters of one server."""
+
+    def __init__(self, versions: Versions) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Now(versions))
+        self.requests = Counter("rlhf_requests", "Requests, by what became of them.", ["version", "finish"], registry=self.registry)
+        self.refused = Counter("rlhf_refused", "Requests that were answered with an error.", ["status"], registry=self.registry)
+        self.prompts = Counter("rlhf_prompt_tokens", "Tokens of prompts.", ["version"], registry=self.registry)
+        self.answers = Counter("rlhf_answer_tokens", "Tokens of answers.", ["version"], registry=self.registry)
+        self.first = Histogram("rlhf_first_text_seconds", "From a request to its first text.", buckets=SECONDS, registry=self.registry)
+
+
+class _Now(Collector):
+    """What is as it is at the moment of asking."""
+
+    def __init__(self, versions: Versions) -> None:
+        self._versions = versions
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily("rlhf_waiting", "Requests that wait for a slot.", labels=["version"])
+        writing = GaugeMetricFamily("rlhf_writing", "Answers that are being written.", labels=["version"])
+        for name, version in self._versions.names.items():
+            if name == version.name:
+                waiting.add_metric([name], version.engine.waiting)
+                writing.add_metric([name], version.engine.writing)
+        yield from (waiting, writing)
+        yield GaugeMetricFamily("rlhf_swaps", "Times that an alias came to mean another version.", value=self._versions.swaps)
+        yield GaugeMetricFamily("rlhf_problems", "What /health tells of.", value=len(self._versions.problems))

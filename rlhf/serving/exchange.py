@@ -1,0 +1,191 @@
+"""One request over HTTP: handed to the engine, and its events made into a reply or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.models.contents import encode_passages
+from rlhf.models.dialogues import encode_prompt
+from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
+from rlhf.serving.counts import Counts
+from rlhf.serving.engine import Asked as Taken
+from rlhf.serving.replies import Form, Json, RefusedError, line, usage
+from rlhf.serving.requests import BusyError, ClosedError, End, Event, Piece, Request, Token
+from rlhf.serving.versions import Version, Versions
+
+Left = Callable[[], Awaitable[bool]]
+SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
+SPECIAL = {
+    "time": RefusedError(503, "the answer took longer than serving.seconds", "timeout"),
+    "error": RefusedError(500, "the answer could not be written", "engine_error"),
+    "cancelled": RefusedError(503, "the answer was cancelled", "cancelled"),
+}
+
+
+class Exchange:
+    """A request that was taken.
+
+    Args:
+        version: that answers.
+        counts: of the server.
+        body: what the client sent.
+        request: what the engine is asked.
+
+    Raises:
+        BusyError: too many wait.
+        ClosedError: the version has gone.
+    """
+
+    def __init__(self, version: Version, counts: Counts, body: Asked, request: Request) -> None:
+        self.version, self._counts, self._body, self._request = version, counts, body, request
+        self._begun = time.monotonic()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._tokens, self._ends, self._finish = 0, 0, "cancelled"
+        self.form = Form(isinstance(body, ChatBody), version, uuid.uuid4().hex, int(time.time()))
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._taken: Taken = version.engine.submit(request, deliver)
+
+    async def whole(self, left: Left) -> Json:
+        """The reply, once all its answers are written.
+
+        Raises:
+            RefusedError: they could not be.
+        """
+        texts = [""] * self._request.choices
+        tokens: list[list[Token]] = [[] for _ in texts]
+        finish = [""] * len(texts)
+        async for event in self._all(left):
+            if isinstance(event, Piece):
+                texts[event.choice] += event.text
+                tokens[event.choice] += event.tokens
+            else:
+                finish[event.choice] = event.finish
+        told = [found if self._body.top is not None else None for found in tokens]
+        choices = [self.form.choice(i, *said) for i, said in enumerate(zip(texts, told, finish, strict=True))]
+        return self.form.whole(choices, self._usage)
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The events of a stream, the last one included. Where the client leaves, this is closed, and the answers end."""
+        asks = self._body.stream_options
+        try:
+            if self.form.chat:
+                for choice in range(self._request.choices):
+                    yield line(self.form.chunk(choice, {"role": "assistant", "content": ""}))
+            async for event in self._all(None):
+                if isinstance(event, Piece):
+                    tokens = event.tokens if self._body.top is not None else None
+                    yield line(self.form.chunk(event.choice, {"content": event.text}, tokens))
+                else:
+                    yield line(self.form.chunk(event.choice, {}, finish=event.finish))
+            if asks and asks.include_usage:
+                yield line(self.form.chunk_of([], self._usage))
+            yield "data: [DONE]\n\n"
+        except RefusedError as error:
+            yield line(error.content)
+
+    @property
+    def _usage(self) -> Json:
+        return usage(len(self._request.prompt), self._tokens)
+
+    async def _all(self, left: Left | None) -> AsyncIterator[Event]:
+        """The events until all answers are over.
+
+        Raises:
+            RefusedError: one ended as none should.
+        """
+        try:
+            while self._ends < self._request.choices:
+                try:
+                    event = await asyncio.wait_for(self._events.get(), SECONDS_BETWEEN_LOOKS if left else None)
+                except TimeoutError:
+                    if left and await left():
+                        raise SPECIAL["cancelled"] from None
+                    continue
+                self._note(event)
+                yield event
+        finally:
+            self._taken.cancel()
+            self._counts.requests.labels(self.version.name, self._finish).inc()
+            self._counts.prompts.labels(self.version.name).inc(len(self._request.prompt))
+            self._counts.answers.labels(self.version.name).inc(self._tokens)
+
+    def _note(self, event: Event) -> None:
+        if self._tokens == 0 and self._begun:
+            self._counts.first.observe(time.monotonic() - self._begun)
+            self._begun = 0.0
+        if isinstance(event, End):
+            self._ends += 1
+            self._tokens += event.tokens
+            self._finish = event.finish
+            if event.finish in SPECIAL:
+                raise SPECIAL[event.finish]
+
+
+async def begin(versions: Versions, counts: Counts, body: Asked) -> Exchange:
+    """Hand a request to the version that it names.
+
+    Raises:
+        RefusedError: there is none, the request does not fit it, or it has too much to do.
+    """
+    for _ in range(3):  # a version that was found may have gone a moment later
+        version = versions.find(body.model)
+        if version is None:
+            ready = ", ".join(versions.names) or "none yet"
+            raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
+        request = await asyncio.to_thread(_request, versions, version, body)
+        try:
+            return Exchange(version, counts, body, request)
+        except BusyError:
+            raise RefusedError(429, "too many requests are waiting; try again later", "queue_full") from None
+        except ClosedError:
+            continue
+    raise RefusedError(503, "the model is being exchanged; try again", "busy")
+
+
+def _request(versions: Versions, version: Version, body: Asked) -> Request:
+    settings, writer = versions.settings, version.engine.writer
+    room = min(settings.max_prompt_tokens, writer.capacity - 1)
+    if isinstance(body, ChatBody) and len(body.messages) > room:
+        raise _too_long(len(body.messages), room, "messages")  # each takes a token at least
+    try:
+        prompt = _encoded(writer.tokenizer, body)
+    except UserError as error:
+        raise RefusedError(400, error.what, "invalid_messages", "messages") from None
+    if not 0 < len(prompt) <= room:
+        raise _too_long(len(prompt), room, "messages" if isinstance(body, ChatBody) else "prompt")
+    if body.limit and body.limit > settings.max_tokens:
+        raise RefusedError(
+            400, f"max_tokens: {body.limit} is more than {settings.max_tokens}, which serving.max_tokens allows", None, "max_tokens"
+        )
+    return Request(
+        prompt=tuple(prompt),
+        max_tokens=body.limit or settings.max_tokens,
+        seed=random.getrandbits(62) if body.seed is None else body.seed % 2**63,
+        seconds=settings.seconds,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        stops=body.stops,
+        choices=body.n or 1,
+        top=body.top,
+    )
+
+
+def _encoded(tokenizer: Any, body: Asked) -> list[int]:
+    if isinstance(body, ChatBody):
+        return encode_prompt(tokenizer, [message.plain for message in body.messages])
+    assert isinstance(body, CompletionBody)
+    return encode_passages(tokenizer, [body.prompt])[0]
+
+
+def _too_long(tokens: int, room: int, param: str) -> RefusedError:
+    return RefusedError(400, f"{param}: {tokens} tokens at least, but the model takes {room}", "context_length_exceeded", param)
