@@ -51,7 +51,7 @@ def main(
     if against:
         places |= {f"{against}, {name}": (against.resolve(), used) for name, (_, used) in places.items()}
     with tempfile.TemporaryDirectory(prefix="rlhf-prepare-", dir=folder) as root:
-        write_workspace(Path(root), rows)
+        write_rows(Path(root), rows)
         digests = set()
         for _ in range(rounds):
             for name, (code, used) in places.items():
@@ -66,15 +66,18 @@ def main(
     raise typer.Exit(len(digests) != 1)
 
 
-def write_workspace(root: Path, rows: int) -> None:
-    """Params, and a file of pairs."""
-    raw = yaml.safe_load((REPOSITORY / "presets/hh.yaml").read_text(encoding="utf-8"))
+def write_rows(root: Path, rows: int) -> None:
+    with (root / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs(rows))
+
+
+def write_params(root: Path, code: Path) -> None:
+    """Params with the keys that this code knows: those of its own preset."""
+    raw = yaml.safe_load((code / "presets/hh.yaml").read_text(encoding="utf-8"))
     source = raw["data"]["sources"][0]
     source |= {"format": "pairs", "path": "pairs.jsonl", "split": SPLIT, "columns": source["columns"] | {"prompt": "prompt"}}
     raw["prepare"] |= {"max_characters": 3000}
     (root / "params.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    with (root / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs(rows))
 
 
 def pairs(rows: int) -> Iterator[dict[str, Any]]:
@@ -109,6 +112,7 @@ def run(root: Path, code: Path, cores: list[int]) -> Cost:
     job = root / "job"
     environment = os.environ | {"RLHF_ROOT": str(root), "RLHF_JOB_DIR": str(job), "RLHF_PARAMS": str(root / "params.yaml")}
     environment |= {"RLHF_DEVICE": "cpu", "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
+    write_params(root, code)
     job.mkdir()
     before, started, peak = os.times(), time.perf_counter(), 0
     command = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, "-m", "rlhf.stages.prepare"]
