@@ -52,18 +52,19 @@ def main(
         places |= {f"{against}, {name}": (against.resolve(), used) for name, (_, used) in places.items()}
     with tempfile.TemporaryDirectory(prefix="rlhf-prepare-", dir=folder) as root:
         write_rows(Path(root), rows)
-        digests = set()
+        digests: dict[Path, set[str]] = {}
         for _ in range(rounds):
             for name, (code, used) in places.items():
                 cost = run(Path(root), code, used)
-                digests.add(cost.digest)
+                digests.setdefault(code, set()).add(cost.digest)
                 print(
                     f"{rows} rows, {name}: {cost.seconds:.1f} s, {cost.processor:.1f} s of processor time, "
                     f"{rows / cost.seconds:.0f} rows/s, {cost.memory / 2**30:.2f} GiB at most",
                     flush=True,
                 )
-    print("all wrote the same bytes" if len(digests) == 1 else f"they wrote {len(digests)} different contents")
-    raise typer.Exit(len(digests) != 1)
+    for code, written in digests.items():
+        print(f"{code}: " + ("the same bytes each time" if len(written) == 1 else f"{len(written)} different contents"))
+    raise typer.Exit(any(len(written) != 1 for written in digests.values()))
 
 
 def write_rows(root: Path, rows: int) -> None:
