@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,10 @@ def read(root: Path, until: str | None = None) -> list[Stage]:
         BusyError: a stage is being run.
         UserError: there is no DVC repository, or dvc.yaml or a .dvc file is wrong.
     """
-    try:
-        with Repo(str(root)) as repo:
-            graph = repo.index.graph
-            changed = repo.status()
-            nodes = list(networkx.topological_sort(graph.reverse()))
-    except LockError:
-        raise BusyError(f"{root}: a stage is being run there just now", remedy="wait until it has ended, then try again") from None
-    except DvcException as error:
-        remedy = "run `git init` and `dvc init` there once" if not (root / ".dvc").is_dir() else "correct the file that the message names"
-        raise UserError(f"{root}: {' '.join(str(error).split())}", remedy=remedy) from None
+    with _opened(root) as repo:
+        graph = repo.index.graph
+        changed = repo.status()
+        nodes = list(networkx.topological_sort(graph.reverse()))
     stages: dict[str, Stage] = {}
     for node in nodes:
         after = tuple(sorted(map(_name, graph.successors(node))))
@@ -82,6 +77,30 @@ def read(root: Path, until: str | None = None) -> list[Stage]:
         if stage.name in wanted:
             wanted |= set(stage.after)
     return [stage for stage in stages.values() if stage.name in wanted]
+
+
+def check(root: Path) -> None:
+    """Check that DVC reads dvc.yaml and the .dvc files.
+
+    Raises:
+        UserError: it does not.
+    """
+    with _opened(root) as repo:
+        _ = repo.index.graph
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[Repo]:
+    try:
+        with Repo(str(root)) as repo:
+            yield repo
+    except LockError:
+        raise BusyError(f"{root}: a stage is being run there just now", remedy="wait until it has ended, then try again") from None
+    except DvcException as error:
+        # of a file that cannot be read, which key or line is wrong stands apart
+        what = ": ".join(filter(None, map(str, (error, getattr(error, "exc", None) or "")))).split()
+        remedy = "run `git init` and `dvc init` there once" if not (root / ".dvc").is_dir() else "correct the file that the message names"
+        raise UserError(f"{root}: {' '.join(what)}", remedy=remedy) from None
 
 
 def mend(root: Path) -> None:

@@ -243,7 +243,9 @@ def of_graph(root: Path, chance: random.Random) -> str:
         return "refused"
     finally:
         shutil.copy(REPOSITORY / "dvc.yaml", root)
-    written = as_dvc(raw)["stages"]
+    if (read := as_dvc(raw)) is None:
+        return "left to DVC, which refuses it (tasks.graph.check)"
+    written = read["stages"]
     assert nodes.keys() == written.keys(), "other stages than stand there"
     for name, node in nodes.items():
         listed = [path for key in ("outs", "metrics", "plots") for path in _paths(written[name].get(key, []))]

@@ -31,6 +31,7 @@ def check(root: Path) -> Findings:
         fingerprint.check_algorithm(fingerprint.read_graph(root), params)
         if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params):
             findings.notes.append("dvc.yaml is not as `rlhf use` writes it: DVC does not see a change of what it does not list")
+            _graph_of_dvc(root)
     found = plan.check(root, params, params.stages)
     with found.collecting():
         pinned.check(root, params)
@@ -38,6 +39,12 @@ def check(root: Path) -> Findings:
     found.problems[:0] = findings.problems
     found.notes += findings.notes
     return found
+
+
+def _graph_of_dvc(root: Path) -> None:
+    from tasks import graph  # it loads DVC, which takes as long as the whole check
+
+    graph.check(root)
 
 
 def show(findings: Findings) -> None:

@@ -18,6 +18,7 @@ import yaml
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config, plan
+from rlhf.cli import plan as cli_plan
 from rlhf.errors import UserError
 from rlhf.plan import launching, memory, pinned
 from rlhf.plan.findings import Findings
@@ -140,6 +141,15 @@ def test_a_small_model_that_is_built_needs_no_torch(root: Path) -> None:
     code = f"{call}; print('torch' in sys.modules, found.problems)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert done.stdout == "False []\n"
+
+
+def test_a_graph_that_dvc_refuses_is_told(root: Path) -> None:
+    subprocess.run("git init -q && dvc init -q", shell=True, check=True)
+    change(root)
+    written = (root / "dvc.yaml").read_text(encoding="utf-8")
+    (root / "dvc.yaml").write_text(written.replace("meta: {", "&eta: {", 1), encoding="utf-8")
+    (problem,) = cli_plan.check(root).problems
+    assert "dvc.yaml' validation failed: extra keys not allowed @ data['stages']['prepare']" in problem.what
 
 
 def test_what_stage_prepare_would_refuse_is_told(root: Path) -> None:

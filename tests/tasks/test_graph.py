@@ -78,10 +78,12 @@ def test_no_dvc_repository(tmp_path: Path) -> None:
         graph.read(tmp_path)
 
 
-def test_a_wrong_graph_is_named(workspace: Path) -> None:
-    (workspace / "dvc.yaml").write_text("stages:\n  join: {cmmd: 'true'}\n")
-    with pytest.raises(UserError, match=r"dvc\.yaml"):
-        graph.read(workspace)
+def test_a_wrong_graph_is_named_with_what_is_wrong(workspace: Path) -> None:
+    graph.check(workspace)
+    (workspace / "dvc.yaml").write_text("stages:\n  join: {cmmd: 'true', cmd: 'true'}\n")
+    for read in (graph.read, graph.check):
+        with pytest.raises(UserError, match=r"dvc\.yaml.*validation failed: extra keys not allowed.*'join'.*'cmmd'"):
+            read(workspace)
 
 
 def test_no_bars_of_dvc_stand_between_ours() -> None:
