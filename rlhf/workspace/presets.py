@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML, YAMLError
@@ -140,12 +140,13 @@ def _text(raw: Any, editor: YAML) -> str:
 
 
 def _set(raw: Any, key: str, value: object, origin: str) -> str:
-    """Set a dotted key; a number is a place in a list. The schema decides which keys there are.
+    """Set a dotted key; a number is a place in a list. The schema decides which keys there are, but for those of a mapping that it leaves
+    open, as options of a reward function.
 
     Returns:
         The change, for people.
     """
-    holder = raw
+    holder, is_open = raw, False
     models: list[type[BaseModel]] = [config.Params]
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -158,9 +159,12 @@ def _set(raw: Any, key: str, value: object, origin: str) -> str:
             place: Any = int(part)
         elif isinstance(holder, CommentedMap):
             known = {name: field for model in models for name, field in model.model_fields.items()}
-            if part not in known:
+            if part not in known and not is_open:
                 raise UserError(f"unknown key '{key}'{_nearest(part, list(known))}", remedy="see docs/params.md for every key")
             place = part
+            is_open = is_open or any(
+                get_origin(model.model_fields[part].annotation) is dict for model in models if part in model.model_fields
+            )
             models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
             if part not in holder:  # not the last one, which holds the empty line or the comment after the section
                 holder.insert(max(len(holder) - 1, 0), part, None)

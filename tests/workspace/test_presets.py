@@ -16,6 +16,7 @@ from dvc.utils.hydra import apply_overrides
 from rlhf import config
 from rlhf.config import algorithms
 from rlhf.config.data import SandboxSource
+from rlhf.config.rewards import FunctionReward
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
 from rlhf.workspace import presets
@@ -61,6 +62,19 @@ def test_overrides_reach_nested_keys_lists_and_sections(workspace: Path) -> None
     assert isinstance(params.base, BuiltBase)
     assert params.base.optimizer.betas == (0.8, 0.9)
     assert params.sft == config.load(ROOT / "presets/sandbox.yaml").sft
+
+
+def test_options_of_a_list_entry_are_set_key_by_key(workspace: Path) -> None:
+    values = ["rewards.0.options.how=exact", "rewards.1.options.most=12", "rewards.1.options.limits.low=3", "rewards.1.weight=0.25"]
+    presets.use(workspace, "sandbox-function", values)
+    first, second = config.load(workspace / "params.yaml").rewards
+    assert isinstance(first, FunctionReward)
+    assert isinstance(second, FunctionReward)
+    assert (first.options, second.options, second.weight) == ({"how": "exact"}, {"most": 12, "over": 16, "limits": {"low": 3}}, 0.25)
+    with pytest.raises(UserError, match=r"unknown key 'rewards.0.option.how': did you mean 'options'\?"):
+        presets.use(workspace, "sandbox-function", ["rewards.0.option.how=exact"])
+    with pytest.raises(UserError, match="unknown key 'rewards.0.options.how.x': rewards.0.options.how is not a section"):
+        presets.use(workspace, "sandbox-function", ["rewards.0.options.how.x=1"])
 
 
 def test_params_file_itself_is_a_preset(workspace: Path) -> None:
