@@ -78,14 +78,22 @@ def memory(pid: int) -> int:
     return total
 
 
-def evaluation(root: Path) -> dict[str, Any]:
-    """What stage evaluate measured, on one level."""
+def evaluation(root: Path, policy: str = "ppo") -> dict[str, Any]:
+    """What stage evaluate measured, on one level.
+
+    Args:
+        policy: the stage that made the policy.
+    """
     found = json.loads((root / "metrics" / "evaluate.json").read_text(encoding="utf-8"))
-    gold = found["gold"]
+    gold, result = found["gold"], dict[str, Any]()
+    if found["reward_model"]:
+        result["reward_accuracy"] = found["reward_model"]["accuracy"]
+    if accuracy := found.get("accuracy"):
+        result |= {"accuracy_sft": accuracy["sft"]["value"], "accuracy": accuracy[policy]["value"], "accuracy_low": accuracy["ci95"][0]}
     return {
-        "reward_accuracy": found["reward_model"]["accuracy"],
+        **result,
         "gold_sft": gold["sft"],
-        "gold_ppo": gold["ppo"],
+        "gold": gold[policy],
         "gold_difference": gold["difference"],
         "ci95_low": gold["ci95"][0],
         "ci95_high": gold["ci95"][1],
@@ -93,8 +101,8 @@ def evaluation(root: Path) -> dict[str, Any]:
         "perplexity_sft": found["perplexity"]["sft"],
         "perplexity_ratio": found["perplexity"]["ratio"],
         "kl": found["kl"],
-        "eos_rate": found["eos_rate"]["ppo"],
-        "answer_tokens": found["answer_tokens"]["ppo"],
+        "eos_rate": found["eos_rate"][policy],
+        "answer_tokens": found["answer_tokens"][policy],
     }
 
 

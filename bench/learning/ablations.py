@@ -34,7 +34,7 @@ VARIANTS: dict[str, list[str]] = {
     "four-parts": ["ppo.mini_batch_size=16"],  # each on a quarter of it
     "ema": ["ppo.ema_decay=0.9"],
 }
-COLUMNS = ("gold_sft", "gold_ppo", "gold_difference", "ci95_low", "win_rate", "kl", "perplexity_sft", "perplexity_ratio", "eos_rate")
+COLUMNS = ("gold_sft", "gold", "gold_difference", "ci95_low", "win_rate", "kl", "perplexity_sft", "perplexity_ratio", "eos_rate")
 
 
 def main(
@@ -63,7 +63,7 @@ def main(
                 # DVC knows which stages the change leaves as they were
                 seconds, _ = clone.run("dvc", "repro", "evaluate")
                 rows.append({"variant": name, "seed": seed, **evaluation(clone.root)})
-                console.print(f"{name}, seed {seed}: {seconds:.0f} s, gold {rows[-1]['gold_sft']:.3f} → {rows[-1]['gold_ppo']:.3f}")
+                console.print(f"{name}, seed {seed}: {seconds:.0f} s, gold {rows[-1]['gold_sft']:.3f} → {rows[-1]['gold']:.3f}")
     console.print(table(rows))
     output.write_text(json.dumps({"machine": machine(), "values": VARIANTS, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 

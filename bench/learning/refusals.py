@@ -29,7 +29,7 @@ WORSE: dict[str, list[str]] = {
         *("ppo.policy_clip=[0.5, 0.5]", "ppo.actor.schedule=constant", "ppo.stop={kl: 10000.0, score: 10000.0}"),
     ],
 }
-COLUMNS = ("gold_sft", "gold_ppo", "ci95_low", "win_rate", "reward_accuracy", "kl", "perplexity_ratio", "eos_rate")
+COLUMNS = ("gold_sft", "gold", "ci95_low", "win_rate", "reward_accuracy", "kl", "perplexity_ratio", "eos_rate")
 
 
 def main(

@@ -43,7 +43,7 @@ BOUNDS = {
 }
 MEDIAN_REWARD_ACCURACY = 0.91
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {"≥": operator.ge, "≤": operator.le, "is": operator.eq}
-TRAINING = ("base", "sft", "reward", "ppo", "evaluate")
+TRAINING = ("base", "sft", "reward", "ppo", "grpo", "evaluate")
 # name → values of params.yaml, and environment
 ARITHMETICS: dict[str, tuple[list[str], dict[str, str]]] = {
     "as it is": ([], {}),
