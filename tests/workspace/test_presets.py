@@ -73,7 +73,7 @@ def test_options_of_a_list_entry_are_set_key_by_key(workspace: Path) -> None:
     assert (first.options, second.options, second.weight) == ({"how": "exact"}, {"most": 12, "over": 16, "limits": {"low": 3}}, 0.25)
     with pytest.raises(UserError, match=r"unknown key 'rewards.0.option.how': did you mean 'options'\?"):
         presets.use(workspace, "sandbox-function", ["rewards.0.option.how=exact"])
-    with pytest.raises(UserError, match="unknown key 'rewards.0.options.how.x': rewards.0.options.how is not a section"):
+    with pytest.raises(UserError, match=r"unknown key 'rewards.0.options.how.x': rewards.0.options.how is not a section"):
         presets.use(workspace, "sandbox-function", ["rewards.0.options.how.x=1"])
 
 
