@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.ppo import LossStats, kl_estimate
+from rlhf.algorithms.ppo import LossStats, bounded_exp, kl_estimate
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,16 @@ def group_loss(
         corrections: of `corrections`.
     """
     log_ratio = log_ratios(log_probs, old_log_probs, mask, form.ratio)
-    ratio = log_ratio.exp()
+    ratio = bounded_exp(log_ratio)
     if form.objective == "clip":
         objective, clipped = clipped_objective(ratio, advantages, form.policy_clip, form.dual_clip)
     else:
         objective, clipped = capped_objective(ratio, log_probs, advantages, form.ratio_cap)
     loss = -(corrections * objective * weights).sum()
     own = (log_probs - old_log_probs) * mask
-    sums = {"clip_fraction": (clipped.float() * mask).sum(), "approx_kl": ((own.exp() - 1 - own) * mask).sum().detach()}
+    sums = {"clip_fraction": (clipped.float() * mask).sum(), "approx_kl": ((bounded_exp(own) - 1 - own) * mask).sum().detach()}
     if form.kl_coefficient:
-        kl = kl_estimate(log_probs, reference_log_probs, form.kl_estimator) * (own.exp() if form.kl_with_ratio else 1.0)
+        kl = kl_estimate(log_probs, reference_log_probs, form.kl_estimator) * (bounded_exp(own) if form.kl_with_ratio else 1.0)
         kl_loss = (kl * weights).sum()
         loss = loss + form.kl_coefficient * kl_loss
         sums["kl_loss"] = kl_loss.detach()

@@ -19,18 +19,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST_EXPONENT = 10.0
+
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """eˣ up to x = 10, and along its tangent from there on: e¹⁰·(1 + x − 10), which is finite for every x.
+
+    Other code clamps: verl log-ratios to ±20 and each token's k3 to 10, OpenRLHF each estimate to ±10. A clamp has no gradient beyond its
+    bound, where a token is furthest off; here it pulls as hard as at the bound.
+    """
+    held = exponent.clamp(max=LARGEST_EXPONENT)
+    return held.exp() * (1 + exponent - held)
+
 
 def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate of KL(policy ‖ reference) from sampled tokens (Schulman, "Approximating KL divergence", 2020). (B, A) → (B, A).
 
-    k1 is unbiased and may be negative; k2 is biased, of low variance; k3 is unbiased and never negative.
+    k1 is unbiased and may be negative; k2 is biased, of low variance; k3 is unbiased and never negative, but held back (`bounded_exp`)
+    where a token is more than e¹⁰ times as likely to the reference.
     """
     log_ratio = log_probs - reference_log_probs
     if estimator == "k1":
         return log_ratio
     if estimator == "k2":
         return 0.5 * log_ratio**2
-    return torch.exp(-log_ratio) - 1 + log_ratio
+    return bounded_exp(-log_ratio) - 1 + log_ratio
 
 
 def token_rewards(kl: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -93,7 +106,7 @@ def policy_loss(
         dual_clip: c > 1 bounds the loss of tokens with a negative advantage at −c·A (arXiv 1912.09729, equation 5); None: off.
     """
     log_ratio = (log_probs - old_log_probs) * mask
-    ratio = log_ratio.exp()
+    ratio = bounded_exp(log_ratio)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip[0], 1 + clip[1])
     per_token = torch.maximum(unclipped, clipped)

@@ -56,6 +56,25 @@ def test_k1_and_k3_are_unbiased_and_k3_is_never_negative() -> None:
     assert (ppo.kl_estimate(policy.log(), reference.log(), "k3") >= 0).all()
 
 
+def test_k3_of_tokens_far_from_the_reference_is_finite_and_still_pulls() -> None:
+    differences = torch.tensor([[9.0, 10.0, 12.0, 1000.0, -1000.0]])  # log π_ref − log π
+    log_probs = (-differences).requires_grad_()
+    found = ppo.kl_estimate(log_probs, torch.zeros(1, 5), "k3")
+    largest = math.exp(10)
+    near(found / largest, [[(math.exp(9) - 10) / largest, 1 - 11 / largest, 3 - 13 / largest, 991 - 1001 / largest, 999 / largest]])
+    found.sum().backward()
+    assert log_probs.grad is not None
+    near(log_probs.grad / largest, [[(1 - math.exp(9)) / largest, *[1 / largest - 1] * 3, 1 / largest]])
+
+
+def test_a_ratio_beyond_all_numbers_leaves_finite_gradients() -> None:
+    for advantage in (1.0, -1.0):
+        new = torch.tensor([[200.0]]).requires_grad_()  # e²⁰⁰ is infinite in fp32, and 0 × ∞ no number
+        ppo.policy_loss(new, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), (0.2, 0.2), None, 1.0).loss.backward()
+        assert new.grad is not None
+        assert new.grad.item() == pytest.approx(0 if advantage > 0 else math.exp(10))
+
+
 def test_token_rewards_pay_the_score_at_each_answers_own_end() -> None:
     kl, mask = torch.tensor([[0.1, 0.2, 9.0], [0.3, 0.4, 0.5]]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
     near(ppo.token_rewards(kl, torch.tensor([1.0, -1.0]), mask, 0.5), [[-0.05, 0.9, 0.0], [-0.15, -0.2, -1.25]])

@@ -192,6 +192,19 @@ def test_gradients_of_the_kl_as_a_loss(estimator: str, with_ratio: bool, expecte
     assert found.loss.item() == pytest.approx(0.1 * found.sums["kl_loss"].item())
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence-sum", "sequence-mean"])
+def test_ratios_beyond_all_numbers_leave_finite_gradients(ratio: str) -> None:
+    new = (OLD + 200 * BOTH).requires_grad_()
+    kl = {"kl_coefficient": 0.1, "kl_estimator": "k3", "kl_with_ratio": True}
+    loss = group_loss(
+        new, OLD, OLD + 500, torch.tensor([[1.0], [-1.0]]) * BOTH, BOTH, BOTH, torch.ones_like(BOTH), form(ratio=ratio, **kl)
+    ).loss
+    loss.backward()
+    assert new.grad is not None
+    assert loss.isfinite()
+    assert new.grad.isfinite().all()
+
+
 def test_corrections_of_another_sampler() -> None:
     weights = torch.tensor([[4.0, 0.25], [0.4, 1.0]])
     rollout = OLD - weights.log()
