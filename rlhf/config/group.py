@@ -121,6 +121,11 @@ class Grpo(Answering):
             raise ValueError(f"mismatch: low {self.mismatch.low:g} and high {self.mismatch.high:g} leave out 1, two that compute the same")
         return self
 
+    @property
+    def holds_reference(self) -> bool:
+        """Whether the reference's log-probabilities are there: they pull on the policy, or cost no second model."""
+        return self.kl.coefficient > 0 or self.actor_lora is not None
+
     @model_validator(mode="after")
     def _reference(self) -> Self:
         kl = self.kl
@@ -132,8 +137,8 @@ class Grpo(Answering):
             raise ValueError("kl.with_ratio is for kl.where: loss; the objective's own ratio counts for what stands in the reward")
         if kl.where == "loss" and kl.estimator == "k1" and not kl.with_ratio:
             raise ValueError("kl.estimator: as a loss k1 pulls nowhere, its gradient has mean 0: k2, k3, or with_ratio")
-        if self.reference_every and kl.where == "none":
-            raise ValueError("reference_every moves what the policy is kept near to, but kl.where is none")
+        if self.reference_every and not kl.coefficient:
+            raise ValueError(f"reference_every moves what the policy is kept near to, but kl.where is {kl.where}, and β {kl.coefficient:g}")
         if self.reference_every and self.actor_lora:
             raise ValueError("reference_every: with actor_lora the reference is the model without adapters, and cannot move")
         return self

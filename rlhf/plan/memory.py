@@ -108,7 +108,8 @@ def models(stage: str, params: Params) -> list[Held]:
         critic = [Held("critic", True, params.ppo.critic_lora)] if stage == "ppo" else []
         moving = params.grpo.reference_every is not None and stage == "grpo"  # kept in fp32 besides, for checkpoints
         actor = Held("policy", True, own.actor_lora, (own.ema_decay is not None) + moving)
-        return [actor, *critic, *(frozen if own.actor_lora is None else []), *rewards]
+        pulls = stage == "ppo" or params.grpo.kl.coefficient > 0
+        return [actor, *critic, *(frozen if own.actor_lora is None and pulls else []), *rewards]
     judge = [Held("critic", True, params.evaluate.judge.lora)] if params.trains_judge else []
     return [*frozen, *frozen, *rewards, *judge]
 

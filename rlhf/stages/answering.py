@@ -38,7 +38,7 @@ class Models:
     """The policy, and the frozen models that say something of its answers."""
 
     actor: DeepSpeedEngine
-    reference: lora.Reference
+    reference: lora.Reference | None  # None where it pulls on nothing
     reward: ScalarModel | None  # None where no entry of section rewards is a model
     adapters: lora.Adapters | None  # of the actor
     averages: dict[str, Ema]  # of the actor: ema, where there is one
@@ -93,7 +93,7 @@ def load_reward(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     return frozen(reward, job, "reward", device)
 
 
-def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device, updates: int) -> Models:
+def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device, updates: int, *, with_reference: bool = True) -> Models:
     """All but a critic; the actor's schedule spans so many updates."""
     params = section(job)
     reward = load_reward(job, tokenizer, device) if job.params.trains_reward else None
@@ -104,7 +104,7 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     adapters = lora.attach(actor, params.actor_lora, "models/sft", f"{job.stage}.actor_lora", job)
     return Models(
         actor=train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", updates),
-        reference=lora.reference(adapters, job, job.input("models/sft"), device),
+        reference=lora.reference(adapters, job, job.input("models/sft"), device) if with_reference else None,
         reward=reward,
         adapters=adapters,
         averages={"ema": Ema(actor, params.ema_decay)} if params.ema_decay else {},
@@ -172,9 +172,9 @@ def score(
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
         at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], max(len(rollouts.answers[i]) for i in index), device)
         scores = [model_scores(models.reward, at)] if models.reward else []
-        with models.reference() as model:
-            reference = answer_log_probs(model, at, params.temperature)
-        values = answer_values(critic, at) if critic else reference[:, :0]
+        nothing = torch.zeros(len(index), 0)
+        reference = reference_log_probs(models.reference, at, params.temperature) if models.reference else nothing
+        values = answer_values(critic, at) if critic else nothing
         again = [] if exact else [answer_log_probs(models.actor.module, at, params.temperature)]
         found.append((index, [reference, values, *scores, *again]))
     scored: dict[int, Scored] = {}
@@ -201,6 +201,12 @@ def model_scores(model: ScalarModel, at: Layout) -> Tensor:
 def answer_log_probs(model: Any, at: Layout, temperature: float) -> Tensor:
     """Log-probability of each answer token (B, A), 0 beyond the end."""
     return at.fill(token_log_probs(logits_at(model, at.packed, at.before), at.targets, temperature))
+
+
+def reference_log_probs(reference: lora.Reference, at: Layout, temperature: float) -> Tensor:
+    """The same under the reference."""
+    with reference() as model:
+        return answer_log_probs(model, at, temperature)
 
 
 def answer_values(critic: Any, at: Layout) -> Tensor:

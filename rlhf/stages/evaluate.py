@@ -305,7 +305,7 @@ def heldout(job: Job, prompts: Sequence[dict[str, Any]]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
+def course(job: Job, score_all: ScoreAll) -> list[dict[str, float | None]]:
     """How the judged score went with the KL in the course of training: the curve on which over-optimisation shows (arXiv 2210.10760)."""
     records = read_lines(job.input("data/rollouts.jsonl"))
     records = records[:: -(-len(records) // JUDGED_ROLLOUTS)]
@@ -314,8 +314,9 @@ def course(job: Job, score_all: ScoreAll) -> list[dict[str, float]]:
     for i, record in enumerate(records):
         steps.setdefault(record["step"], []).append(i)
 
-    def mean(rows: list[int], name: str) -> float:
-        return statistics.fmean(records[i][name] for i in rows)
+    def mean(rows: list[int], name: str) -> float | None:
+        values = [records[i][name] for i in rows]
+        return None if None in values else statistics.fmean(values)  # there is no KL where nothing kept the policy near to sft
 
     return [
         {"step": step, "kl": mean(rows, "kl"), "gold": statistics.fmean(judged[i] for i in rows), "reward_model": mean(rows, "score")}

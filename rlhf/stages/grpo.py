@@ -1,7 +1,7 @@
 """Stage grpo: policy optimisation without a critic, on several answers to each prompt, from the sft policy against section rewards.
 
-Three models: the actor (trained), the reference (sft, frozen, or the actor of some steps ago) and, where a reward is a model, that one
-(frozen). Which algorithm it is, section grpo says: baseline, scale, ratio, objective, normaliser, where the KL stands
+Models: the actor (trained); where the KL counts, the reference (sft, frozen, or the actor of some steps ago); where a reward is a model,
+that one (frozen). Which algorithm it is, section grpo says: baseline, scale, ratio, objective, normaliser, where the KL stands
 (rlhf/config/algorithms.py has the values that each name stands for). The arithmetic stands in rlhf/algorithms/advantages.py and group.py;
 what is not this stage's alone, in answering.py, rewarding.py, updates.py and records.py.
 """
@@ -44,7 +44,7 @@ def main(job: Job) -> None:
     check_even(params.mini_batch_size, job, "grpo.mini_batch_size")
     prompts, too_long = read_prompts(job, tokenizer)
     texts = read_texts(job, tokenizer)
-    models = load_models(job, tokenizer, device, params.steps * params.updates_per_step)
+    models = load_models(job, tokenizer, device, params.steps * params.updates_per_step, with_reference=params.holds_reference)
     if params.reference_every:
         models.averages["reference"] = Ema(models.actor.module, 0.0)
     order = Order(len(prompts), 1, job.seed("order"))
@@ -78,7 +78,7 @@ def main(job: Job) -> None:
         cost = report.of(clock, Experience.of(found.made, device), experience, batches[: int(stats["updates"])])
         job.log(step + 1, params.steps, {**stats, **cost, **models.rewards.seconds()})
         rows = [prompts[group.prompt]["row"] for group in found.groups for _ in group.answers]
-        records.add(step + 1, rows, experience, answer_kl(experience))
+        records.add(step + 1, rows, experience, answer_kl(experience) if models.reference else None)
         if params.reference_every and (step + 1) % params.reference_every == 0:
             models.averages["reference"].update(models.actor.module)
             move_reference(models)
@@ -95,12 +95,13 @@ def main(job: Job) -> None:
         counts = {"prompts": len(prompts), "too_long": too_long, "groups": place}
         counts["groups_replaced"] = int(sum(row["groups_replaced"] for row in history))
         job.write_metrics({**history[-1], **counts, **lora.share(models.adapters)})
-        job.write_plot("plots/grpo.csv", history)
+        # dvc.yaml draws column kl, whether or not there is anything in it
+        job.write_plot("plots/grpo.csv", history if models.reference else [{**row, "kl": None} for row in history])
 
 
 def move_reference(models: Models) -> None:
     """Put the policy of the last time that the reference moved in its place."""
-    if anchor := models.averages.get("reference"):
+    if (anchor := models.averages.get("reference")) and models.reference:
         with models.reference() as reference:
             anchor.copy_to(reference)
 
@@ -124,7 +125,7 @@ def advantages(e: Experience, found: Collected, params: Grpo) -> tuple[Targets, 
     result = estimators.advantages(
         by_group,
         torch.stack(greedy).to(device),
-        e.log_probs - e.reference_log_probs,
+        e.log_probs - e.reference_log_probs if params.holds_reference else torch.zeros_like(e.mask),
         e.mask,
         baseline=params.baseline,
         scale=params.scale,
@@ -138,7 +139,7 @@ def advantages(e: Experience, found: Collected, params: Grpo) -> tuple[Targets, 
     weights = corrections(e.log_probs, e.rollout_log_probs, e.mask, params.mismatch.correction, params.mismatch.low, params.mismatch.high)
     stats = {
         "reward": by_group.mean(),
-        "kl": answer_kl(e).mean(),
+        **({"kl": answer_kl(e).mean()} if params.holds_reference else {}),
         "score": e.scores.mean(),
         "reward_std": by_group.std(1, correction=0).mean(),  # within a group
         "eos_rate": e.ended.float().mean(),

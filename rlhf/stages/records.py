@@ -32,16 +32,17 @@ class Records:
             self.path.touch()
             os.truncate(self.path, checkpointed)
 
-    def add(self, step: int, rows: Sequence[Mapping[str, Any]], e: Experience, kl: Tensor) -> None:
+    def add(self, step: int, rows: Sequence[Mapping[str, Any]], e: Experience, kl: Tensor | None) -> None:
         """Add the answers of a step.
 
         Args:
             rows: of the prompts, in the order of the experience.
-            kl: of each answer to the reference (B,).
+            kl: of each answer to the reference (B,); None where there is none.
         """
         if not self.job.is_main:
             return
-        found = zip(rows, e.sequences, e.prompt_lengths, kl.tolist(), e.scores.tolist(), strict=True)
+        distances = [None] * len(rows) if kl is None else kl.tolist()
+        found = zip(rows, e.sequences, e.prompt_lengths, distances, e.scores.tolist(), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
             for number, (row, ids, length, distance, score) in enumerate(found):
                 answer = decode_answer(self.tokenizer, ids[length:])
@@ -61,9 +62,10 @@ class Report:
         self.job, self.device = job, device
         self.rate = matrix_rate(device, DTYPES[job.params.launch.precision]) * job.world_size
         self.actor, self.critic = Products.of(models.actor.module), Products.of(critic.module) if critic else None
-        with models.reference() as reference:
-            scoring = [Products.of(reference), *([Products.of(models.reward)] if models.reward else [])]
-            self.scoring = [*scoring, *([self.critic] if self.critic else [])]
+        self.scoring = [*([Products.of(models.reward)] if models.reward else []), *([self.critic] if self.critic else [])]
+        if models.reference:
+            with models.reference() as reference:
+                self.scoring.append(Products.of(reference))
         if job.params.launch.precision != "fp32":  # the actor says anew what it thinks of its answers
             self.scoring.append(self.actor)
 

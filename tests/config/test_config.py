@@ -111,6 +111,7 @@ def test_refusal_names_key_and_value(key: str, value: Any, words: str) -> None:
         ({"kl.where": "token", "kl.estimator": "k1", "kl.with_ratio": True}, "kl.with_ratio is for kl.where: loss"),
         ({"kl.estimator": "k1"}, "as a loss k1 pulls nowhere, its gradient has mean 0"),
         ({"kl.where": "none", "kl.coefficient": 0.0, "reference_every": 5}, "reference_every moves what the policy is kept near to"),
+        ({"kl.coefficient": 0.0, "reference_every": 5}, "but kl.where is loss, and β 0"),
         (
             {"reference_every": 5, "actor_lora": {"rank": 4, "alpha": 8.0, "targets": "all-linear", "learning_rate": 1e-3}},
             "reference_every: with actor_lora the reference is the model without adapters",

@@ -62,7 +62,7 @@ def place(start: Path, root: Path, raw: dict[str, Any]) -> Path:
 
 
 def rows_of(root: Path) -> list[dict[str, float]]:
-    return [{name: float(value) for name, value in row.items()} for row in table(root / "plots/grpo.csv")]
+    return [{name: float(value) for name, value in row.items() if value} for row in table(root / "plots/grpo.csv")]
 
 
 # ------------------------------------------------------------------------------------------------------- cuts of a batch
@@ -111,6 +111,17 @@ def test_answers_to_a_prompt_stand_side_by_side_and_differ(results: dict[tuple[s
         assert read_lines(results["grpo", cut] / "data/rollouts.jsonl") == [
             row | {"kl": pytest.approx(row["kl"], abs=1e-5), "score": pytest.approx(row["score"], abs=1e-5)} for row in records
         ]
+
+
+@pytest.mark.parametrize("name", ["dapo", "grpo"])
+def test_a_reference_is_held_only_where_it_pulls(name: str, results: dict[tuple[str, Cut], Path]) -> None:
+    root = results[name, WHOLE]
+    run(root, "evaluate")
+    records, course = read_lines(root / "data/rollouts.jsonl"), table(root / "plots/gold_against_kl.csv")
+    found = [row["kl"] is not None for row in records] + ["kl" in row for row in rows_of(root)] + [row["kl"] != "" for row in course]
+    assert set(found) == {name == "grpo"}
+    assert "kl" in table(root / "plots/grpo.csv")[0]  # dvc.yaml draws it
+    assert json.loads((root / "metrics/evaluate.json").read_text(encoding="utf-8"))["kl"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------- kills, and what else there is
@@ -213,7 +224,8 @@ def test_adapters_learn_beside_a_reference_that_is_the_policy_without_them(start
 def test_no_critic_is_held() -> None:
     for name in algorithms.VALUES:
         params = config.validate(params_of(name), "params.yaml")
-        assert [held.engine for held in memory.models("grpo", params)] == ["policy", "reference", "reward"]
+        kept_near = ["reference"] if params.grpo.kl.coefficient else []
+        assert [held.engine for held in memory.models("grpo", params)] == ["policy", *kept_near, "reward"]
     lora = {"rank": 4, "alpha": 8.0, "targets": "all-linear", "learning_rate": 1e-3}
     params = config.validate(params_of("dapo", actor_lora=lora, ema_decay=0.9), "params.yaml")
     actor, *others = memory.models("grpo", params)
