@@ -1,6 +1,7 @@
 """SIGKILL at random moments: every stage must still end with the bytes of a run that nothing disturbed, and MLflow know each step once.
 
 python bench/faults/kills.py                    40 kills over sft, reward, ppo and grpo, on one rank and on two: 20 minutes on two cores
+python bench/faults/kills.py grpo --kills 15    30 of grpo's, whose prompts are replaced while it goes on
 
 A kill hits a rank, DeepSpeed's launcher or the stage's own launcher, at any time after the first step of a start.
 """
@@ -45,11 +46,16 @@ LONGEST_WAIT = 3.0  # seconds after a step was logged
 
 
 def main(
+    stages: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]…", help="All of them where none is named.")] = None,
     kills: Annotated[int, typer.Option(help="Kills of each stage on each number of ranks.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the moments and victims.")] = 1,
     output: Annotated[Path, typer.Option(help="Where to write the findings.")] = REPOSITORY / "bench" / "kills.json",
 ) -> None:
     """Kill each stage again and again, and compare what comes out. Exit code 1: bytes differ, or MLflow lacks or doubles a step."""
+    known = {stage: algorithm for algorithm, some in STAGES.items() for stage in some}
+    wanted = stages or list(known)
+    if unknown := set(wanted) - known.keys():
+        raise typer.BadParameter(f"no kills of stage {', '.join(sorted(unknown))}: one of {', '.join(known)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     chance = random.Random(seed)
     rows: list[dict[str, Any]] = []
@@ -59,10 +65,11 @@ def main(
         clone = Clone(place)
         use(clone, "ppo", 1)
         clone.run("dvc", "repro", "reward")
-        clone.run("dvc", "repro", "ppo")
+        if "ppo" in wanted:
+            clone.run("dvc", "repro", "ppo")
         for algorithm, ranks in itertools.product(STAGES, (1, 2)):
             use(clone, algorithm, ranks)
-            for stage in STAGES[algorithm]:
+            for stage in (stage for stage in wanted if known[stage] == algorithm):
                 rows.append(disturb(clone, stage, ranks, kills, chance))
                 console.print(f"{stage}, {ranks} rank{'s' * (ranks > 1)}: {'the same bytes' if rows[-1]['same'] else 'OTHER BYTES'}")
     console.print(table(rows))
