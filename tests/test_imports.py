@@ -22,6 +22,7 @@ LAYERS = (
     ("rlhf.tracking",),
     ("rlhf.launcher",),
     ("rlhf.registry",),
+    ("rlhf.feedback",),
     ("rlhf.plan", "rlhf.serving"),
     ("tasks",),
     ("flows",),

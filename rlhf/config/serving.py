@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from rlhf.config.section import Positive, Section, Slug
+from rlhf.redact import holds_password
 
 
 class Serving(Section):
@@ -25,3 +26,14 @@ class Serving(Section):
     max_tokens: PositiveInt = Field(description="tokens of the longest answer, and of one for which no limit is asked")
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
     threads: PositiveInt = Field(description="CPU threads that each version computes on")
+    database: str | None = Field(
+        description="address of the PostgreSQL database that answers and ratings are recorded in (postgresql://USER@HOST/DATABASE); null: "
+        "feedback/feedback.db in the workspace; RLHF_DATABASE_URL in the environment goes first"
+    )
+
+    @model_validator(mode="after")
+    def _no_password(self) -> Self:
+        # params.yaml is committed, and stored with each version
+        if self.database is not None and holds_password(self.database):
+            raise ValueError("database holds a password: give such an address in the environment, as RLHF_DATABASE_URL")
+        return self

@@ -1,0 +1,115 @@
+"""Where the record lies: SQLite in the workspace, or PostgreSQL for a team."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from rlhf.config import Params
+from rlhf.errors import UserError, first_line
+from rlhf.feedback.tables import Base
+from rlhf.workspace.find import home
+
+VARIABLE = "RLHF_DATABASE_URL"
+FOLDER = "feedback"
+SECONDS_TO_WAIT = 20  # for somebody else's transaction
+LOCK = 7_283_416  # of PostgreSQL: any number that others do not take
+
+
+def address(root: Path, params: Params) -> str:
+    """Where the record is: RLHF_DATABASE_URL, else serving.database, else the workspace's own file."""
+    return os.environ.get(VARIABLE) or params.serving.database or f"sqlite:///{folder(root) / 'feedback.db'}"
+
+
+def folder(root: Path) -> Path:
+    """What git and DVC ignore of a workspace: what people said."""
+    return home(root) / FOLDER
+
+
+def connect(root: Path, params: Params) -> Database:
+    """The record, its tables made where they are missing.
+
+    Raises:
+        UserError: its address is wrong, or nothing answers there.
+    """
+    place = address(root, params)
+    if place.startswith("sqlite:"):
+        folder(root).mkdir(mode=0o700, exist_ok=True)
+    try:
+        return Database(place)
+    except (ArgumentError, NoSuchModuleError):
+        what = "serving.database (or RLHF_DATABASE_URL) is no address of a database"
+        raise UserError(what, remedy="give postgresql://USER@HOST/DATABASE, or null for a file in the workspace") from None
+    except ModuleNotFoundError as error:
+        what = f"serving.database: {error.name} is not installed"
+        raise UserError(what, remedy="pip install -c constraints.txt -e '.[team]'") from None
+    except SQLAlchemyError as error:
+        what = f"the record of answers and ratings cannot be opened: {first_line(error)}"
+        raise UserError(what, remedy=f"see that {place} is there and may be written to (serving.database)") from None
+
+
+class Database:
+    """Sessions of the record.
+
+    What is written by `writing` is on the disk once its block has ended: a kill or a power cut after it loses nothing.
+
+    Args:
+        place: address, as SQLAlchemy has it.
+
+    Raises:
+        SQLAlchemyError: it cannot be opened.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.engine = create_engine(place, pool_pre_ping=True, connect_args=_arguments(place))
+        if self.engine.dialect.name == "sqlite":
+            _prepare(self.engine)
+        self._writing = self.engine.execution_options(rlhf_writing=True)
+        with self._writing.begin() as connection:  # two that start side by side would both make the tables
+            if self.engine.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
+            Base.metadata.create_all(connection)
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that sees one state of the record and changes nothing."""
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A session whose changes are all there after the block, or none of them where it raises. It waits for others that write."""
+        with Session(self._writing, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _arguments(place: str) -> dict[str, Any]:
+    return {"timeout": SECONDS_TO_WAIT} if place.startswith("sqlite:") else {"connect_timeout": 10}
+
+
+def _prepare(engine: Engine) -> None:
+    """Have SQLite keep what it acknowledged, let others read meanwhile, and wait for those that write.
+
+    The driver's own transactions begin as ones that read, and one of them that goes on to write fails at once where another has written.
+    """
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        connection.isolation_level = None
+        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {setting}").close()
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        kind = "IMMEDIATE" if connection.get_execution_options().get("rlhf_writing") else "DEFERRED"
+        connection.exec_driver_sql(f"BEGIN {kind}")
