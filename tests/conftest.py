@@ -46,6 +46,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return tiny_llama(tokenizer)
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A random Llama with grouped-query attention for that tokenizer; its weights are large enough for uneven distributions."""
     import torch
 

@@ -23,12 +23,19 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
+from rlhf.feedback.database import Database
+from rlhf.feedback.recorder import Recorder
+from rlhf.feedback.tables import Answer, Pair
+from tests.feedback.test_recorder import row
+from tests.feedback.test_tables import pair, rating
 from tests.stage_runs import free_port
 
 PROJECT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
-PASSWORDS = {"prefect": "geheim-prefect", "mlflow": "geheim-mlflow"}
+PASSWORDS = {"prefect": "geheim-prefect", "mlflow": "geheim-mlflow", "rlhf": "geheim-rlhf"}
 METRICS = {
     "gold": None,
     "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "second reward model"},
@@ -231,3 +238,21 @@ def test_a_version_made_on_the_servers_is_verified_elsewhere(team: Servers, tmp_
     verified = call(clone, environment, "rlhf", "verify", "1")
     assert "version 1 is verified" in verified
     assert "geheim" not in said + verified
+
+
+def test_the_record_of_answers_lies_in_postgresql(team: Servers) -> None:
+    with ExitStack() as stack:
+        record = Database(team.database("rlhf"))
+        stack.callback(record.close)
+        recorder = Recorder(lambda: Database(team.database("rlhf")))
+        for reply in ("0", "1", "0"):
+            recorder.put(row(reply, user="u", text="a\0b"))
+        recorder.stop()
+        with record.writing() as session:
+            session.add(pair("one", first_answer=session.scalar(select(Answer.id).where(Answer.reply == "0"))))
+            session.flush()
+            session.add(rating("t1", session.scalars(select(Pair.id)).one()))
+        with pytest.raises(IntegrityError), record.writing() as session:
+            session.add(rating("t2", session.scalars(select(Pair.id)).one()))
+        assert recorder.dropped == 0
+        assert record.forget("u") == {"answers": 2, "opinions": 0, "pairs": 1, "ratings": 1}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf import config
-from rlhf.cli import versions
+from rlhf.cli import feedback, versions
 from rlhf.cli.streams import say_anything
 from rlhf.errors import UserError, full_disk
 from rlhf.redact import redact
@@ -314,6 +314,7 @@ def _questions() -> Iterator[str]:
 
 for _command in versions.COMMANDS:
     app.command()(_command)
+app.add_typer(feedback.app, name="feedback")
 
 
 @app.command()

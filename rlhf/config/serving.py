@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -26,6 +26,10 @@ class Serving(Section):
     max_tokens: PositiveInt = Field(description="tokens of the longest answer, and of one for which no limit is asked")
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
     threads: PositiveInt = Field(description="CPU threads that each version computes on")
+    keep: Literal["none", "consented", "all"] = Field(
+        description="which answers are recorded, with what was asked: none; those whose request says store: true; all but those whose "
+        "request says store: false"
+    )
     database: str | None = Field(
         description="address of the PostgreSQL database that answers and ratings are recorded in (postgresql://USER@HOST/DATABASE); null: "
         "feedback/feedback.db in the workspace; RLHF_DATABASE_URL in the environment goes first"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, delete, event, func, select, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
-from rlhf.feedback.tables import Base
+from rlhf.feedback.tables import Answer, Base, Opinion, Pair, Rating
 from rlhf.workspace.find import home
 
 VARIABLE = "RLHF_DATABASE_URL"
@@ -89,6 +89,29 @@ class Database:
         with Session(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def forget(self, user: str) -> dict[str, int]:
+        """Delete what a user asked, and all that hangs on it; how many rows of each table.
+
+        Args:
+            user: as recorded, a hash.
+        """
+        asked = select(Answer.id).where(Answer.user == user)
+        pairs = select(Pair.id).where(Pair.first_answer.in_(asked) | Pair.second_answer.in_(asked))
+        pairs = select(Pair.id).where(Pair.id.in_(pairs) | Pair.repeat_of.in_(pairs))
+        gone = {
+            "answers": select(func.count()).select_from(asked.subquery()),
+            "opinions": select(func.count()).where(Opinion.answer_id.in_(asked)),
+            "pairs": select(func.count()).select_from(pairs.subquery()),
+            "ratings": select(func.count()).where(Rating.pair_id.in_(pairs)),
+        }
+        with self.writing() as session:
+            counts = {table: session.scalar(query) or 0 for table, query in gone.items()}
+            session.execute(delete(Answer).where(Answer.user == user))
+        if self.engine.dialect.name == "sqlite":
+            with closing(self.engine.raw_connection()) as connection:  # else the log of writes holds the texts on
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return counts
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -106,7 +129,7 @@ def _prepare(engine: Engine) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
             connection.execute(f"PRAGMA {setting}").close()
 
     @event.listens_for(engine, "begin")

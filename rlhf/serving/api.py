@@ -18,28 +18,28 @@ from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
 from rlhf.serving.exchange import begin
 from rlhf.serving.replies import Json, RefusedError
-from rlhf.serving.versions import Versions
+from rlhf.serving.service import Service
 
 READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
 
 
-def create(versions: Versions) -> FastAPI:
+def create(service: Service) -> FastAPI:
     """The application; it opens the versions as it starts, and closes them as it ends."""
-    counts = Counts(versions)
+    versions, counts = service.versions, service.counts
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        versions.start()
+        service.start()
         yield
-        versions.stop()
+        service.stop()
 
     # the pages of documentation would load their scripts from elsewhere
     app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Bounded, most=versions.settings.max_body_kib * 1024)
+    app.add_middleware(Bounded, most=service.settings.max_body_kib * 1024)
     _answer_errors(app, counts)
 
     async def reply(call: Call, body: Asked) -> Response:
-        exchange = await begin(versions, counts, body)
+        exchange = await begin(service, body)
         head = {"x-model-version": exchange.version.name}
         if body.stream:
             head["cache-control"] = "no-cache"
@@ -65,7 +65,7 @@ def create(versions: Versions) -> FastAPI:
     @app.get("/health")
     async def health() -> JSONResponse:
         ready = {alias: version.name for alias, version in versions.by_alias.items()}
-        content = {"status": "ok" if ready else "no version is served", "versions": ready, "problems": versions.problems}
+        content = {"status": "ok" if ready else "no version is served", "versions": ready, "problems": service.problems}
         return JSONResponse(content, 200 if ready else 503)
 
     @app.get("/metrics")

@@ -44,6 +44,10 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class Metadata(Body):
+    conversation: Annotated[Words, Field(min_length=1, max_length=200)] | None = None
+
+
 class Asked(Body):
     """What chat and completions have in common."""
 
@@ -56,7 +60,9 @@ class Asked(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=200)] | None = None
+    user: Annotated[Words, Field(min_length=1, max_length=200)] | None = None
+    store: bool | None = None
+    metadata: Metadata | None = None
     frequency_penalty: Nothing = None
     presence_penalty: Nothing = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
@@ -77,6 +83,10 @@ class Asked(Body):
         return self.max_tokens
 
     @property
+    def conversation(self) -> str | None:
+        return self.metadata.conversation if self.metadata else None
+
+    @property
     def top(self) -> int | None:
         """Likeliest tokens to tell beside each one; None: no log-probabilities at all."""
         raise NotImplementedError
@@ -88,7 +98,6 @@ class ChatBody(Asked):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    store: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _asks_for_an_answer(self) -> ChatBody:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from rlhf.feedback.recorder import Recorder
 from rlhf.serving.versions import Versions
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -16,9 +17,9 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 class Counts:
     """Counters of one server."""
 
-    def __init__(self, versions: Versions) -> None:
+    def __init__(self, versions: Versions, recorder: Recorder) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Now(versions))
+        self.registry.register(_Now(versions, recorder))
         self.requests = Counter("rlhf_requests", "Requests, by what became of them.", ["version", "finish"], registry=self.registry)
         self.refused = Counter("rlhf_refused", "Requests that were answered with an error.", ["status"], registry=self.registry)
         self.prompts = Counter("rlhf_prompt_tokens", "Tokens of prompts.", ["version"], registry=self.registry)
@@ -29,8 +30,8 @@ class Counts:
 class _Now(Collector):
     """What is as it is at the moment of asking."""
 
-    def __init__(self, versions: Versions) -> None:
-        self._versions = versions
+    def __init__(self, versions: Versions, recorder: Recorder) -> None:
+        self._versions, self._recorder = versions, recorder
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily("rlhf_waiting", "Requests that wait for a slot.", labels=["version"])
@@ -42,3 +43,6 @@ class _Now(Collector):
         yield from (waiting, writing)
         yield GaugeMetricFamily("rlhf_swaps", "Times that an alias came to mean another version.", value=self._versions.swaps)
         yield GaugeMetricFamily("rlhf_problems", "What /health tells of.", value=len(self._versions.problems))
+        yield CounterMetricFamily("rlhf_recorded", "Answers that were recorded.", value=self._recorder.written)
+        yield CounterMetricFamily("rlhf_unrecorded", "Answers that should have been recorded, and were not.", value=self._recorder.dropped)
+        yield GaugeMetricFamily("rlhf_unwritten", "Answers that wait to be recorded.", value=self._recorder.waiting)

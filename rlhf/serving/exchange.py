@@ -13,10 +13,11 @@ from rlhf.errors import UserError
 from rlhf.models.contents import encode_passages
 from rlhf.models.dialogues import encode_prompt
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
-from rlhf.serving.counts import Counts
 from rlhf.serving.engine import Asked as Taken
+from rlhf.serving.record import Written
 from rlhf.serving.replies import Form, Json, RefusedError, line, usage
-from rlhf.serving.requests import BusyError, ClosedError, End, Event, Piece, Request, Token
+from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
+from rlhf.serving.service import Service
 from rlhf.serving.versions import Version, Versions
 
 Left = Callable[[], Awaitable[bool]]
@@ -32,8 +33,8 @@ class Exchange:
     """A request that was taken.
 
     Args:
+        service: that took it.
         version: that answers.
-        counts: of the server.
         body: what the client sent.
         request: what the engine is asked.
 
@@ -42,11 +43,12 @@ class Exchange:
         ClosedError: the version has gone.
     """
 
-    def __init__(self, version: Version, counts: Counts, body: Asked, request: Request) -> None:
-        self.version, self._counts, self._body, self._request = version, counts, body, request
-        self._begun = time.monotonic()
+    def __init__(self, service: Service, version: Version, body: Asked, request: Request) -> None:
+        self.version, self._service, self._body, self._request = version, service, body, request
+        self._begun, self._told = time.monotonic(), False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._tokens, self._ends, self._finish = 0, 0, "cancelled"
+        self._written = [Written() for _ in range(request.choices)]
+        self._ends, self._finish = 0, "cancelled"
         self.form = Form(isinstance(body, ChatBody), version, uuid.uuid4().hex, int(time.time()))
         loop = asyncio.get_running_loop()
 
@@ -61,17 +63,12 @@ class Exchange:
         Raises:
             RefusedError: they could not be.
         """
-        texts = [""] * self._request.choices
-        tokens: list[list[Token]] = [[] for _ in texts]
-        finish = [""] * len(texts)
+        tokens: list[list[Token]] = [[] for _ in self._written]
         async for event in self._all(left):
             if isinstance(event, Piece):
-                texts[event.choice] += event.text
                 tokens[event.choice] += event.tokens
-            else:
-                finish[event.choice] = event.finish
         told = [found if self._body.top is not None else None for found in tokens]
-        choices = [self.form.choice(i, *said) for i, said in enumerate(zip(texts, told, finish, strict=True))]
+        choices = [self.form.choice(i, said.text, told[i], said.finish) for i, said in enumerate(self._written)]
         return self.form.whole(choices, self._usage)
 
     async def stream(self) -> AsyncIterator[str]:
@@ -95,7 +92,7 @@ class Exchange:
 
     @property
     def _usage(self) -> Json:
-        return usage(len(self._request.prompt), self._tokens)
+        return usage(len(self._request.prompt), sum(written.tokens for written in self._written))
 
     async def _all(self, left: Left | None) -> AsyncIterator[Event]:
         """The events until all answers are over.
@@ -115,28 +112,43 @@ class Exchange:
                 yield event
         finally:
             self._taken.cancel()
-            self._counts.requests.labels(self.version.name, self._finish).inc()
-            self._counts.prompts.labels(self.version.name).inc(len(self._request.prompt))
-            self._counts.answers.labels(self.version.name).inc(self._tokens)
+            counts = self._service.counts
+            counts.requests.labels(self.version.name, self._finish).inc()
+            counts.prompts.labels(self.version.name).inc(len(self._request.prompt))
+            counts.answers.labels(self.version.name).inc(self._usage["completion_tokens"])
+            self._record()
 
     def _note(self, event: Event) -> None:
-        if self._tokens == 0 and self._begun:
-            self._counts.first.observe(time.monotonic() - self._begun)
-            self._begun = 0.0
-        if isinstance(event, End):
+        written, seconds = self._written[event.choice], time.monotonic() - self._begun
+        if not self._told:
+            self._service.counts.first.observe(seconds)
+            self._told = True
+        if isinstance(event, Piece):
+            written.text += event.text
+        else:
             self._ends += 1
-            self._tokens += event.tokens
+            written.finish, written.tokens, written.seconds = event.finish, event.tokens, seconds
             self._finish = event.finish
             if event.finish in SPECIAL:
                 raise SPECIAL[event.finish]
 
+    def _record(self) -> None:
+        """Have the answers recorded, those as well that were broken off; where the record takes them."""
+        record = self._service.record
+        if record.takes(self._body):
+            common = record.of_request(self._body, self._request)
+            for choice, written in enumerate(self._written):
+                record.put(common, self.form.id, choice, self.version, self._request.seed, written)
 
-async def begin(versions: Versions, counts: Counts, body: Asked) -> Exchange:
+
+async def begin(service: Service, body: Asked) -> Exchange:
     """Hand a request to the version that it names.
 
     Raises:
         RefusedError: there is none, the request does not fit it, or it has too much to do.
     """
+    versions = service.versions
+    service.record.takes(body)
     for _ in range(3):  # a version that was found may have gone a moment later
         version = versions.find(body.model)
         if version is None:
@@ -144,7 +156,7 @@ async def begin(versions: Versions, counts: Counts, body: Asked) -> Exchange:
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
         request = await asyncio.to_thread(_request, versions, version, body)
         try:
-            return Exchange(version, counts, body, request)
+            return Exchange(service, version, body, request)
         except BusyError:
             raise RefusedError(429, "too many requests are waiting; try again later", "queue_full") from None
         except ClosedError:

@@ -46,11 +46,12 @@ class Form:
 
     def __init__(self, chat: bool, version: Version, number: str, created: int) -> None:
         self.chat, self._tokenizer = chat, version.engine.writer.tokenizer
+        self.id = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
         self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+            "id": self.id,
             "created": created,
             "model": version.name,
-            "system_fingerprint": f"{version.name}-{version.fingerprint}",
+            "system_fingerprint": version.fingerprint,
         }
 
     def whole(self, choices: Sequence[Json], used: Json) -> Json:

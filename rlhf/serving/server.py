@@ -14,7 +14,7 @@ import uvicorn
 from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.serving.api import create
-from rlhf.serving.versions import Versions
+from rlhf.serving.service import Service
 
 SECONDS_TO_END = 10
 
@@ -37,7 +37,7 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
     say(f"assistant http://{host}:{found}/v1 (no key is asked for: every program of this machine may use it)")
     # a stream that is under way may go on for so long; whoever waits then is told
     options = uvicorn.Config(
-        create(Versions(root, params)), log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END, server_header=False
+        create(Service(root, params)), log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END, server_header=False
     )
     uvicorn.Server(options).run([listener])
 

@@ -25,9 +25,13 @@ class Version:
 
     name: str  # assistant/3
     number: int
-    fingerprint: str  # of its files, as the registry knows them
+    digest: str  # SHA-256 of its list of files, as the registry knows them
     created: int  # seconds
     engine: Engine
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}-{self.digest[:12]}"
 
 
 class Versions:
@@ -118,8 +122,8 @@ class Versions:
         except Exception as error:  # a version that cannot be opened must not end what is served
             self._problem(alias, error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}")
             return None
-        fingerprint = entry.tags.get("sha256.files", "")[:12]
-        return Version(f"{self.model}/{number}", number, fingerprint, int(entry.created.timestamp()), engine)
+        digest = entry.tags.get("sha256.files", "")
+        return Version(f"{self.model}/{number}", number, digest, int(entry.created.timestamp()), engine)
 
     def _swap(self, found: Mapping[str, Version]) -> None:
         gone = [version for version in self._all() if version not in found.values()]

@@ -94,17 +94,27 @@ def change(model: LlamaForCausalLM) -> None:
             parameter.copy_(parameter.flip(0))
 
 
+def small(root: Path, *changes: tuple[str, str]) -> None:
+    """Have a workspace serve a tiny model, with changes in params.yaml."""
+    params = (root / "params.yaml").read_text()
+    usual = (
+        ("max_prompt_tokens: 192", "max_prompt_tokens: 96"),
+        ("max_tokens: 64\n  max_body", "max_tokens: 32\n  max_body"),
+        ("refresh_seconds: 2.0", "refresh_seconds: 0.2"),
+    )
+    for before, after in (*usual, *changes):
+        assert before in params
+        params = params.replace(before, after)
+    (root / "params.yaml").write_text(params)
+
+
 @pytest.fixture
 def server(
     llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Server]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
     root = workspace(tmp_path / "work", llama, tokenizer)
-    params = (root / "params.yaml").read_text()
-    params = params.replace("max_prompt_tokens: 192", "max_prompt_tokens: 96").replace(
-        "max_tokens: 64\n  max_body", "max_tokens: 32\n  max_body"
-    )
-    (root / "params.yaml").write_text(params.replace("refresh_seconds: 2.0", "refresh_seconds: 0.2"))
+    small(root)
     found = Server(root)
     yield found
     found.end()

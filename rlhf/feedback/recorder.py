@@ -1,0 +1,137 @@
+"""Writes answers to the record from a thread of its own: whoever is answered never waits for a database."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, Full, Queue
+from typing import Any
+
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session
+
+from rlhf.errors import UserError, first_line
+from rlhf.feedback.database import Database
+from rlhf.feedback.tables import Answer
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+MOST = 2000  # answers that wait to be written; further ones are not recorded
+BATCH = 200
+SECONDS_TO_GATHER = 0.1  # answers that end within it are written in one transaction
+SECONDS_TO_WAIT = 2.0  # between tries, while the database is away
+SECONDS_TO_FLUSH = 10.0
+INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+
+class Recorder:
+    """Records answers, each once. While the database is away or locked they wait; what finds no room any more is counted.
+
+    Args:
+        connect: opens the record.
+        most: answers that wait at most.
+    """
+
+    def __init__(self, connect: Callable[[], Database], most: int = MOST) -> None:
+        self._connect = connect
+        self._database: Database | None = None
+        self._rows: Queue[Row] = Queue(most)
+        self.written = self.dropped = 0
+        self.problem: str | None = None  # why nothing is written
+        self._stopping = threading.Event()
+        self._deadline = 0.0
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        return self._rows.qsize()
+
+    def put(self, row: Row) -> None:
+        """Have an answer recorded; it never waits, and never fails."""
+        try:
+            self._rows.put_nowait(row)
+        except Full:
+            self._drop(1, "too many wait to be written")
+
+    def stop(self) -> None:
+        """Write what waits, as far as that goes within seconds."""
+        self._deadline = time.monotonic() + SECONDS_TO_FLUSH
+        self._stopping.set()
+        self._thread.join(SECONDS_TO_FLUSH + 1)
+        if self._thread.is_alive():  # it waits for somebody else's transaction, and ends with the process
+            self._drop(self.waiting, self.problem or "the database is locked")
+
+    def _run(self) -> None:
+        while rows := self._batch():
+            self._write(rows)
+        if self._database:
+            self._database.close()
+
+    def _batch(self) -> list[Row]:
+        """The next answers; none once all are written and no more come."""
+        rows: list[Row] = []
+        while not rows and not (self._stopping.is_set() and self._rows.empty()):
+            try:
+                rows.append(self._rows.get(timeout=SECONDS_TO_GATHER))
+            except Empty:
+                continue
+            self._stopping.wait(SECONDS_TO_GATHER)
+            while len(rows) < BATCH and not self._rows.empty():
+                rows.append(self._rows.get_nowait())
+        return rows
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        """Write answers, when they can be written; one that never can is dropped, and does not hold up the others."""
+        while True:
+            try:
+                self._insert(rows)
+            except Exception as error:
+                if _will_pass(error):
+                    self._tell(first_line(error))
+                    if not self._stopping.wait(SECONDS_TO_WAIT) or self._more_time():
+                        continue
+                    self._drop(len(rows), self.problem or "")
+                elif len(rows) > 1:
+                    for row in rows:
+                        self._write([row])
+                else:
+                    self._drop(1, first_line(error))
+            else:
+                self.written += len(rows)
+                self._tell(None)
+            return
+
+    def _more_time(self) -> bool:
+        time.sleep(min(SECONDS_TO_GATHER, max(0.0, self._deadline - time.monotonic())))
+        return time.monotonic() < self._deadline
+
+    def _insert(self, rows: Sequence[Row]) -> None:
+        self._database = self._database or self._connect()
+        with self._database.writing() as session:
+            # an acknowledgement that was lost on the way must not make an answer two
+            session.execute(_insert_into(session).on_conflict_do_nothing(), list(rows))
+
+    def _tell(self, problem: str | None) -> None:
+        if problem != self.problem:
+            logger.warning("record: %s", f"nothing is written: {problem}" if problem else "answers are written again")
+        self.problem = problem
+
+    def _drop(self, count: int, why: str) -> None:
+        if self.dropped == 0 or self.dropped // 100 != (self.dropped + count) // 100:  # a full queue would fill the log as well
+            logger.error("record: answers are not recorded, %d so far: %s", self.dropped + count, why)
+        self.dropped += count
+
+
+def _insert_into(session: Session) -> Any:
+    return INSERTS[session.get_bind().dialect.name](Answer)
+
+
+def _will_pass(error: Exception) -> bool:
+    """Whether the database, and not the row, is why."""
+    away = isinstance(error, UserError | OSError | OperationalError)
+    return away or (isinstance(error, DBAPIError) and error.connection_invalidated)

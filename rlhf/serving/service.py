@@ -1,0 +1,39 @@
+"""The parts of one server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf.config import Params
+from rlhf.serving.counts import Counts
+from rlhf.serving.record import Record
+from rlhf.serving.versions import Versions
+
+
+class Service:
+    """What requests are answered by.
+
+    Args:
+        root: the workspace.
+        params: of it.
+    """
+
+    def __init__(self, root: Path, params: Params) -> None:
+        self.settings = params.serving
+        self.versions = Versions(root, params)
+        self.record = Record(root, params)
+        self.counts = Counts(self.versions, self.record.recorder)
+
+    def start(self) -> None:
+        self.versions.start()
+
+    def stop(self) -> None:
+        """Answer what was taken, and record it."""
+        self.versions.stop()
+        self.record.recorder.stop()
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What is wrong, by place."""
+        record = self.record.recorder.problem
+        return self.versions.problems | ({"record": record} if record else {})

@@ -1,0 +1,161 @@
+"""The writer of answers: nobody waits for it, whatever the database does, and what it cannot keep is counted."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from rlhf.errors import UserError
+from rlhf.feedback import recorder
+from rlhf.feedback.database import Database
+from rlhf.feedback.hashes import Hashes
+from rlhf.feedback.recorder import Recorder
+from rlhf.feedback.tables import Answer, Opinion
+from tests.feedback.test_tables import pair, rating
+
+
+def row(reply: str, **more: Any) -> dict[str, Any]:
+    return {
+        "reply": reply,
+        "choice": 0,
+        "at": datetime.now(UTC),
+        "messages": [{"role": "user", "content": "Wer?"}],
+        "text": "Ich.",
+        "asked": "assistant",
+        "version": "assistant/1",
+        "digest": "",
+        "sampling": {},
+        "seed": 1,
+        "finish": "stop",
+        "prompt_tokens": 3,
+        "answer_tokens": 2,
+        "seconds": 0.1,
+        "user": None,
+    } | more
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'feedback.db'}"
+
+
+def replies(place: str) -> list[str]:
+    with Database(place).reading() as session:
+        return sorted(session.scalars(select(Answer.reply)))
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_answers_are_written_once_and_at_the_end_all_of_them(place: str) -> None:
+    found = Recorder(lambda: Database(place))
+    for number in (*range(500), *range(10)):
+        found.put(row(f"{number:03}"))
+    found.stop()
+    assert replies(place) == [f"{number:03}" for number in range(500)]
+    assert (found.dropped, found.waiting, found.problem) == (0, 0, None)
+
+
+def test_a_locked_database_holds_up_nobody(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.feedback.database.SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    Database(place).close()
+    found = Recorder(lambda: Database(place), most=5)
+    other = sqlite3.connect(tmp_path / "feedback.db")
+    other.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    found.put(row("0"))
+    until(lambda: found.problem)
+    assert "locked" in str(found.problem)
+    for number in range(1, 10):
+        found.put(row(str(number)))
+    assert time.monotonic() - began < 5
+    assert found.dropped == 4
+    other.rollback()
+    until(lambda: found.written == 6)
+    found.stop()
+    assert replies(place) == list("012345")
+
+
+def test_a_database_that_is_not_there_is_waited_for(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    away = [True]
+
+    def connect() -> Database:
+        if away:
+            raise UserError("it is away", remedy="wait")
+        return Database(place)
+
+    found = Recorder(connect)
+    found.put(row("0"))
+    until(lambda: found.problem)
+    away.clear()
+    found.stop()
+    assert replies(place) == ["0"]
+
+
+def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_FLUSH", 0.3)
+
+    def connect() -> Database:
+        raise UserError("it is away", remedy="wait")
+
+    found = Recorder(connect)
+    for number in range(3):
+        found.put(row(str(number)))
+    found.stop()
+    assert found.dropped == 3
+
+
+def test_a_row_that_no_table_takes_takes_no_other_with_it(place: str) -> None:
+    found = Recorder(lambda: Database(place))
+    for each in (row("0"), row("1", seed=None), row("2", prompt_tokens=object()), row("3", text="a\ud800")):
+        found.put(each)
+    found.stop()
+    assert (replies(place), found.dropped) == (["0", "3"], 2)
+
+
+def test_a_user_is_forgotten_to_the_last_byte(place: str, tmp_path: Path) -> None:
+    record = Database(place)
+    with record.writing() as session:
+        session.add_all([Answer(**row("0", user="u", text="unforgettable" * 1000)), Answer(**row("1", user="v"))])
+        session.flush()
+        texts = {"first_text": "unforgettable", "second_text": "memorable"}
+        session.add_all([pair("one", first_answer=1, **texts), pair("two", second_answer=2), Opinion(token="o", answer_id=1, thumb=1)])
+        session.flush()
+        session.add_all([rating("t1", 1, edit="unforgettable"), rating("t2", 2), pair("again", repeat_of=1)])
+    assert record.forget("u") == {"answers": 1, "opinions": 1, "pairs": 2, "ratings": 1}
+    assert record.forget("u") == {"answers": 0, "opinions": 0, "pairs": 0, "ratings": 0}
+    assert replies(place) == ["1"]
+    assert not [path for path in tmp_path.iterdir() if b"unforgettable" in path.read_bytes()]
+
+
+def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLHF_HASH_KEY", raising=False)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    first, again = Hashes(tmp_path / "a"), Hashes(tmp_path / "a")
+    other = Hashes(tmp_path / "b")
+    assert first.of("user", "ü") == again.of("user", "ü")
+    assert len({first.of("user", "ü"), first.of("conversation", "ü"), other.of("user", "ü")}) == 3
+    shares = [first.share("user", str(number)) for number in range(4000)]
+    assert abs(sum(share < 0.25 for share in shares) / 4000 - 0.25) < 0.03
+    assert all(0 <= share < 1 for share in shares)
+    assert [path.name for path in (tmp_path / "a/feedback").iterdir()] == ["key"]
+    (tmp_path / "a/feedback/key").chmod(0o644)
+    with pytest.raises(UserError, match="others may read"):
+        Hashes(tmp_path / "a")
+    monkeypatch.setenv("RLHF_HASH_KEY", "of the team")
+    assert Hashes(tmp_path / "a").of("user", "ü") == Hashes(tmp_path / "c").of("user", "ü")
+    assert not list((tmp_path / "c").iterdir())
