@@ -68,7 +68,7 @@ def _value(value: Schema, definitions: Schema) -> str:
         return " or ".join(f"`{option}`" for option in value.get("enum", [value.get("const")]))
     if "prefixItems" in value:
         return f"list of {len(value['prefixItems'])}: {_value(value['prefixItems'][0], definitions)}"
-    if "pattern" in value:
+    if value.get("pattern", "").startswith("^[a-z0-9]"):
         return "lower-case letters, digits, `-`, `_`"
     if "items" in value:
         return "list of names" if value["items"].get("type") == "string" else "list of sections, below"

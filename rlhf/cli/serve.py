@@ -62,7 +62,7 @@ def serve(
             served.write(root, f"{api}/api", pages)
             say(f"Prefect   {api}")
             say(f"MLflow    {tracking.page(None, root, params, pages)}")
-            say(f"assistant http://{params.serving.host}:{own}/v1 (no key is asked for: every program of this machine may use it)")
+            say(f"assistant http://{params.serving.host}:{own}/v1 ({params.serving.asks_for})")
             say(f"worker    of pool {served.name(root)}; logs in {parts.logs.relative_to(root)}")
             say("`rlhf run` and `rlhf ingest` in this workspace are seen there, and the nightly run is started by hand with:")
             say(f"PREFECT_API_URL={api}/api prefect deployment run retrain/{served.deployment(root)}")

@@ -6,14 +6,38 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import Positive, Section, Slug
+from rlhf.config.section import PathText, Positive, Section, Slug
 from rlhf.redact import holds_password
+
+Role = Literal["ask", "rate", "administer"]
+ROLES: tuple[Role, ...] = ("ask", "rate", "administer")
+
+
+class Key(Section):
+    """A key of the server, by its name: it stands in the environment or in a file, never in params.yaml."""
+
+    name: Slug = Field(description="of whoever has it; answers and ratings are recorded with it")
+    roles: Annotated[list[Role], Field(min_length=1)] = Field(
+        description="ask: answers; rate: the page of ratings; administer: /metrics, and which arm of the traffic answers"
+    )
+    variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
+        description="variable of the environment that holds the key; null: it is in file"
+    )
+    file: PathText | None = Field(description="file that holds the key, with mode 600; null: it is in variable")
+    requests_per_minute: PositiveInt | None = Field(description="that are taken, and at once after a pause; null: any number")
+    max_body_kib: PositiveInt | None = Field(description="size of the largest request with this key, in KiB; null: serving.max_body_kib")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.variable is None) == (self.file is None):
+            raise ValueError(f"key {self.name} is to be in variable or in file, and the other one null")
+        return self
 
 
 class Serving(Section):
     """The assistant's own server (`rlhf serve`): where it listens, and how much it takes."""
 
-    host: str = Field(description="address that it listens at; 127.0.0.1: programs of this machine alone")
+    host: str = Field(description="address that it listens at; 127.0.0.1: programs of this machine alone; another one needs keys")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(description="port that it listens at; 0: a free one")
     aliases: Annotated[list[Slug], Field(min_length=1)] = Field(
         description="versions with these aliases are held ready; who names none gets the first one of them that there is"
@@ -26,6 +50,7 @@ class Serving(Section):
     max_tokens: PositiveInt = Field(description="tokens of the longest answer, and of one for which no limit is asked")
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
     threads: PositiveInt = Field(description="CPU threads that each version computes on")
+    keys: list[Key] = Field(description="who may use it; empty: every program of this machine, without a key")
     keep: Literal["none", "consented", "all"] = Field(
         description="which answers are recorded, with what was asked: none; those whose request says store: true; all but those whose "
         "request says store: false"
@@ -34,6 +59,19 @@ class Serving(Section):
         description="address of the PostgreSQL database that answers and ratings are recorded in (postgresql://USER@HOST/DATABASE); null: "
         "feedback/feedback.db in the workspace; RLHF_DATABASE_URL in the environment goes first"
     )
+
+    @property
+    def asks_for(self) -> str:
+        """What a client needs, in words."""
+        names = ", ".join(key.name for key in self.keys)
+        return f"a key is asked for: {names}" if names else "no key is asked for: every program of this machine may use it"
+
+    @model_validator(mode="after")
+    def _each_key_once(self) -> Self:
+        names = [key.name for key in self.keys]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"keys: {', '.join(twice)} is there twice")
+        return self
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:

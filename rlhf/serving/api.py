@@ -12,15 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
+from rlhf.serving.door import Door, caller_of, needs
 from rlhf.serving.exchange import begin
 from rlhf.serving.replies import Json, RefusedError
 from rlhf.serving.service import Service
-
-READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
 
 
 def create(service: Service) -> FastAPI:
@@ -35,26 +33,26 @@ def create(service: Service) -> FastAPI:
 
     # the pages of documentation would load their scripts from elsewhere
     app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Bounded, most=service.settings.max_body_kib * 1024)
+    app.add_middleware(Door, keys=service.keys, most=service.settings.max_body_kib * 1024, counts=counts)
     _answer_errors(app, counts)
 
     async def reply(call: Call, body: Asked) -> Response:
-        exchange = await begin(service, body)
+        exchange = await begin(service, body, caller_of(call))
         head = {"x-model-version": exchange.version.name}
         if body.stream:
             head["cache-control"] = "no-cache"
             return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers=head)
         return JSONResponse(await exchange.whole(call.is_disconnected), headers=head)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=[needs("ask")])
     async def chat(call: Call, body: ChatBody) -> Response:
         return await reply(call, body)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", dependencies=[needs("ask")])
     async def complete(call: Call, body: CompletionBody) -> Response:
         return await reply(call, body)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=[needs("ask")])
     async def models() -> Json:
         listed = [
             {"id": name, "object": "model", "created": version.created, "owned_by": "rlhf", "version": version.name}
@@ -63,12 +61,14 @@ def create(service: Service) -> FastAPI:
         return {"object": "list", "data": listed}
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health(call: Call) -> JSONResponse:
         ready = {alias: version.name for alias, version in versions.by_alias.items()}
-        content = {"status": "ok" if ready else "no version is served", "versions": ready, "problems": service.problems}
+        content: Json = {"status": "ok" if ready else "no version is served"}
+        if service.keys.knows(dict(call.scope["headers"])):
+            content |= {"versions": ready, "problems": service.problems}
         return JSONResponse(content, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[needs("administer")])
     async def metrics() -> Response:
         return PlainTextResponse(generate_latest(counts.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -80,7 +80,7 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
 
     def told(error: RefusedError) -> JSONResponse:
         counts.refused.labels(error.status).inc()
-        return JSONResponse(error.content, error.status)
+        return JSONResponse(error.content, error.status, error.headers)
 
     @app.exception_handler(RefusedError)
     async def refused(_: Call, error: RefusedError) -> JSONResponse:
@@ -103,35 +103,3 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
     @app.exception_handler(Exception)
     async def fault(_: Call, error: Exception) -> JSONResponse:
         return told(RefusedError(500, "the server failed; its log says how"))
-
-
-class Bounded:
-    """Reads a request's body before anything else does, and refuses one that is too large."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more and size <= READ_ON * self._most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body = message.get("body", b"")
-            more, size = message.get("more_body", False), size + len(body)
-            if size <= self._most:
-                parts.append(body)
-        if size > self._most:
-            error = RefusedError(413, f"the body is larger than {self._most} bytes (serving.max_body_kib)", "too_large")
-            await JSONResponse(error.content, error.status)(scope, receive, send)
-            return
-        given = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
-
-        async def again() -> Message:
-            return next(given, None) or await receive()
-
-        await self._app(scope, again, send)

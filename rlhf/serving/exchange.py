@@ -14,6 +14,7 @@ from rlhf.models.contents import encode_passages
 from rlhf.models.dialogues import encode_prompt
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.engine import Asked as Taken
+from rlhf.serving.keys import Caller
 from rlhf.serving.record import Written
 from rlhf.serving.replies import Form, Json, RefusedError, line, usage
 from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
@@ -36,6 +37,7 @@ class Exchange:
         service: that took it.
         version: that answers.
         body: what the client sent.
+        caller: who sent it.
         request: what the engine is asked.
 
     Raises:
@@ -43,8 +45,9 @@ class Exchange:
         ClosedError: the version has gone.
     """
 
-    def __init__(self, service: Service, version: Version, body: Asked, request: Request) -> None:
+    def __init__(self, service: Service, version: Version, body: Asked, caller: Caller, request: Request) -> None:
         self.version, self._service, self._body, self._request = version, service, body, request
+        self._caller = caller
         self._begun, self._told = time.monotonic(), False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._written = [Written() for _ in range(request.choices)]
@@ -138,10 +141,10 @@ class Exchange:
         if record.takes(self._body):
             common = record.of_request(self._body, self._request)
             for choice, written in enumerate(self._written):
-                record.put(common, self.form.id, choice, self.version, self._request.seed, written)
+                record.put(common, self.form.id, choice, self.version, self._request.seed, written, key=self._caller.name)
 
 
-async def begin(service: Service, body: Asked) -> Exchange:
+async def begin(service: Service, body: Asked, caller: Caller) -> Exchange:
     """Hand a request to the version that it names.
 
     Raises:
@@ -156,9 +159,9 @@ async def begin(service: Service, body: Asked) -> Exchange:
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
         request = await asyncio.to_thread(_request, versions, version, body)
         try:
-            return Exchange(service, version, body, request)
+            return Exchange(service, version, body, caller, request)
         except BusyError:
-            raise RefusedError(429, "too many requests are waiting; try again later", "queue_full") from None
+            raise RefusedError(429, "too many requests are waiting; try again later", "queue_full", headers={"retry-after": "1"}) from None
         except ClosedError:
             continue
     raise RefusedError(503, "the model is being exchanged; try again", "busy")

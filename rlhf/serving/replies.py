@@ -15,9 +15,12 @@ Json = dict[str, Any]
 class RefusedError(Exception):
     """A request is answered with an error."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message.encode(errors="replace").decode())
         self.status, self.code, self.param = status, code, param and param.encode(errors="replace").decode()
+        self.headers = dict(headers or {})
 
     @property
     def content(self) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import socket
@@ -29,38 +30,47 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
         say: told where it listens.
 
     Raises:
-        UserError: it cannot listen there.
+        UserError: it cannot listen there, or a key cannot be had.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    listener = listen(params.serving.host, params.serving.port if port is None else port)
+    settings = params.serving
+    service = Service(root, params)
+    listener = listen(settings.host, settings.port if port is None else port, bool(settings.keys))
     host, found = listener.getsockname()[:2]
-    say(f"assistant http://{host}:{found}/v1 (no key is asked for: every program of this machine may use it)")
+    say(f"assistant http://{host}:{found}/v1 ({settings.asks_for})")
     # a stream that is under way may go on for so long; whoever waits then is told
     options = uvicorn.Config(
-        create(Service(root, params)), log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END, server_header=False
+        create(service), log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END, server_header=False
     )
     uvicorn.Server(options).run([listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address of this machine's loopback.
+def listen(host: str, port: int, asks: bool) -> socket.socket:
+    """A socket at an address of this machine.
+
+    Args:
+        host: the address.
+        port: of it; 0: a free one.
+        asks: whether a key is needed of those who reach it.
 
     Raises:
-        UserError: the address is another one, or is taken.
+        UserError: the address can be reached from elsewhere without a key, is none, or is taken.
     """
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         raise UserError(f"serving.host: {host} is no address", remedy="give 127.0.0.1") from None
-    if not address.is_loopback:
+    if not (address.is_loopback or asks):
         what = f"serving.host: {host} can be reached from elsewhere, and whoever reaches it may ask"
-        raise UserError(what, remedy="give 127.0.0.1, and let a proxy that asks for a password stand before it")
+        raise UserError(what, remedy="give keys (serving.keys, docs/serving.md), or 127.0.0.1")
     listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((str(address), port))
-    except OSError:
+    except OSError as error:
         listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise UserError(f"serving.host: {host}: {error.strerror}", remedy="give an address of this machine") from None
         raise UserError(
             f"port {port} of {host} is taken", remedy="give another one as serving.port or --port, or 0 for a free one"
         ) from None

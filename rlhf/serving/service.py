@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlhf.config import Params
 from rlhf.serving.counts import Counts
+from rlhf.serving.keys import Keys
 from rlhf.serving.record import Record
 from rlhf.serving.versions import Versions
 
@@ -16,10 +17,14 @@ class Service:
     Args:
         root: the workspace.
         params: of it.
+
+    Raises:
+        UserError: a key cannot be had.
     """
 
     def __init__(self, root: Path, params: Params) -> None:
         self.settings = params.serving
+        self.keys = Keys(root, params.serving)
         self.versions = Versions(root, params)
         self.record = Record(root, params)
         self.counts = Counts(self.versions, self.record.recorder)

@@ -35,20 +35,20 @@ ASKED: list[Any] = [{"role": "system", "content": "Be kind."}, {"role": "user", 
 class Server:
     """`rlhf serve --only assistant` in a workspace."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, key: str = "none", **variables: str) -> None:
         self.root = root
-        environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+        environment = os.environ | {"PYTHONPATH": str(PROJECT)} | variables
         self.log = (root / "log").open("w")
         command = [sys.executable, "-m", "rlhf.cli", "serve", "--only", "assistant", "--port", "0"]
         self.process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True)
         assert self.process.stdout
-        said = self.process.stdout.readline()
-        found = re.search(r"http://\S+", said)
-        assert found, said + self.said()
+        self.greeting = self.process.stdout.readline()
+        found = re.search(r"http://\S+", self.greeting)
+        assert found, self.greeting + self.said()
         self.address = found[0]
-        assert "no key" in said
-        self.client = OpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=SECONDS)
-        self.raw = httpx.Client(base_url=self.address.removesuffix("/v1"), timeout=SECONDS)
+        self.client = OpenAI(base_url=self.address, api_key=key, max_retries=0, timeout=SECONDS)
+        headers = {"authorization": f"Bearer {key}"}
+        self.raw = httpx.Client(base_url=self.address.removesuffix("/v1"), timeout=SECONDS, headers=headers)
         until(self._answers, "it does not answer")
 
     def _answers(self) -> bool:
@@ -130,6 +130,7 @@ def second_version(server: Server, llama: LlamaForCausalLM) -> int:
 
 def test_the_client_of_openai_asks_and_streams(server: Server) -> None:
     whole = server.ask(n=2, temperature=0.9, top_p=0.95, user="me", logprobs=True, top_logprobs=2)
+    assert "no key is asked for" in server.greeting
     assert (whole.model, whole.object) == ("assistant/1", "chat.completion")
     assert whole.system_fingerprint.startswith("assistant/1-")
     assert [choice.index for choice in whole.choices] == [0, 1]

@@ -1,4 +1,4 @@
-"""One server with all that a team has: a record."""
+"""One server with all that a team has: keys, and a record."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from sqlalchemy import func, select
@@ -23,14 +24,23 @@ from tests.conftest import tiny_llama
 from tests.registry.workspaces import workspace
 from tests.serving.test_api import ASKED, Server, small, until
 
+KEYS = {name: f"{name}-0123456789abcdef" for name in ("team", "app", "limited")}
+ASKS = """  keys:
+    - {name: team, roles: [ask, rate, administer], variable: TEAM, file: null, requests_per_minute: null, max_body_kib: null}
+    - {name: app, roles: [ask], variable: null, file: app.key, requests_per_minute: null, max_body_kib: 1}
+    - {name: limited, roles: [ask], variable: LIMITED, file: null, requests_per_minute: 2, max_body_kib: null}
+"""
+
 
 @pytest.fixture(scope="module")
 def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
         root = workspace(tmp_path_factory.mktemp("service") / "work", tiny_llama(tokenizer), tokenizer)
-        small(root)
-        found = Server(root)
+        (root / "app.key").write_text(KEYS["app"] + "\n")
+        (root / "app.key").chmod(0o600)
+        small(root, ("  keys: []\n", ASKS))
+        found = Server(root, KEYS["team"], TEAM=KEYS["team"], LIMITED=KEYS["limited"])
         yield found
         found.end()
 
@@ -101,3 +111,37 @@ def test_a_user_is_forgotten_at_a_word(server: Server, record: Database) -> None
         assert said in done.stdout
     with record.reading() as session:
         assert session.scalar(select(func.count()).where(Answer.user == Hashes(server.root).of("user", "otto"))) == 0
+
+
+def test_a_key_is_needed_and_is_for_what_its_roles_say(server: Server, record: Database) -> None:
+    assert "a key is asked for: team, app, limited" in server.greeting
+    assert not any(key in server.greeting + server.said() for key in KEYS.values())
+    place = server.address.removesuffix("/v1")
+    with pytest.raises(openai.AuthenticationError, match="not known") as refused:
+        server.client.with_options(api_key="wrong").models.list()
+    assert refused.value.body == {
+        "message": "this key is not known here",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "invalid_api_key",
+    }
+    bare = httpx.post(f"{place}/v1/chat/completions", content=b"{")
+    assert (bare.status_code, bare.headers["www-authenticate"]) == (401, "Bearer")
+    assert httpx.post(f"{place}/v1/chat/completions", content=b" " * (3 << 20)).status_code == 401
+    assert httpx.get(f"{place}/nothing").status_code == 401
+    assert httpx.get(f"{place}/metrics").status_code == 401
+    assert httpx.get(f"{place}/health").json() == {"status": "ok"}
+    app = server.client.with_options(api_key=KEYS["app"])
+    asked: dict[str, Any] = {"model": "assistant", "messages": ASKED, "max_tokens": 2}
+    (kept,) = answers(record, app.chat.completions.create(**asked, store=True).id, 1)
+    assert kept.key == "app"
+    with pytest.raises(openai.APIStatusError, match="larger than 1024 bytes") as large:
+        app.chat.completions.create(**asked, user="u" * 2000)
+    assert large.value.status_code == 413
+    denied = httpx.get(f"{place}/metrics", headers={"authorization": f"Bearer {KEYS['app']}"})
+    assert (denied.status_code, denied.json()["error"]["code"]) == (403, "permission_denied")
+    assert 'rlhf_refused_total{status="401"}' in server.raw.get("/metrics").text
+    limited = server.client.with_options(api_key=KEYS["limited"])
+    with pytest.raises(openai.RateLimitError, match="more than 2 requests a minute with key limited") as many:
+        _ = [limited.chat.completions.create(**asked) for _ in range(3)]
+    assert 1 <= int(many.value.response.headers["retry-after"]) <= 30

@@ -1,0 +1,95 @@
+"""Where requests come in: whose they are, and whether they are too many or too large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Depends
+from fastapi import Request as Call
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rlhf.config.serving import Role
+from rlhf.serving.counts import Counts
+from rlhf.serving.keys import Caller, Keys
+from rlhf.serving.replies import RefusedError
+
+READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
+PUBLIC = frozenset({"/health"})  # paths that ask for no key
+
+
+class Door:
+    """Reads a request's body before anything else does, and refuses one that is too large, or of somebody who may not ask.
+
+    Args:
+        app: what stands behind it.
+        keys: of the server.
+        most: bytes of a request for which no key is needed.
+        counts: of the server.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, most: int, counts: Counts) -> None:
+        self._app, self._keys, self._most, self._counts = app, keys, most, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        error, caller = None, None
+        try:
+            if scope["path"] not in PUBLIC:
+                caller = self._keys.caller(dict(scope["headers"]))
+                caller.count()
+        except RefusedError as found:
+            error = found
+        most = caller.most_bytes if caller else self._most
+        body, size, left = await _read(receive, most)
+        if left:
+            return
+        if size > most and error is None:
+            error = RefusedError(413, f"the body is larger than {most} bytes (max_body_kib of serving or of the key)", "too_large")
+        if error:
+            self._counts.refused.labels(error.status).inc()
+            await JSONResponse(error.content, error.status, error.headers)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Message:
+            return next(given, None) or await receive()
+
+        await self._app(scope, again, send)
+
+
+async def _read(receive: Receive, most: int) -> tuple[bytes, int, bool]:
+    """A body, or how large it is where it is larger than `most`; whether the client has left."""
+    parts: list[bytes] = []
+    size, more = 0, True
+    while more and size <= READ_ON * most:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b"", 0, True
+        body = message.get("body", b"")
+        more, size = message.get("more_body", False), size + len(body)
+        if size <= most:
+            parts.append(body)
+    return b"".join(parts), size, False
+
+
+def caller_of(call: Call) -> Caller:
+    """Whose request it is."""
+    found: Caller = call.state.caller
+    return found
+
+
+def needs(role: Role) -> Any:
+    """A route's dependency: the caller's key is for this.
+
+    Args:
+        role: that it needs.
+    """
+
+    async def check(call: Call) -> None:
+        caller_of(call).check(role)
+
+    return Depends(check)
