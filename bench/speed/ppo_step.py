@@ -30,7 +30,20 @@ from bench.speed import reference_ppo as reference
 from bench.speed.ends import EndsAsPlanned
 from bench.speed.report import Case, case, collect, console, table, write
 from bench.speed.sides import Pause, Side, free_port, paced_job, place_of
-from bench.speed.workload import CONTEXT, LONGEST, NEVER, OPTIMIZER, TINY, Workspace, job_in, jobs, load_plain, planned_lengths, workspace
+from bench.speed.workload import (
+    CONTEXT,
+    LONGEST,
+    NEVER,
+    OPTIMIZER,
+    TINY,
+    Workspace,
+    job_in,
+    jobs,
+    last_values,
+    load_plain,
+    planned_lengths,
+    workspace,
+)
 from rlhf.engine.distributed import start
 from rlhf.engine.order import Order
 from rlhf.engine.speed import Clock
@@ -228,12 +241,9 @@ def rloo(pause: Pause, root: Path, plan: Plan) -> None:
         processors = LogitsProcessorList([EndsAsPlanned(ends, tokenizer.eos_token_id)])
         return sample(input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **options)
 
-    @torch.no_grad()
     def scores(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         rows = [ids[str(prompt)] + answer for prompt, answer in zip(prompts, completion_ids, strict=True)]
-        padded, count = pad_rows(rows, tokenizer.pad_token_id), torch.tensor([len(row) for row in rows])
-        attention = (torch.arange(padded.shape[1]) < count[:, None]).long()
-        return reward(input_ids=padded, attention_mask=attention).view(padded.shape).gather(1, count[:, None] - 1).flatten().tolist()
+        return last_values(reward, rows, tokenizer.pad_token_id).tolist()
 
     setattr(policy, "generate", planned)  # noqa: B010  # a module takes it, its type does not
     settings = RLOOConfig(

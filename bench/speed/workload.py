@@ -25,9 +25,10 @@ from rlhf import config
 from rlhf.data.sandbox import make_rows
 from rlhf.job import Job, write_lines
 from rlhf.models.dialogues import encode_dialogues
+from rlhf.models.packed import pad_rows
 from rlhf.models.policy import DTYPES, disable_dropout
 from rlhf.models.saving import save_model
-from rlhf.models.scalar import initialise_head, load_scalar
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import build_tokenizer
 
 VOCABULARY, CONTEXT = 4096, 512
@@ -117,6 +118,14 @@ def load_plain(folder: Path, precision: str, form: Any = AutoModelForCausalLM) -
     model = form.from_pretrained(folder, dtype=DTYPES[precision])
     disable_dropout(model)
     return model
+
+
+@torch.no_grad()
+def last_values(model: ScalarModel, rows: Sequence[list[int]], pad_id: int) -> torch.Tensor:
+    """What a reward model says at the end of each row (B,), as a peer has it: padded, and with an attention mask."""
+    padded, count = pad_rows(rows, pad_id), torch.tensor([len(row) for row in rows])
+    attention = (torch.arange(padded.shape[1]) < count[:, None]).long()
+    return model(input_ids=padded, attention_mask=attention).view(padded.shape).gather(1, count[:, None] - 1).flatten()
 
 
 @dataclass(frozen=True)
