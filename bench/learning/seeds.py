@@ -5,6 +5,7 @@ python bench/learning/seeds.py --seeds 1-10                    ten of them
 python bench/learning/seeds.py --arithmetic all --together 2   three seeds in each arithmetic, two runs at a time (seconds then say nothing)
 python bench/learning/seeds.py --seeds 1 --repeat              and again with `dvc repro` in a second clone: are all bytes the same?
 python bench/learning/seeds.py ppo.steps=30                    with changed values
+python bench/learning/seeds.py --preset sandbox-function       right answers as reward, and no reward model
 
 A result that hangs on rounding is luck, and threads, instruction sets and precisions round differently: they stand in for other
 processors. `failed` names the gates that would refuse the model. Peak memory is the largest sum, over all processes of a run, of their PSS
@@ -14,6 +15,7 @@ processors. `failed` names the gates that would refuse the model. Peak memory is
 from __future__ import annotations
 
 import json
+import math
 import operator
 import shutil
 import statistics
@@ -34,12 +36,22 @@ from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
 from rlhf import config
 from rlhf.registry import gates
 
-BOUNDS = {
-    "reward_accuracy": ("≥", 0.88),
-    "ci95_low": ("≥", 0.25),
-    "win_rate": ("≥", 0.75),
-    "perplexity_ratio": ("≤", 1.15),
-    "failed": ("is", "none"),
+Bounds = dict[str, tuple[str, Any]]
+BOUNDS: dict[str, Bounds] = {  # by preset
+    "sandbox": {
+        "reward_accuracy": ("≥", 0.88),
+        "ci95_low": ("≥", 0.25),
+        "win_rate": ("≥", 0.75),
+        "perplexity_ratio": ("≤", 1.15),
+        "failed": ("is", "none"),
+    },
+    "sandbox-function": {
+        "accuracy": ("≥", 0.9),
+        "accuracy_low": ("≥", 0.15),
+        "perplexity_ratio": ("≤", 1.15),
+        "reward_model": ("is", "none"),
+        "failed": ("is", "none"),
+    },
 }
 MEDIAN_REWARD_ACCURACY = 0.91
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {"≥": operator.ge, "≤": operator.le, "is": operator.eq}
@@ -57,45 +69,48 @@ ARITHMETICS: dict[str, tuple[list[str], dict[str, str]]] = {
 Row = dict[str, Any]
 
 
-def measure(clone: Clone, seed: int, arithmetic: str, values: list[str]) -> Row:
+def measure(clone: Clone, preset: str, seed: int, arithmetic: str, values: list[str]) -> Row:
     """Run the flow with a seed in an arithmetic; what its evaluation measured."""
     own, environment = ARITHMETICS[arithmetic]
     clone.environment |= environment
-    clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, *values)
+    clone.run("rlhf", "use", preset, f"seed={seed}", *own, *values)
     seconds, peak = clone.run("rlhf", "run")
-    checked = gates.check(gates.read_metrics(clone.root), config.load(clone.root / "params.yaml"), None)
+    params = config.load(clone.root / "params.yaml")
+    checked = gates.check(gates.read_metrics(clone.root), params, None)
     return {
         "arithmetic": arithmetic,
         "seed": seed,
-        **evaluation(clone.root),
+        **evaluation(clone.root, params.policy),
+        "reward_model": "trained" if (clone.root / "models/reward").exists() else "none",
         "failed": ", ".join(gate.name for gate in checked if not gate.passed) or "none",
         "seconds": seconds,
         "peak_gib": peak,
-        "sha256": clone.hashes()["models/ppo/model.safetensors"][:12],
+        "sha256": clone.hashes()[f"models/{params.policy}/model.safetensors"][:12],
     }
 
 
-def holds(row: Row, name: str) -> bool:
-    if name not in BOUNDS:
+def holds(row: Row, name: str, bounds: Bounds) -> bool:
+    if name not in bounds:
         return True
-    sign, bound = BOUNDS[name]
+    sign, bound = bounds[name]
     return COMPARISONS[sign](row[name], bound)
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Row], preset: str) -> Table:
     """One line a run; what misses its bound, which stands in the heading, is marked."""
-    drawn = Table(title="sandbox, seed by seed", title_justify="left")
+    bounds = BOUNDS[preset]
+    drawn = Table(title=f"{preset}, seed by seed", title_justify="left")
     for name in rows[0]:
         heading = name.replace("_", "\n", 1)
-        drawn.add_column(heading + "\n{} {}".format(*BOUNDS[name]) if name in BOUNDS else heading, justify="right")
+        drawn.add_column(heading + "\n{} {}".format(*bounds[name]) if name in bounds else heading, justify="right")
     for row in rows:
-        drawn.add_row(*(cell(value) if holds(row, name) else f"[red]✗ {cell(value)}[/red]" for name, value in row.items()))
+        drawn.add_row(*(cell(value) if holds(row, name, bounds) else f"[red]✗ {cell(value)}[/red]" for name, value in row.items()))
     return drawn
 
 
-def repeated(first: Clone, second: Clone, seed: int, values: list[str]) -> dict[str, bool]:
+def repeated(first: Clone, second: Clone, preset: str, seed: int, values: list[str]) -> dict[str, bool]:
     """For each model, and for dvc.lock: whether `dvc repro` in a second clone gives what the flow gave in the first."""
-    second.run("rlhf", "use", "sandbox", f"seed={seed}", *values)
+    second.run("rlhf", "use", preset, f"seed={seed}", *values)
     second.run("dvc", "repro")
     one, other = first.hashes(), second.hashes()
     return {name: one.get(name) == other.get(name) for name in sorted(one | other)}
@@ -115,7 +130,8 @@ def numbers_of(seeds: str) -> list[int]:
 
 
 def main(
-    values: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change in the preset sandbox.")] = None,
+    values: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change in the preset.")] = None,
+    preset: Annotated[str, typer.Option(help=f"One of: {', '.join(BOUNDS)}.")] = "sandbox",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them, or a range: 1,2,5-7.")] = "1-3",
     arithmetic: Annotated[list[str], typer.Option(help=f"all, or some of: {', '.join(ARITHMETICS)}.")] = ["as it is"],  # noqa: B006 — typer's own way
     together: Annotated[int, typer.Option(min=1, help="So many runs at a time.")] = 1,
@@ -123,11 +139,14 @@ def main(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the clones.")] = False,
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = REPOSITORY / "bench" / "seeds.json",
 ) -> None:
-    """Run the sandbox for each seed and check its quality. Exit code 1: a run failed, a bound is missed or bytes differ."""
+    """Run a preset for each seed and check its quality. Exit code 1: a run failed, a bound is missed or bytes differ."""
     numbers = numbers_of(seeds)
     chosen = list(ARITHMETICS) if "all" in arithmetic else arithmetic
     if unknown := set(chosen) - ARITHMETICS.keys():
         raise typer.BadParameter(f"no such arithmetic: {', '.join(sorted(unknown))}")
+    if preset not in BOUNDS:
+        raise typer.BadParameter(f"--preset {preset}: one of {', '.join(BOUNDS)}")
+    bounds = BOUNDS[preset]
     console = Console(width=None if sys.stdout.isatty() else 200)
     with ExitStack() as afterwards:
         place = Path(tempfile.mkdtemp(prefix="rlhf-seeds-"))
@@ -139,24 +158,33 @@ def main(
         second = Clone(place / "repeat") if repeat else None  # now: HEAD may move in half an hour
 
         def one(key: tuple[str, int]) -> Row:
-            row = measure(clones[key], key[1], key[0], values or [])
-            found = ", ".join(f"{name} {cell(row[name])}" for name in BOUNDS)
+            row = measure(clones[key], preset, key[1], key[0], values or [])
+            found = ", ".join(f"{name} {cell(row[name])}" for name in bounds)
             console.print(f"{row['arithmetic']}, seed {row['seed']}: {found}, {row['seconds']:.0f} s")
             return row
 
         with ThreadPoolExecutor(together) as runs:
             rows = list(runs.map(one, clones))
         first = clones[chosen[0], numbers[0]]
-        same = repeated(first, second, numbers[0], values or []) if second else {}
+        same = repeated(first, second, preset, numbers[0], values or []) if second else {}
         revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=first.root, capture_output=True, text=True, check=True)
-    console.print(table(rows))
-    median = statistics.median(row["reward_accuracy"] for row in rows)
-    console.print(f"median reward accuracy {median:.3f} (≥ {MEDIAN_REWARD_ACCURACY})")
+    console.print(table(rows, preset))
+    accuracies = [row["reward_accuracy"] for row in rows if "reward_accuracy" in row]
+    median = statistics.median(accuracies) if accuracies else math.inf
+    if accuracies:
+        console.print(f"median reward accuracy {median:.3f} (≥ {MEDIAN_REWARD_ACCURACY})")
     for name, equal in same.items():
         console.print(f"{name}: {'the same' if equal else '[red]✗ not the same[/red]'} by `dvc repro` in a second clone")
-    report = {"revision": revision.stdout.strip(), "machine": machine(), "values": values or [], "seeds": rows, "same": same}
+    report = {
+        "revision": revision.stdout.strip(),
+        "machine": machine(),
+        "preset": preset,
+        "values": values or [],
+        "seeds": rows,
+        "same": same,
+    }
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if median < MEDIAN_REWARD_ACCURACY or not all([*same.values(), *(holds(row, name) for row in rows for name in row)]):
+    if median < MEDIAN_REWARD_ACCURACY or not all([*same.values(), *(holds(row, name, bounds) for row in rows for name in row)]):
         raise typer.Exit(1)
 
 
