@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import PathText, Positive, Section, Slug
+from rlhf.config.section import Fraction, PathText, Positive, Section, Slug
 from rlhf.redact import holds_password
 
 Role = Literal["ask", "rate", "administer"]
@@ -34,6 +34,17 @@ class Key(Section):
         return self
 
 
+class Traffic(Section):
+    """What the candidate answers, beside the champion."""
+
+    candidate: Fraction = Field(
+        description="share of the conversations that the candidate answers where no alias or version is named; 0: none, 1: all"
+    )
+    shadow: Fraction = Field(
+        description="share of the champion's recorded answers beside which the candidate writes one that nobody sees: a pair to be rated"
+    )
+
+
 class Serving(Section):
     """The assistant's own server (`rlhf serve`): where it listens, and how much it takes."""
 
@@ -51,6 +62,7 @@ class Serving(Section):
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
     threads: PositiveInt = Field(description="CPU threads that each version computes on")
     keys: list[Key] = Field(description="who may use it; empty: every program of this machine, without a key")
+    traffic: Traffic
     keep: Literal["none", "consented", "all"] = Field(
         description="which answers are recorded, with what was asked: none; those whose request says store: true; all but those whose "
         "request says store: false"
@@ -71,6 +83,15 @@ class Serving(Section):
         names = [key.name for key in self.keys]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"keys: {', '.join(twice)} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _arms(self) -> Self:
+        asked = [name for name in ("candidate", "shadow") if getattr(self.traffic, name)]
+        if asked and not {"champion", "candidate"} <= set(self.aliases):
+            raise ValueError(f"traffic.{asked[0]} needs champion and candidate among aliases")
+        if self.traffic.shadow and self.keep == "none":
+            raise ValueError("traffic.shadow needs answers that are recorded, but keep is none")
         return self
 
     @model_validator(mode="after")

@@ -37,7 +37,7 @@ def create(service: Service) -> FastAPI:
     _answer_errors(app, counts)
 
     async def reply(call: Call, body: Asked) -> Response:
-        exchange = await begin(service, body, caller_of(call))
+        exchange = await begin(service, body, caller_of(call), call.headers.get("x-arm"))
         head = {"x-model-version": exchange.version.name}
         if body.stream:
             head["cache-control"] = "no-cache"
@@ -65,7 +65,7 @@ def create(service: Service) -> FastAPI:
         ready = {alias: version.name for alias, version in versions.by_alias.items()}
         content: Json = {"status": "ok" if ready else "no version is served"}
         if service.keys.knows(dict(call.scope["headers"])):
-            content |= {"versions": ready, "problems": service.problems}
+            content |= {"versions": ready, "problems": service.problems, "warnings": service.warnings}
         return JSONResponse(content, 200 if ready else 503)
 
     @app.get("/metrics", dependencies=[needs("administer")])

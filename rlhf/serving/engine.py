@@ -2,7 +2,8 @@
 
 A thread of its own steps the model. A request joins at the next token, and its answers leave their slots when they end, when nobody waits
 for them any more, or when their time is over. An answer is a function of the model, its request and its seed alone (rlhf/serving/writer.py,
-rlhf/serving/draw.py): whoever is served beside it, it is the same.
+rlhf/serving/draw.py): whoever is served beside it, it is the same. What nobody waits for (`Request.background`) joins and goes on while no
+user waits for anything, in this engine or another one.
 """
 
 from __future__ import annotations
@@ -30,13 +31,28 @@ logger = logging.getLogger(__name__)
 Deliver = Callable[[Event], None]  # called on the engine's thread: it must not wait
 READ = 512  # tokens of prompts that are read before the others go on by one token, but for a longer prompt
 NO_TOP = 0
+PAUSE = 0.005  # seconds between looks whether users still wait
+
+
+class Users:
+    """Requests of users that are not answered yet, in all engines of a server."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def add(self, change: int) -> None:
+        with self._lock:
+            self.count += change
 
 
 class Asked:
     """A request that was taken."""
 
-    def __init__(self, request: Request, deliver: Deliver) -> None:
+    def __init__(self, request: Request, deliver: Deliver, users: Users) -> None:
         self.request, self.deliver = request, deliver
+        self._users, self._left = users, request.choices
+        self._count(1)
         self.deadline = time.monotonic() + request.seconds
         self.ended: Finish | None = None  # before its answers have
         self.begun = 0  # choices that have got a slot
@@ -48,12 +64,20 @@ class Asked:
     def over(self, now: float) -> Finish | None:
         return self.ended or ("time" if now > self.deadline else None)
 
+    def _count(self, change: int) -> None:
+        if not self.request.background:
+            self._users.add(change)
+
     def tell(self, event: Event) -> None:
         """Deliver an event; who cannot take it any more has left."""
         try:
             self.deliver(event)
         except Exception:
             self.cancel()
+        if isinstance(event, End):
+            self._left -= 1
+            if self._left == 0:
+                self._count(-1)
 
 
 @dataclass
@@ -82,12 +106,15 @@ class Engine:
         slots: answers at a time.
         queue: requests that wait at most.
         threads: of the processor, where the model computes on one.
+        users: of all engines; None: it is the only one.
     """
 
-    def __init__(self, writer: Writer, slots: int, queue: int, threads: int) -> None:
+    def __init__(self, writer: Writer, slots: int, queue: int, threads: int, users: Users | None = None) -> None:
+        self._users = users or Users()
         self.writer, self.slots, self._queue, self._threads = writer, slots, queue, threads
         self._writing: list[_Answer] = []  # in slot 0, 1, 2, …
         self._waiting: deque[Asked] = deque()
+        self._later: deque[Asked] = deque()  # what nobody waits for
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -108,13 +135,13 @@ class Engine:
             BusyError: too many wait.
             ClosedError: no more are taken.
         """
-        asked = Asked(request, deliver)
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._waiting) >= self._queue:
+            if len(self._waiting) >= self._queue and not request.background:
                 raise BusyError
-            self._waiting.append(asked)
+            asked = Asked(request, deliver, self._users)
+            (self._later if request.background else self._waiting).append(asked)
             self._changed.notify()
         return asked
 
@@ -132,9 +159,12 @@ class Engine:
             asked.cancel()
 
     def close(self) -> None:
-        """Take no more requests, answer those that were taken, and let the model go."""
+        """Take no more requests, answer those that users wait for, and let the model go."""
         with self._changed:
             self._closed = True
+            for asked in (*self._later, *(answer.asked for answer in self._writing)):
+                if asked.request.background:
+                    asked.cancel()
             self._changed.notify()
         self._thread.join()
         self.writer.close()
@@ -144,9 +174,9 @@ class Engine:
         torch.set_num_threads(self._threads)
         while True:
             with self._changed:
-                while not (self._waiting or self._writing or self._closed):
-                    self._changed.wait()
-                if self._closed and not (self._waiting or self._writing):
+                while not (self._for_users or self._free or self._closed):
+                    self._changed.wait(PAUSE if self._later or self._writing else None)
+                if self._closed and not (self._waiting or self._later or self._writing):
                     return
             try:
                 self._step()
@@ -154,6 +184,15 @@ class Engine:
                 logger.exception("the engine failed; what was being answered ends with an error")
                 while self._writing:
                     self._leave(len(self._writing) - 1, "error")
+
+    @property
+    def _for_users(self) -> bool:
+        return bool(self._waiting) or any(not answer.asked.request.background for answer in self._writing)
+
+    @property
+    def _free(self) -> bool:
+        """Whether there is something to do that nobody waits for, and no user waits for anything."""
+        return bool(self._later or self._writing) and self._users.count == 0
 
     def _step(self) -> None:
         """Look who has left, let others join, and write one more token of each answer."""
@@ -163,24 +202,30 @@ class Engine:
                 self._leave(slot, finish)
         self._drop_waiting(now)
         read = 0
-        while self._waiting and len(self._writing) < self.slots and read < READ:
-            read += self._join()
+        while (line := self._line()) and len(self._writing) < self.slots and read < READ:
+            read += self._join(line)
         if self._writing:
             last, lengths = [answer.last for answer in self._writing], [answer.held for answer in self._writing]
             self._write(self.writer.step(last, lengths), 0)
 
     def _drop_waiting(self, now: float) -> None:
         with self._changed:
-            gone = [(asked, finish) for asked in self._waiting if (finish := asked.over(now))]
+            gone = [(asked, finish) for asked in (*self._waiting, *self._later) if (finish := asked.over(now))]
             for asked, _ in gone:
-                self._waiting.remove(asked)
+                (self._later if asked.request.background else self._waiting).remove(asked)
         for asked, finish in gone:
             for choice in range(asked.begun, asked.request.choices):
                 asked.tell(End(choice, finish, 0))
 
-    def _join(self) -> int:
+    def _line(self) -> deque[Asked] | None:
+        """Who joins next, at its head."""
+        if self._waiting:
+            return self._waiting
+        return self._later if self._later and self._free else None
+
+    def _join(self, line: deque[Asked]) -> int:
         """Read the next prompt and begin its answers, as many as there is room for; how many tokens were read."""
-        asked = self._waiting[0]
+        asked = line[0]
         request = asked.request
         first = len(self._writing)
         try:
@@ -194,7 +239,7 @@ class Engine:
             self._begin(asked, choice, layers)
         if asked.begun == request.choices:
             with self._changed:
-                self._waiting.remove(asked)
+                line.remove(asked)
         self._write(logits.expand(len(self._writing) - first, -1), first)
         return len(request.prompt)
 

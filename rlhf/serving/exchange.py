@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
-from rlhf.errors import UserError
-from rlhf.models.contents import encode_passages
-from rlhf.models.dialogues import encode_prompt
-from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
+from rlhf.serving.bodies import Asked, ChatBody
+from rlhf.serving.encoding import encoded
 from rlhf.serving.engine import Asked as Taken
 from rlhf.serving.keys import Caller
 from rlhf.serving.record import Written
 from rlhf.serving.replies import Form, Json, RefusedError, line, usage
 from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
 from rlhf.serving.service import Service
-from rlhf.serving.versions import Version, Versions
+from rlhf.serving.traffic import Arm
 
 Left = Callable[[], Awaitable[bool]]
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
@@ -35,7 +31,7 @@ class Exchange:
 
     Args:
         service: that took it.
-        version: that answers.
+        arm: that answers.
         body: what the client sent.
         caller: who sent it.
         request: what the engine is asked.
@@ -45,20 +41,20 @@ class Exchange:
         ClosedError: the version has gone.
     """
 
-    def __init__(self, service: Service, version: Version, body: Asked, caller: Caller, request: Request) -> None:
-        self.version, self._service, self._body, self._request = version, service, body, request
+    def __init__(self, service: Service, arm: Arm, body: Asked, caller: Caller, request: Request) -> None:
+        self.version, self._arm, self._service, self._body, self._request = arm.version, arm, service, body, request
         self._caller = caller
         self._begun, self._told = time.monotonic(), False
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._written = [Written() for _ in range(request.choices)]
         self._ends, self._finish = 0, "cancelled"
-        self.form = Form(isinstance(body, ChatBody), version, uuid.uuid4().hex, int(time.time()))
+        self.form = Form(isinstance(body, ChatBody), self.version, uuid.uuid4().hex, int(time.time()))
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._taken: Taken = version.engine.submit(request, deliver)
+        self._taken: Taken = self.version.engine.submit(request, deliver)
 
     async def whole(self, left: Left) -> Json:
         """The reply, once all its answers are written.
@@ -116,6 +112,8 @@ class Exchange:
         finally:
             self._taken.cancel()
             counts = self._service.counts
+            if self._arm.alias:
+                counts.arms.labels(self._arm.alias).inc()
             counts.requests.labels(self.version.name, self._finish).inc()
             counts.prompts.labels(self.version.name).inc(len(self._request.prompt))
             counts.answers.labels(self.version.name).inc(self._usage["completion_tokens"])
@@ -136,71 +134,47 @@ class Exchange:
                 raise SPECIAL[event.finish]
 
     def _record(self) -> None:
-        """Have the answers recorded, those as well that were broken off; where the record takes them."""
-        record = self._service.record
-        if record.takes(self._body):
-            common = record.of_request(self._body, self._request)
-            for choice, written in enumerate(self._written):
-                record.put(common, self.form.id, choice, self.version, self._request.seed, written, key=self._caller.name)
+        """Have the answers recorded, those as well that were broken off, and the first one shadowed; where the record takes them."""
+        service, body, seed = self._service, self._body, self._request.seed
+        kept = service.record.takes(body)
+        whole = self._written[0].finish in ("stop", "length")
+        drawn = self.form.chat and whole and service.traffic.beside(self._arm) is not None and service.shadows.drawn()
+        if not kept:
+            return
+        common = service.record.of_request(body, self._request) | {"key": self._caller.name}
+        for choice, written in enumerate(self._written):
+            correlation = self.form.id if drawn and choice == 0 else None
+            service.record.put(common, self.form.id, choice, self.version, seed, written, arm=self._arm.alias, correlation=correlation)
+        if drawn:
+            service.shadows.ask(body, seed, common, self.form.id)
 
 
-async def begin(service: Service, body: Asked, caller: Caller) -> Exchange:
-    """Hand a request to the version that it names.
+async def begin(service: Service, body: Asked, caller: Caller, wanted: str | None) -> Exchange:
+    """Hand a request to the version that it names, or that its conversation is drawn for.
+
+    Args:
+        service: that takes it.
+        body: what the client sent.
+        caller: who sent it.
+        wanted: the arm that is to answer, as an administrator may say.
 
     Raises:
         RefusedError: there is none, the request does not fit it, or it has too much to do.
     """
+    if wanted is not None:
+        caller.check("administer")
     versions = service.versions
     service.record.takes(body)
     for _ in range(3):  # a version that was found may have gone a moment later
-        version = versions.find(body.model)
-        if version is None:
+        arm = service.traffic.arm(body, wanted)
+        if arm is None:
             ready = ", ".join(versions.names) or "none yet"
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
-        request = await asyncio.to_thread(_request, versions, version, body)
+        request = await asyncio.to_thread(encoded, versions, arm.version, body)
         try:
-            return Exchange(service, version, body, caller, request)
+            return Exchange(service, arm, body, caller, request)
         except BusyError:
             raise RefusedError(429, "too many requests are waiting; try again later", "queue_full", headers={"retry-after": "1"}) from None
         except ClosedError:
             continue
     raise RefusedError(503, "the model is being exchanged; try again", "busy")
-
-
-def _request(versions: Versions, version: Version, body: Asked) -> Request:
-    settings, writer = versions.settings, version.engine.writer
-    room = min(settings.max_prompt_tokens, writer.capacity - 1)
-    if isinstance(body, ChatBody) and len(body.messages) > room:
-        raise _too_long(len(body.messages), room, "messages")  # each takes a token at least
-    try:
-        prompt = _encoded(writer.tokenizer, body)
-    except UserError as error:
-        raise RefusedError(400, error.what, "invalid_messages", "messages") from None
-    if not 0 < len(prompt) <= room:
-        raise _too_long(len(prompt), room, "messages" if isinstance(body, ChatBody) else "prompt")
-    if body.limit and body.limit > settings.max_tokens:
-        raise RefusedError(
-            400, f"max_tokens: {body.limit} is more than {settings.max_tokens}, which serving.max_tokens allows", None, "max_tokens"
-        )
-    return Request(
-        prompt=tuple(prompt),
-        max_tokens=body.limit or settings.max_tokens,
-        seed=random.getrandbits(62) if body.seed is None else body.seed % 2**63,
-        seconds=settings.seconds,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        stops=body.stops,
-        choices=body.n or 1,
-        top=body.top,
-    )
-
-
-def _encoded(tokenizer: Any, body: Asked) -> list[int]:
-    if isinstance(body, ChatBody):
-        return encode_prompt(tokenizer, [message.plain for message in body.messages])
-    assert isinstance(body, CompletionBody)
-    return encode_passages(tokenizer, [body.prompt])[0]
-
-
-def _too_long(tokens: int, room: int, param: str) -> RefusedError:
-    return RefusedError(400, f"{param}: {tokens} tokens at least, but the model takes {room}", "context_length_exceeded", param)

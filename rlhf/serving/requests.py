@@ -22,6 +22,7 @@ class Request:
     stops: tuple[str, ...] = ()
     choices: int = 1
     top: int | None = None  # likeliest tokens to tell beside each one, with log-probabilities; None: none are wanted
+    background: bool = False  # nobody waits for it: it is written while no user waits for anything
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from rlhf.config import Params
 from rlhf.serving.counts import Counts
+from rlhf.serving.encoding import encoded
 from rlhf.serving.keys import Keys
 from rlhf.serving.record import Record
+from rlhf.serving.shadows import Shadows
+from rlhf.serving.traffic import Traffic
 from rlhf.serving.versions import Versions
 
 
@@ -27,14 +30,18 @@ class Service:
         self.keys = Keys(root, params.serving)
         self.versions = Versions(root, params)
         self.record = Record(root, params)
-        self.counts = Counts(self.versions, self.record.recorder)
+        self.counts = Counts(self.versions, self.record.recorder, lambda: self.problems | self.warnings)
+        self.traffic = Traffic(self.versions, self.record.hashes, params.serving.traffic)
+        self.shadows = Shadows(self.versions, self.record, self.counts, params.serving.traffic, encoded)
 
     def start(self) -> None:
         self.versions.start()
 
     def stop(self) -> None:
         """Answer what was taken, and record it."""
+        self.shadows.stop()
         self.versions.stop()
+        self.shadows.join()
         self.record.recorder.stop()
 
     @property
@@ -42,3 +49,9 @@ class Service:
         """What is wrong, by place."""
         record = self.record.recorder.problem
         return self.versions.problems | ({"record": record} if record else {})
+
+    @property
+    def warnings(self) -> dict[str, str]:
+        """What does not happen, and should."""
+        shadow = self.shadows.warning
+        return {"shadow": shadow} if shadow else {}

@@ -12,11 +12,13 @@ from pathlib import Path
 from rlhf import registry
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
-from rlhf.serving.engine import Engine
+from rlhf.serving.engine import Engine, Users
 from rlhf.serving.writer import Writer
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>\d{1,9}))?")
+
+CHAMPION, CANDIDATE = "champion", "candidate"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Versions:
         self.by_alias: Mapping[str, Version] = {}
         self.problems: dict[str, str] = {}  # what is wrong, by alias or place
         self.swaps = 0
+        self._users = Users()
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, name="versions", daemon=True)
 
@@ -63,21 +66,21 @@ class Versions:
         for version in self._all():
             version.engine.close()
 
-    def find(self, name: str) -> Version | None:
-        """The version that a name means; None where it is none that is held ready."""
+    def find(self, name: str) -> tuple[Version | None, str | None]:
+        """The version that a name means, None where it is none that is held ready; and the alias by which it is meant, if by one."""
         match = NAME.fullmatch(name)
         if match is None or match["model"] != self.model:
-            return None
-        if match["alias"]:
-            return self.by_alias.get(match["alias"])
+            return None, None
         if match["number"]:
-            return next((version for version in self._all() if version.number == int(match["number"])), None)
-        return next((self.by_alias[alias] for alias in self.settings.aliases if alias in self.by_alias), None)
+            return next((version for version in self._all() if version.number == int(match["number"])), None), None
+        by_alias = self.by_alias  # which may be another one in a moment
+        alias = match["alias"] or next((alias for alias in self.settings.aliases if alias in by_alias), None)
+        return by_alias.get(alias or ""), alias
 
     @property
     def names(self) -> dict[str, Version]:
         """All names that mean a version, and which."""
-        own = self.find(self.model)
+        own, _ = self.find(self.model)
         found = {self.model: own} if own else {}
         found |= {f"{self.model}@{alias}": version for alias, version in self.by_alias.items()}
         return found | {version.name: version for version in self._all()}
@@ -118,7 +121,7 @@ class Versions:
             folder = registry.model_folder(entry.uri, self._root, self._params)
             settings = self.settings
             writer = Writer(folder, settings.slots, settings.max_prompt_tokens + settings.max_tokens)
-            engine = Engine(writer, settings.slots, settings.queue, settings.threads)
+            engine = Engine(writer, settings.slots, settings.queue, settings.threads, self._users)
         except Exception as error:  # a version that cannot be opened must not end what is served
             self._problem(alias, error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}")
             return None

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
-from rlhf.serving.engine import Engine
+from rlhf.serving.engine import Engine, Users
 from rlhf.serving.requests import BusyError, End, Event, Piece, Request, Token
 from rlhf.serving.texts import Text
 from rlhf.serving.writer import Writer
@@ -163,3 +164,39 @@ def test_a_character_that_never_becomes_whole_is_told_as_unknown(tokenizer: PreT
     started = time.monotonic()
     assert "\ufffd" in "".join([*(found.add(lone) for _ in range(20)), found.end()])
     assert time.monotonic() - started < 1
+
+
+def test_what_nobody_waits_for_is_written_while_no_user_waits_in_any_engine(folder: Path) -> None:
+    users = Users()
+    champion, candidate = (Engine(Writer(folder, 8, 128), slots=8, queue=1, threads=1, users=users) for _ in range(2))
+    shadow = replace(ASKED, background=True, max_tokens=80)
+    expected = answers(champion, replace(ASKED, max_tokens=80))
+    told: SimpleQueue[Event] = SimpleQueue()
+    user_ended: list[float] = []
+    taken = champion.submit(replace(ASKED, seed=3, max_tokens=100, stops=()), lambda event: user_ended.append(time.monotonic()))
+    begun: list[float] = []
+
+    def deliver(event: Event) -> None:
+        begun.append(time.monotonic())
+        told.put(event)
+
+    candidate.submit(shadow, deliver)
+    events = [told.get(timeout=30)]
+    assert begun[0] > user_ended[-1]
+    while not isinstance(events[-1], End):
+        events.append(told.get(timeout=30))
+    assert ("".join(event.text for event in events if isinstance(event, Piece)), events[-1]) == expected[0][:2]
+    assert taken.ended is None
+    assert candidate.waiting == users.count == 0
+    # a user who comes while it is being written goes first, and one that is closed gives it up
+    held = Users()
+    held.add(1)
+    paused = Engine(Writer(folder, 8, 128), slots=8, queue=1, threads=1, users=held)
+    paused.submit(shadow, told.put)
+    paused.submit(shadow, told.put)
+    assert answers(paused, ASKED)[0][1].finish in ("stop", "length")
+    assert told.empty()
+    paused.close()
+    assert [told.get(timeout=30), told.get(timeout=30)] == [End(0, "cancelled", 0)] * 2
+    champion.close()
+    candidate.close()

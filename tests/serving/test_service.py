@@ -1,7 +1,8 @@
-"""One server with all that a team has: keys, and a record."""
+"""One server with all that a team has: keys, a record, a candidate that answers a share of the conversations, and shadows."""
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import subprocess
 import sys
@@ -15,14 +16,14 @@ import pytest
 from sqlalchemy import func, select
 from transformers import PreTrainedTokenizerFast
 
-from rlhf import config
+from rlhf import config, registry, tracking
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.tables import Answer
 from tests.conftest import tiny_llama
-from tests.registry.workspaces import workspace
-from tests.serving.test_api import ASKED, Server, small, until
+from tests.registry.workspaces import load, train, workspace
+from tests.serving.test_api import ASKED, Server, change, small, until
 
 KEYS = {name: f"{name}-0123456789abcdef" for name in ("team", "app", "limited")}
 ASKS = """  keys:
@@ -39,7 +40,13 @@ def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
         root = workspace(tmp_path_factory.mktemp("service") / "work", tiny_llama(tokenizer), tokenizer)
         (root / "app.key").write_text(KEYS["app"] + "\n")
         (root / "app.key").chmod(0o600)
-        small(root, ("  keys: []\n", ASKS))
+        small(root, ("  keys: []\n", ASKS), ("{candidate: 0.0, shadow: 0.0}", "{candidate: 0.5, shadow: 1.0}"))
+        model = tiny_llama(tokenizer)
+        change(model)
+        model.save_pretrained(root / "models/ppo")
+        train(root, 2)
+        number = registry.register(root, load(root)).number
+        tracking.client(root, load(root)).set_registered_model_alias("assistant", "candidate", str(number))
         found = Server(root, KEYS["team"], TEAM=KEYS["team"], LIMITED=KEYS["limited"])
         yield found
         found.end()
@@ -64,13 +71,13 @@ def answers(record: Database, reply: str, count: int) -> list[Answer]:
 
 
 def test_what_the_request_consents_to_is_recorded(server: Server, record: Database) -> None:
-    known: dict[str, Any] = {"user": "anna", "metadata": {"conversation": "4711"}}
+    known: dict[str, Any] = {"model": "assistant@champion", "user": "anna", "metadata": {"conversation": "4711"}}
     unkept = server.ask(**known)
     kept = server.ask(**known, store=True, n=2, temperature=0.8, top_p=0.9, stop=["##"])
     first, second = answers(record, kept.id, 2)
     assert [first.text, second.text] == [choice.message.content for choice in kept.choices]
     assert [first.finish, second.finish] == [choice.finish_reason for choice in kept.choices]
-    assert (first.seed, second.seed, first.version, first.asked, first.consented) == (1, 2, "assistant/1", "assistant", True)
+    assert (first.seed, second.seed, first.version, first.asked, first.consented) == (1, 2, "assistant/1", "assistant@champion", True)
     assert first.sampling == {"temperature": 0.8, "top_p": 0.9, "max_tokens": 12, "stop": ["##"]}
     assert (first.messages, first.prompt_tokens) == (ASKED, kept.usage.prompt_tokens)
     assert first.answer_tokens + second.answer_tokens == kept.usage.completion_tokens
@@ -145,3 +152,55 @@ def test_a_key_is_needed_and_is_for_what_its_roles_say(server: Server, record: D
     with pytest.raises(openai.RateLimitError, match="more than 2 requests a minute with key limited") as many:
         _ = [limited.chat.completions.create(**asked) for _ in range(3)]
     assert 1 <= int(many.value.response.headers["retry-after"]) <= 30
+
+
+def test_a_conversation_stays_with_the_arm_that_it_was_drawn_for(server: Server, record: Database) -> None:
+    def arm(*before: dict[str, str], **more: Any) -> str:
+        return str(server.ask(messages=[*before, *ASKED[1:]], max_tokens=1, **more).model)
+
+    by_name = {name: arm(metadata={"conversation": name}) for name in map(str, range(12))}
+    assert set(by_name.values()) == {"assistant/1", "assistant/2"}
+    turns = ({"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."})
+    assert {name: arm(*turns, metadata={"conversation": name}, user="x") for name in by_name} == by_name
+    assert len({arm(*turns, user="anna") for _ in range(3)} | {arm(user="anna")}) == 1
+    first = {"role": "user", "content": "Hello"}
+    assert len({arm(first), arm(first, turns[1]), arm(first, turns[1], *turns)}) == 1
+    for alias, number in (("champion", 1), ("candidate", 2)):
+        assert {arm(model=f"assistant@{alias}", user=str(user)) for user in range(4)} == {f"assistant/{number}"}
+        assert {arm(extra_headers={"x-arm": alias}, user=str(user)) for user in range(4)} == {f"assistant/{number}"}
+    kept = server.ask(extra_headers={"x-arm": "candidate"}, store=True)
+    assert answers(record, kept.id, 1)[0].arm == "candidate"
+    with pytest.raises(openai.PermissionDeniedError, match="role administer"):
+        server.client.with_options(api_key=KEYS["app"]).chat.completions.create(
+            model="assistant", messages=ASKED, extra_headers={"x-arm": "candidate"}
+        )
+    for model, wanted in (("assistant", "nonsense"), ("assistant/1", "candidate")):
+        with pytest.raises(openai.APIStatusError, match="x-arm"):
+            server.ask(model=model, extra_headers={"x-arm": wanted})
+    said = server.raw.get("/metrics").text
+    assert all(f'rlhf_arm_requests_total{{arm="{alias}"}}' in said for alias in ("champion", "candidate"))
+
+
+def test_a_shadow_is_written_beside_what_is_recorded_of_the_champion(server: Server, record: Database) -> None:
+    champion: dict[str, Any] = {"model": "assistant@champion", "store": True, "user": "eve", "temperature": 1.0, "seed": 5}
+    kept, streamed = server.ask(**champion), list(server.ask(**champion, stream=True))
+    server.ask(**champion | {"model": "assistant@candidate"})
+    for reply in (kept.id, streamed[0].id):
+        (own,) = answers(record, reply, 1)
+        assert own.correlation == reply
+
+        def shadows(reply: str = reply) -> list[Answer]:
+            with record.reading() as session:
+                return list(session.scalars(select(Answer).where(Answer.correlation == reply, Answer.shadow)))
+
+        until(lambda look=shadows: look(), "no shadow is written")
+        (shadow,) = shadows()
+        assert (shadow.version, shadow.arm, shadow.seed, shadow.messages) == ("assistant/2", "candidate", 5, ASKED)
+        assert (shadow.user, shadow.sampling, shadow.consented) == (own.user, own.sampling, True)
+        assert shadow.text == server.ask(model="assistant/2", temperature=1.0, seed=5).choices[0].message.content
+    assert server.health()["warnings"] == {}
+    assert re.search(r'rlhf_shadows_total\{outcome="written"\} [1-9]', server.raw.get("/metrics").text)
+    # what is not recorded gets none, and where that is all there is, it is to be seen
+    for _ in range(6):
+        server.ask(model="assistant@champion", max_tokens=1)
+    assert "no shadow was written beside the last answers" in server.health()["warnings"]["shadow"]

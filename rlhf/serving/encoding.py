@@ -1,0 +1,63 @@
+"""What a client sent, as an engine is asked it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.models.contents import encode_passages
+from rlhf.models.dialogues import encode_prompt
+from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
+from rlhf.serving.replies import RefusedError
+from rlhf.serving.requests import Request
+from rlhf.serving.versions import Version, Versions
+
+
+def encoded(versions: Versions, version: Version, body: Asked) -> Request:
+    """The request, with a seed where it has none.
+
+    Args:
+        versions: of the server.
+        version: that is to answer.
+        body: what the client sent.
+
+    Raises:
+        RefusedError: the version cannot answer it.
+    """
+    settings, writer = versions.settings, version.engine.writer
+    room = min(settings.max_prompt_tokens, writer.capacity - 1)
+    if isinstance(body, ChatBody) and len(body.messages) > room:
+        raise _too_long(len(body.messages), room, "messages")  # each takes a token at least
+    try:
+        prompt = _tokens(writer.tokenizer, body)
+    except UserError as error:
+        raise RefusedError(400, error.what, "invalid_messages", "messages") from None
+    if not 0 < len(prompt) <= room:
+        raise _too_long(len(prompt), room, "messages" if isinstance(body, ChatBody) else "prompt")
+    if body.limit and body.limit > settings.max_tokens:
+        raise RefusedError(
+            400, f"max_tokens: {body.limit} is more than {settings.max_tokens}, which serving.max_tokens allows", None, "max_tokens"
+        )
+    return Request(
+        prompt=tuple(prompt),
+        max_tokens=body.limit or settings.max_tokens,
+        seed=random.getrandbits(62) if body.seed is None else body.seed % 2**63,
+        seconds=settings.seconds,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        stops=body.stops,
+        choices=body.n or 1,
+        top=body.top,
+    )
+
+
+def _tokens(tokenizer: Any, body: Asked) -> list[int]:
+    if isinstance(body, ChatBody):
+        return encode_prompt(tokenizer, [message.plain for message in body.messages])
+    assert isinstance(body, CompletionBody)
+    return encode_passages(tokenizer, [body.prompt])[0]
+
+
+def _too_long(tokens: int, room: int, param: str) -> RefusedError:
+    return RefusedError(400, f"{param}: {tokens} tokens at least, but the model takes {room}", "context_length_exceeded", param)
