@@ -67,6 +67,11 @@ class Job:
         """An input, by its path in dvc.yaml."""
         return self.root / path
 
+    @property
+    def functions(self) -> Path:
+        """Where the launcher has put copies of the reward functions' files, as they are when it looks at the inputs."""
+        return self.folder / "functions"
+
     def output(self, path: str) -> Path:
         """Where to write an output, by its path in dvc.yaml. The launcher moves it there once the stage has succeeded."""
         place = self.folder / "out" / path

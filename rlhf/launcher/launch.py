@@ -18,7 +18,7 @@ from typing import Any
 
 from rlhf import config, tracking
 from rlhf.errors import UserError
-from rlhf.launcher import command, processes, space
+from rlhf.launcher import command, functions, processes, space
 from rlhf.launcher.console import Console
 from rlhf.locks import lock
 from rlhf.paths import inside
@@ -90,6 +90,11 @@ class Run:
     @property
     def out(self) -> Path:
         return self.folder / "out"
+
+    @property
+    def functions(self) -> list[str]:
+        """The files of reward functions that the stage calls."""
+        return [file for file in self.params.reward_files if file in self.inputs]
 
     @property
     def done(self) -> Path:
@@ -169,6 +174,7 @@ def open_run(root: Path, params: config.Params, node: fingerprint.Node) -> Run:
         shutil.rmtree(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     _write(run.folder / "inputs.json", inputs)
+    functions.keep(root, run.functions, inputs, run.folder)
     return run
 
 
@@ -256,7 +262,7 @@ def seal(run: Run) -> None:
         UserError: an input changed meanwhile, or an output is missing.
     """
     changed = fingerprint.differences(run.inputs, hash_inputs(run.root, run.params, run.node))
-    if changed:
+    if set(changed) - set(run.functions):  # of those `publish` tells
         # its checkpoints may know the changed file, which their fingerprint denies
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         raise UserError(
@@ -283,9 +289,10 @@ def publish(run: Run) -> None:
     """Put each output into its place. Killed at any point, it can be done again.
 
     Raises:
-        UserError: params.yaml was edited meanwhile, or a place cannot be written.
+        UserError: params.yaml or a reward function was edited meanwhile, or a place cannot be written.
     """
     stage = run.node.name
+    functions.check(run.root, run.functions, run.inputs, stage, run.folder)
     if config.load(run.root / "params.yaml").of_stage(stage) != run.params.of_stage(stage):
         # dvc.lock would name the new values
         what = f"params.yaml: values of stage {stage} changed while it ran: nothing was published"

@@ -29,7 +29,7 @@ SHOWN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "
 class Worker:
     """One process, and what it is at."""
 
-    def __init__(self, entries: Mapping[str, FunctionReward], root: Path) -> None:
+    def __init__(self, entries: Mapping[str, FunctionReward], root: Path, kept: Path | None) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in HIDDEN} | SHOWN
         given = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, given))  # they start in another folder
@@ -51,7 +51,7 @@ class Worker:
         self.call: int | None = None  # number of the call that it is at
         self.ready = False
         functions = {name: {"function": entry.function, "options": entry.options} for name, entry in entries.items()}
-        self.send({"root": str(root), "entries": functions}, START_SECONDS)
+        self.send({"root": str(root), "kept": kept and str(kept), "entries": functions}, START_SECONDS)
 
     def send(self, asked: Mapping[str, Any], seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -93,9 +93,9 @@ class Worker:
 class Functions:
     """All reward functions of a run, called by several processes. What comes out does not depend on how many there are."""
 
-    def __init__(self, entries: Sequence[FunctionReward], root: Path, processes: int) -> None:
+    def __init__(self, entries: Sequence[FunctionReward], root: Path, processes: int, kept: Path | None = None) -> None:
         self.entries = {entry.name: entry for entry in entries}
-        self.root, self.processes = root, processes
+        self.root, self.processes, self.kept = root, processes, kept
         self.workers: list[Worker] = []
 
     def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -110,7 +110,7 @@ class Functions:
         replies: dict[int, dict[str, Any]] = {}
         waiting = deque(range(len(calls)))
         while len(self.workers) < min(self.processes, len(calls)):
-            self.workers.append(Worker(self.entries, self.root))
+            self.workers.append(Worker(self.entries, self.root, self.kept))
         with selectors.DefaultSelector() as selector:
             for worker in self.workers:
                 selector.register(worker.reading, selectors.EVENT_READ, worker)
@@ -161,7 +161,7 @@ class Functions:
             functions = ", ".join(entry.function for entry in self.entries.values())
             raise UserError(f"rewards: the process that loads {functions} {why}", remedy="see what the functions' files do on import")
         said["error"] = "it took longer than its time limit (seconds)" if late else f"its process was {how}".replace("was ended", "ended")
-        fresh = Worker(self.entries, self.root)
+        fresh = Worker(self.entries, self.root, self.kept)
         self.workers[self.workers.index(worker)] = fresh
         return fresh
 

@@ -34,18 +34,20 @@ class Checkers:
 
     Args:
         ranks: of the machine, which share its cores.
+        kept: where copies of the functions' files may be, which are read in their place.
     """
 
     entries: Sequence[CheckedReward]
     root: Path
     ranks: int = 1
+    kept: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)  # that each entry took
     _functions: Functions | None = None
     _thread: ThreadPoolExecutor | None = None
 
     @classmethod
-    def of(cls, entries: Sequence[RewardEntry], root: Path, ranks: int = 1) -> Checkers:
-        return cls(checked(entries), root, ranks)
+    def of(cls, entries: Sequence[RewardEntry], root: Path, ranks: int = 1, kept: Path | None = None) -> Checkers:
+        return cls(checked(entries), root, ranks, kept)
 
     def score(self, rows: Sequence[Row], answers: Sequence[str]) -> dict[str, list[Outcome]]:
         """What each entry gives an answer to each row, by the entry's name.
@@ -91,7 +93,7 @@ class Checkers:
         if self._functions is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             functions = [entry for entry in self.entries if isinstance(entry, FunctionReward)]
-            self._functions = Functions(functions, self.root, max(1, min(MOST_PROCESSES, cores // self.ranks)))
+            self._functions = Functions(functions, self.root, max(1, min(MOST_PROCESSES, cores // self.ranks)), self.kept)
         return self._functions
 
     def close(self) -> None:

@@ -31,10 +31,11 @@ def main() -> None:
     for pipe in (reading, writing):
         os.register_at_fork(after_in_child=partial(os.close, pipe.fileno()))
     asked = json.loads(reading.readline())
+    kept = Path(asked["kept"]) if asked["kept"] else None
     loaded: dict[str, tuple[str, functions.Function, dict[str, Any]]] = {}
     for name, entry in asked["entries"].items():
         try:
-            function = functions.load(Path(asked["root"]), entry["function"])
+            function = functions.load(Path(asked["root"]), entry["function"], kept)
             functions.check_options(function, entry["options"])
         except BaseException as error:
             _say(writing, {"entry": name, "error": _told(error)})

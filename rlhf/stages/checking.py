@@ -17,6 +17,7 @@ from rlhf.config.rewards import CheckedReward, FunctionReward
 from rlhf.engine.distributed import gather
 from rlhf.errors import UserError
 from rlhf.job import Job
+from rlhf.rewards.functions import source
 from rlhf.rewards.scoring import Checkers, check_failures, checked, scores_row
 
 Row = Mapping[str, Any]
@@ -43,7 +44,7 @@ def scored(job: Job, entries: Sequence[CheckedReward], rows: Sequence[Row], answ
         UserError: one failed on too many.
     """
     mine = slice(job.rank, None, job.world_size)
-    checkers = Checkers(entries, job.root, job.world_size)
+    checkers = Checkers(entries, job.root, job.world_size, job.functions)
     try:
         found = checkers.score(rows[mine], answers[mine])
     finally:
@@ -89,7 +90,7 @@ def votes(job: Job, rows: Sequence[Row], answers: Sequence[str]) -> list[str]:
     """The result of each answer, as the first checker that is for its row sees it."""
     found = [""] * len(rows)
     left = list(range(len(rows)))
-    checkers = Checkers(checkers_of(job), job.root, job.world_size)
+    checkers = Checkers(checkers_of(job), job.root, job.world_size, job.functions)
     try:
         for entry in checkers.entries:
             mine = [i for i in left if scores_row(entry, rows[i])]
@@ -194,7 +195,7 @@ def identity(job: Job) -> list[Any]:
     if not entries:
         return []
     files = {entry.file: None for entry in entries if isinstance(entry, FunctionReward) and entry.file}
-    hashes = {file: hashlib.sha256(job.input(file).read_bytes()).hexdigest() for file in files}
+    hashes = {file: hashlib.sha256(source(job.root, file, job.functions).read_bytes()).hexdigest() for file in files}
     return [[entry.model_dump(mode="json") for entry in entries], hashes, job.params.evaluate.answers]
 
 

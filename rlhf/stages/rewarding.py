@@ -19,11 +19,11 @@ class Rewards:
 
     entries: Sequence[RewardEntry]
     checkers: Checkers
-    told: set[str] = field(default_factory=set)  # entries whose first failure was told
+    told: set[str] = field(default_factory=set)  # entries whose first failure was told, files of which it was told that they were edited
 
     @classmethod
     def of(cls, job: Job) -> Rewards:
-        return cls(job.params.rewards, Checkers.of(job.params.rewards, job.root, job.world_size))
+        return cls(job.params.rewards, Checkers.of(job.params.rewards, job.root, job.world_size, job.functions))
 
     @property
     def plain(self) -> bool:
@@ -58,6 +58,7 @@ class Rewards:
         """
         if self.plain:
             return {}
+        self._tell_of_edits(job)
         given = {entry.name: [rewards[entry.name] for rewards in answers] for entry in self.entries}
         for name, failure in first_failures(given).items():
             if name not in self.told:
@@ -65,6 +66,13 @@ class Rewards:
                 job.say(f"reward '{name}' failed for the first time, in step {step}:\n{failure.rstrip()}")
         check_failures(self.checkers.entries, given, f"stage {job.stage}, step {step}")
         return {f"reward/{name}{what}": value for name, outcomes in given.items() for what, value in summary(outcomes).items()}
+
+    def _tell_of_edits(self, job: Job) -> None:
+        for file in job.params.reward_files if job.is_main else ():
+            kept, now = job.functions / file, job.input(file)
+            if file not in self.told and kept.is_file() and not (now.is_file() and kept.read_bytes() == now.read_bytes()):
+                self.told.add(file)
+                job.say(f"{file} was edited: this run goes on by what it was, {kept}, and can be published only if {file} is that again")
 
     def seconds(self) -> dict[str, float]:
         """What each entry took since this was last asked, for the log alone."""
