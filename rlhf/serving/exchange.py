@@ -11,6 +11,7 @@ from rlhf.serving.bodies import Asked, ChatBody
 from rlhf.serving.encoding import encoded
 from rlhf.serving.engine import Asked as Taken
 from rlhf.serving.keys import Caller
+from rlhf.serving.mailbox import Mailbox
 from rlhf.serving.record import Written
 from rlhf.serving.replies import Form, Json, RefusedError, line, usage
 from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
@@ -45,16 +46,11 @@ class Exchange:
         self.version, self._arm, self._service, self._body, self._request = arm.version, arm, service, body, request
         self._caller = caller
         self._begun, self._told = time.monotonic(), False
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events = Mailbox()
         self._written = [Written() for _ in range(request.choices)]
         self._ends, self._finish = 0, "cancelled"
         self.form = Form(isinstance(body, ChatBody), self.version, uuid.uuid4().hex, int(time.time()))
-        loop = asyncio.get_running_loop()
-
-        def deliver(event: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self._taken: Taken = self.version.engine.submit(request, deliver)
+        self._taken: Taken = self.version.engine.submit(request, self._events.put)
 
     async def whole(self, left: Left) -> Json:
         """The reply, once all its answers are written.
@@ -73,21 +69,22 @@ class Exchange:
     async def stream(self) -> AsyncIterator[str]:
         """The events of a stream, the last one included. Where the client leaves, this is closed, and the answers end."""
         asks = self._body.stream_options
+        choices = range(self._request.choices) if self.form.chat else ()
+        # what tells no text goes out with what does: each line by itself would cost as much as several tokens
+        held = "".join(line(self.form.chunk(choice, {"role": "assistant", "content": ""})) for choice in choices)
         try:
-            if self.form.chat:
-                for choice in range(self._request.choices):
-                    yield line(self.form.chunk(choice, {"role": "assistant", "content": ""}))
             async for event in self._all(None):
                 if isinstance(event, Piece):
                     tokens = event.tokens if self._body.top is not None else None
-                    yield line(self.form.chunk(event.choice, {"content": event.text}, tokens))
+                    yield held + line(self.form.chunk(event.choice, {"content": event.text}, tokens))
+                    held = ""
                 else:
-                    yield line(self.form.chunk(event.choice, {}, finish=event.finish))
+                    held += line(self.form.chunk(event.choice, {}, finish=event.finish))
             if asks and asks.include_usage:
-                yield line(self.form.chunk_of([], self._usage))
-            yield "data: [DONE]\n\n"
+                held += line(self.form.chunk_of([], self._usage))
+            yield held + "data: [DONE]\n\n"
         except RefusedError as error:
-            yield line(error.content)
+            yield held + line(error.content)
 
     @property
     def _usage(self) -> Json:

@@ -63,7 +63,9 @@ def listen(host: str, port: int, asks: bool) -> socket.socket:
     if not (address.is_loopback or asks):
         what = f"serving.host: {host} can be reached from elsewhere, and whoever reaches it may ask"
         raise UserError(what, remedy="give keys (serving.keys, docs/serving.md), or 127.0.0.1")
-    listener = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    # asyncio sends at once (TCP_NODELAY) where the socket says that it is TCP's; else the first text waits 40 ms, for an acknowledgement
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((str(address), port))
