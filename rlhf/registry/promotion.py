@@ -15,6 +15,7 @@ from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.locks import lock
 from rlhf.registry import gates, history
+from rlhf.registry.card import described
 from rlhf.registry.gates import Pair
 from rlhf.registry.history import Move
 from rlhf.registry.versions import Version, aliases, connect, find, fold, model_folder
@@ -72,8 +73,9 @@ def check(version: Version, root: Path, params: Params, pairs: Sequence[Pair] | 
         if pairs is not None:
             client.set_model_version_tag(version.model, str(version.number), "compared_with", str(champion))
         said = f"failed: {', '.join(verdict.failed)}" if verdict.failed else "passed"
-        described = "\n".join([f"Gates {said}", "", *(f"- {gate.line}" for gate in checked)])
-        client.update_model_version(version.model, str(version.number), description=described)
+        told = "\n".join([f"Gates {said}", "", *(f"- {gate.line}" for gate in checked)])
+        before = client.get_model_version(version.model, str(version.number)).description
+        client.update_model_version(version.model, str(version.number), description=described(told, before))
         client.set_model_version_tag(version.model, str(version.number), "gates", said)
     return verdict
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -18,6 +19,9 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.models import Model
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.llm import CHAT_MODEL_OUTPUT_SCHEMA
+from mlflow.types.schema import Array, Object, Property
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
@@ -26,7 +30,7 @@ from rlhf.config import STAGES, Params
 from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.locks import lock
-from rlhf.registry import gates, serving
+from rlhf.registry import card, gates, serving
 from rlhf.registry.versions import Version, connect, find, fold
 from rlhf.tracking.sending import NOT_IN_NAMES
 from rlhf.workspace import fingerprint, snapshot
@@ -35,11 +39,10 @@ from rlhf.workspace.find import refuse_experiment
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
 EVALUATED = ("gold", "win_rate", "accuracy", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
-# what the page of models sorts by
-SCORES = (
-    *("gold.difference", "gold.{policy}", "win_rate.value", "accuracy.{policy}.value", "accuracy.difference", "reward_model.accuracy"),
-    *("kl", "perplexity.ratio", "eos_rate.{policy}", "answer_tokens.{policy}"),
-)
+MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
+OPTIONS = {"max_tokens": DataType.long, "temperature": DataType.double, "top_p": DataType.double}
+ASKED = Schema([ColSpec(Array(MESSAGE), "messages"), *(ColSpec(kind, name, required=False) for name, kind in OPTIONS.items())])
+EXAMPLE = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
 
 
 def register(root: Path, params: Params, flow_run_id: str | None = None) -> Version:
@@ -83,7 +86,7 @@ def _tag(root: Path, version: Version) -> None:
 def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str]) -> int:
     run_id = tags.get(f"run.{params.policy}")
     logged = client.create_logged_model(tracking.initialise(root, params), name=params.promote.model, source_run_id=run_id)
-    made = root, root / _model(params)
+    made = root, root / _model(params), card.card(params, tags)
     if urlparse(logged.artifact_location).scheme in ("", "file"):
         listed = _write_folder(Path(local_file_uri_to_path(logged.artifact_location)), *made, logged.model_id)
     else:
@@ -96,8 +99,10 @@ def _store(client: MlflowClient, root: Path, params: Params, tags: dict[str, str
         client.create_registered_model(params.promote.model)
     # the tags go in with the version: nobody sees one without its lineage
     source = f"models:/{logged.model_id}"
-    tags = fold(tags | {"sha256.files": listed})
-    version = client.create_model_version(params.promote.model, source, run_id=run_id, tags=tags, model_id=logged.model_id)
+    told = card.described("Gates not checked yet", card.page(params, tags))
+    version = client.create_model_version(
+        params.promote.model, source, run_id=run_id, tags=fold(tags | {"sha256.files": listed}), model_id=logged.model_id, description=told
+    )
     # as mlflow.register_model does, for the page of models
     named = json.dumps([{"name": version.name, "version": int(version.version)}])
     client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: named})
@@ -109,40 +114,57 @@ def _log_scores(client: MlflowClient, tags: Mapping[str, str], model_id: str) ->
     run_id = tags.get("run.evaluate")
     if run_id is None:  # metrics belong to a run, and MLflow has none where the evaluation was made elsewhere
         return
-    named = {name: tags.get(f"evaluate.{name.format(policy=tags['algorithm'])}") for name in SCORES}
     at = int(time.time() * 1000)
-    scores = [
-        Metric(name.format(policy="policy"), float(value), at, 0, model_id=model_id, run_id=run_id)
-        for name, value in named.items()
-        if value is not None
+    metrics = [
+        Metric(name.format(policy="policy"), value, at, 0, model_id=model_id, run_id=run_id) for name, value in card.scores(tags).items()
     ]
-    client.log_batch(run_id, metrics=scores)
+    client.log_batch(run_id, metrics=metrics)
 
 
-def _write_folder(place: Path, root: Path, model: Path, model_id: str) -> str:
-    """Write a version's files (model, answers in its evaluation, what serves it), list their hashes, make all read-only.
+def _write_folder(place: Path, root: Path, model: Path, told: str, model_id: str) -> str:
+    """Write a version's files (model with its card, answers in its evaluation, what serves it), list their hashes, make all read-only.
 
     Returns:
         The list's own SHA-256.
     """
     packages = ("torch", "transformers", "jinja2")
-    mlflow.pyfunc.save_model(
-        place,
-        python_model=serving.__file__,
-        artifacts={"config": (model / "config.json").as_uri()},
-        pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
-        mlflow_model=Model(model_id=model_id),
-    )
+    with warnings.catch_warnings(record=True):  # that requests are not held against the type hint, which is meant
+        mlflow.pyfunc.save_model(
+            place,
+            python_model=serving.__file__,
+            artifacts={"config": (model / "config.json").as_uri()},
+            pip_requirements=[f"mlflow=={mlflow.__version__}"] + [f"{name}=={installed(name).split('+')[0]}" for name in packages],
+            mlflow_model=Model(model_id=model_id, metadata={"task": "llm/v1/chat"}),
+        )
+    _describe(place)
     shutil.copyfile(root / ANSWERS, place / "evaluation.jsonl")
     for name in ("params.yaml", "dvc.lock"):
         shutil.copyfile(root / name, place / name)
     shutil.copytree(model, place / "artifacts", copy_function=_link_weights, dirs_exist_ok=True)
+    (place / "artifacts" / "README.md").write_text(told, encoding="utf-8")
     content = json.dumps(serving.hashes(place), indent=2).encode()
     (place / serving.LIST).write_bytes(content)
     for path in place.rglob("*"):
         if path.is_file():
             path.chmod(0o444)
     return hashlib.sha256(content).hexdigest()
+
+
+def _describe(place: Path) -> None:
+    """Say in MLmodel what the model is asked and what it gives, with an example: MLflow itself would load the model and ask it for that.
+
+    It is marked as from type hints, so MLflow does not hold requests against it: texts and dialogues are taken as well.
+    """
+    described = Model.load(place)
+    described.signature.inputs, described.signature.outputs = ASKED, CHAT_MODEL_OUTPUT_SCHEMA
+    for name in ("input_example.json", "serving_input_example.json"):
+        (place / name).write_text(json.dumps(EXAMPLE, indent=2) + "\n", encoding="utf-8")
+    described.saved_input_example_info = {
+        "artifact_path": "input_example.json",
+        "serving_input_path": "serving_input_example.json",
+        "type": "json_object",
+    }
+    described.save(place / "MLmodel")
 
 
 def _link_weights(source: str, target: str) -> None:
