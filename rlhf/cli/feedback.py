@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rlhf import config
+from rlhf.cli import rated
 from rlhf.workspace.find import workspace
 
 app = typer.Typer(no_args_is_help=True, help="What people asked the assistant, and what they think of its answers.")
@@ -15,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, help="What people asked the assistant, a
 @app.callback()
 def _options() -> None:
     pass
+
+
+for _command in rated.COMMANDS:
+    app.command()(_command)
 
 
 @app.command()

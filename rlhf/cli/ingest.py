@@ -70,7 +70,7 @@ def ingest(root: Path, params: Params, files: Sequence[Path], name: str | None) 
         parts: list[Path] = []
         try:
             for file, _ in taken:
-                parts.append(_place(root / folder, file))
+                parts.append(place(root / folder, file))
                 shutil.copyfile(file, parts[-1])
             if Path(source.path) == folder:
                 lines.append(presets.version(root, folder))
@@ -117,7 +117,7 @@ def _check(file: Path, source: AnyFileSource, key: str, checker: Checker, params
     return new, f"{file}: {new} new rows{rest}"
 
 
-def _place(folder: Path, file: Path) -> Path:
+def place(folder: Path, file: Path) -> Path:
     """A dated name that is free; names sort by time."""
     stamp = f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}"
     place, number = folder / f"{stamp}-{file.name}", 1

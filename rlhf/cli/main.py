@@ -177,27 +177,33 @@ def _open_mlflow(root: Path, params: config.Params) -> None:
 
 @app.command()
 def ingest(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of new rows, in the format of the source.")],
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Files of new rows, in the format of the source.")] = None,
     source: Annotated[str | None, typer.Option(help="Name of the source in params.yaml.  [default: the only one that reads files]")] = None,
+    ratings: Annotated[bool, typer.Option("--feedback", help="Ratings that are no data yet, in the place of files.")] = False,
 ) -> None:
     """Add new rows to a source: checked, versioned as a dated part, and told to Prefect's server as event dataset.updated."""
     from rlhf.cli import ingest as adding
+    from rlhf.cli.ratings import ingest as add_ratings
 
     root = workspace()
-    done = adding.ingest(root, config.load(root / "params.yaml"), files, source)
-    for line in done.lines:
+    params = config.load(root / "params.yaml")
+    if ratings == bool(files) or (ratings and source):
+        raise UserError("`rlhf ingest` takes either files or --feedback", remedy="give files of rows (and --source), or --feedback alone")
+    done = add_ratings(root, params) if ratings else [adding.ingest(root, params, files or [], source)]
+    for line in (line for one in done for line in one.lines):
         print(line)
-    if not done.parts:
+    parts, rows = [part for one in done for part in one.parts], sum(one.rows for one in done)
+    if not parts:
         print("nothing new")
         return
     served.enter(root)
     from tasks import events
 
-    if events.announce(root, done.source, done.parts, done.rows):
-        print(f"sent event {events.DATASET_UPDATED}: {done.rows} new rows in {', '.join(done.parts)}")
+    if events.announce(root, done[0].source, parts, rows):
+        print(f"sent event {events.DATASET_UPDATED}: {rows} new rows in {', '.join(parts)}")
     else:
         print(
-            f"{done.rows} new rows in {', '.join(done.parts)}; no server was told (no `rlhf serve` here, PREFECT_API_URL not set): "
+            f"{rows} new rows in {', '.join(parts)}; no server was told (no `rlhf serve` here, PREFECT_API_URL not set): "
             "`rlhf run` trains on them"
         )
 

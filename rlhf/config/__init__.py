@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf.config import algorithms, text
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
+from rlhf.config.feedback import Feedback
 from rlhf.config.group import Grpo
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.rewards import RewardEntry, check_rewards
@@ -69,6 +70,7 @@ class Params(Section):
     evaluate: Evaluate
     promote: Promote
     operations: Operations
+    feedback: Feedback
     serving: Serving
     launch: Launch
     tracking: Tracking

@@ -18,7 +18,7 @@ class Key(Section):
 
     name: Slug = Field(description="of whoever has it; answers and ratings are recorded with it")
     roles: Annotated[list[Role], Field(min_length=1)] = Field(
-        description="ask: answers; rate: the page of ratings; administer: /metrics, and which arm of the traffic answers"
+        description="ask: answers; rate: the page of ratings; administer: /metrics, /figures, and which arm of the traffic answers"
     )
     variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = Field(
         description="variable of the environment that holds the key; null: it is in file"

@@ -12,7 +12,7 @@ from sqlalchemy import JSON, BigInteger, CheckConstraint, DateTime, ForeignKey, 
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-Source = Literal["shadow", "evaluation", "sample"]
+Source = Literal["shadow", "evaluation", "sample", "given"]
 Choice = Literal["a", "b", "tie", "both-bad", "skip"]
 # of the pair's own answers, in whatever order they were shown
 Verdict = Literal["first", "second", "tie", "both-bad", "skip"]
@@ -20,7 +20,7 @@ Dialogue = list[dict[str, str]]
 Thumb = Literal[-1, 1]
 
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both-bad", "skip")
-SOURCES: tuple[Source, ...] = ("shadow", "evaluation", "sample")
+SOURCES: tuple[Source, ...] = ("shadow", "evaluation", "sample", "given")
 
 
 class Moment(TypeDecorator[datetime]):
@@ -122,7 +122,7 @@ class Pair(Base):
 
 
 class Rating(Base):
-    """What a rater chose. None is ever changed or deleted, but that an undo revokes it; one of a rater and a pair holds at a time."""
+    """What a rater chose: of a rater and a pair one holds. None is changed, but that an undo revokes it and an ingest takes it."""
 
     __tablename__ = "ratings"
 
@@ -137,6 +137,7 @@ class Rating(Base):
     edit: Mapped[str | None]  # the better answer, made better still
     seconds: Mapped[float | None]
     revoked: Mapped[datetime | None] = mapped_column()
+    ingested: Mapped[datetime | None]  # when it became data, if it did
 
     pair: Mapped[Pair] = relationship(back_populates="ratings")
 
@@ -166,5 +167,6 @@ class Opinion(Base):
     thumb: Mapped[int | None]  # 1 up, -1 down
     comment: Mapped[str | None]
     edit: Mapped[str | None]  # the answer as it should have been
+    ingested: Mapped[datetime | None]  # when it became data, if it did
 
     answer: Mapped[Answer] = relationship(back_populates="opinions")

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from rlhf.serving import pages
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
 from rlhf.serving.door import Door, caller_of, needs
@@ -43,6 +44,8 @@ def create(service: Service) -> FastAPI:
             head["cache-control"] = "no-cache"
             return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers=head)
         return JSONResponse(await exchange.whole(call.is_disconnected), headers=head)
+
+    app.include_router(pages.routes(service.ratings))
 
     @app.post("/v1/chat/completions", dependencies=[needs("ask")])
     async def chat(call: Call, body: ChatBody) -> Response:

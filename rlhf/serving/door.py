@@ -15,7 +15,8 @@ from rlhf.serving.keys import Caller, Keys
 from rlhf.serving.replies import RefusedError
 
 READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
-PUBLIC = frozenset({"/health"})  # paths that ask for no key
+# paths that ask for no key; what the pages' scripts ask for needs one
+PUBLIC = frozenset({"/health", "/rate", "/figures", "/page/style.css", "/page/common.js", "/page/rate.js", "/page/figures.js"})
 
 
 class Door:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf.config import Params
 from rlhf.serving.counts import Counts
 from rlhf.serving.encoding import encoded
+from rlhf.serving.ingesting import Ratings
 from rlhf.serving.keys import Keys
 from rlhf.serving.record import Record
 from rlhf.serving.shadows import Shadows
@@ -30,12 +31,14 @@ class Service:
         self.keys = Keys(root, params.serving)
         self.versions = Versions(root, params)
         self.record = Record(root, params)
+        self.ratings = Ratings(root, params)
         self.counts = Counts(self.versions, self.record.recorder, lambda: self.problems | self.warnings)
         self.traffic = Traffic(self.versions, self.record.hashes, params.serving.traffic)
         self.shadows = Shadows(self.versions, self.record, self.counts, params.serving.traffic, encoded)
 
     def start(self) -> None:
         self.versions.start()
+        self.ratings.start()
 
     def stop(self) -> None:
         """Answer what was taken, and record it."""
@@ -43,6 +46,7 @@ class Service:
         self.versions.stop()
         self.shadows.join()
         self.record.recorder.stop()
+        self.ratings.stop()
 
     @property
     def problems(self) -> dict[str, str]:

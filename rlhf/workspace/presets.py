@@ -152,6 +152,8 @@ def _set(raw: Any, key: str, value: object, origin: str) -> str:
     for depth, part in enumerate(parts):
         where = ".".join(parts[:depth]) or origin
         if isinstance(holder, list):
+            if part == str(len(holder)) and depth == len(parts) - 1:  # one more
+                holder.append(None)
             if not (part.isdecimal() and int(part) < len(holder)):
                 raise UserError(
                     f"unknown key '{key}': {where} has {len(holder)} entries", remedy=f"give a number from 0 to {len(holder) - 1}"

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,6 @@ from rlhf.feedback.database import Database
 from rlhf.feedback.tables import Answer, Opinion, Pair, Rating
 
 PROJECT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def record(tmp_path: Path) -> Iterator[Database]:
-    found = database.connect(tmp_path, config.load(PROJECT / "params.yaml"))
-    yield found
-    found.close()
 
 
 def answer(reply: str = "chatcmpl-1", **more: Any) -> Answer:

@@ -1,0 +1,100 @@
+"""Ratings become data by themselves: so many of them, or so many hours, have `rlhf ingest --feedback` run, which sets off the retraining.
+
+In a process of its own: the server's is for answers. Prefect's server is told there, as of any other new rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+
+from sqlalchemy import func, select
+
+from rlhf.config import Params
+from rlhf.errors import first_line
+from rlhf.feedback import database
+from rlhf.feedback.database import Database
+from rlhf.feedback.tables import Rating, now
+from rlhf.feedback.verdicts import waiting
+
+logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_LOOKS = 60.0  # unless a rating comes
+SECONDS_AFTER_A_REFUSAL = 600.0
+
+
+class Ratings:
+    """The record as raters use it, and what looks at the ratings as they come.
+
+    Args:
+        root: the workspace.
+        params: of it.
+    """
+
+    def __init__(self, root: Path, params: Params) -> None:
+        self.params = params
+        self._root, self._settings = root, params.feedback
+        self._asked, self._stopping = threading.Event(), threading.Event()
+        self._not_before = 0.0
+        self._looking = threading.Thread(target=self._look_on, name="ingesting", daemon=True)
+
+    @cached_property
+    def record(self) -> Database:
+        """Opened as it is used first.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        return database.connect(self._root, self.params)
+
+    def start(self) -> None:
+        if self._settings.ingest_ratings or self._settings.ingest_hours:
+            self._looking.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._asked.set()
+        if self._looking.is_alive():
+            self._looking.join()
+        if "record" in self.__dict__:
+            self.record.close()
+
+    def rated(self) -> None:
+        """Look soon: there is one more."""
+        self._asked.set()
+
+    def _look_on(self) -> None:
+        while not self._stopping.is_set():
+            self._asked.clear()
+            try:
+                if time.monotonic() >= self._not_before and self.due():
+                    self._ingest()
+            except Exception as error:  # of whatever kind: it looks again
+                logger.error("ratings were not ingested: %s", first_line(error))
+                self._not_before = time.monotonic() + SECONDS_AFTER_A_REFUSAL
+            self._asked.wait(SECONDS_BETWEEN_LOOKS)
+
+    def due(self) -> bool:
+        """Whether there are ratings enough, or some that have waited long enough."""
+        many, hours = self._settings.ingest_ratings, self._settings.ingest_hours
+        with self.record.reading() as session:
+            count = waiting(session, self._settings.ratings)
+            if many and count >= many:
+                return True
+            if not hours or not count:
+                return False
+            last: datetime | None = session.scalar(select(func.max(Rating.ingested))) or session.scalar(select(func.min(Rating.at)))
+            return last is not None and now() - last >= timedelta(hours=hours)
+
+    def _ingest(self) -> None:
+        command = [sys.executable, "-m", "rlhf.cli", "ingest", "--feedback"]
+        done = subprocess.run(command, cwd=self._root, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        for line in (done.stdout + done.stderr).splitlines():
+            logger.warning("ingest: %s", line)
+        if done.returncode:
+            self._not_before = time.monotonic() + SECONDS_AFTER_A_REFUSAL
