@@ -1,0 +1,159 @@
+"""Ratings become data: refused where raters do not agree, each taken once, by hand or by their number; no held-out prompt is trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sqlalchemy import select
+
+from rlhf import config
+from rlhf.cli.ratings import ingest
+from rlhf.errors import UserError
+from rlhf.feedback import database, pairs
+from rlhf.feedback.database import Database
+from rlhf.feedback.pairs import Written
+from rlhf.feedback.tables import Pair, Rating, now
+from rlhf.job import Job, read_lines
+from rlhf.serving.ingesting import Ratings
+from rlhf.stages.prepare import main as prepare
+from rlhf.workspace import presets
+
+PROJECT = Path(__file__).parents[2]
+FEW = [f"data.sources.{number}.rows=60" for number in range(4)]
+
+
+class Workspace:
+    """A DVC workspace of the sandbox with few rows, and its record."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for folder in ("presets", "graphs"):
+            shutil.copytree(PROJECT / folder, root / folder)
+        for words in (["git", "init", "--quiet"], [str(Path(sys.executable).with_name("dvc")), "init", "--quiet"]):
+            subprocess.run(words, cwd=root, check=True)
+        presets.use(root, "sandbox", FEW)
+        self.record: Database = database.connect(root, self.params)
+
+    @property
+    def params(self) -> config.Params:
+        return config.load(self.root / "params.yaml")
+
+    def rate(self, prompts: list[Any], *choices: str, edit: str | None = None) -> None:
+        """Add pairs that so many raters choose a side of."""
+        with self.record.writing() as session:
+            for prompt in prompts:
+                answers = (Written("Yes, gladly.", "assistant/1"), Written("No.", "assistant/2"))
+                assert pairs.add(session, "sample", prompt, answers)
+                pair = list(session.scalars(select(Pair).order_by(Pair.id)))[-1]
+                for rater, choice in enumerate(choices):
+                    given = {"token": f"{pair.id}/{rater}", "rater": str(rater), "swapped": False, "edit": edit if rater == 0 else None}
+                    session.add(Rating(pair=pair, choice=choice, **given))
+
+    def rows(self, source: str) -> list[list[dict[str, Any]]]:
+        """Those of each part."""
+        return [read_lines(part) for part in sorted((self.root / "data/raw" / source).glob("*.jsonl"))]
+
+    def prepared(self) -> tuple[dict[str, Any], list[Any]]:
+        """What stage prepare counted, and the prompts that it held out."""
+        folder = self.root / "job"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        prepare(Job("prepare", self.params, self.root, folder, "cpu", 0, 1, 0))
+        counted = json.loads((folder / "out/metrics/prepare.json").read_text())
+        return counted, [row["prompt"] for row in read_lines(folder / "out/data/prepared/heldout_prompts.jsonl")]
+
+
+def asking(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    found = Workspace(tmp_path_factory.mktemp("work"))
+    yield found
+    found.record.close()
+
+
+def test_raters_that_do_not_agree_are_refused(workspace: Workspace) -> None:
+    before = (workspace.root / "params.yaml").read_bytes()
+    workspace.rate([asking(f"alike {number}") for number in range(3)], "a", "a")
+    with pytest.raises(UserError, match="cannot be told"):
+        ingest(workspace.root, workspace.params)
+    workspace.rate([asking(f"apart {number}") for number in range(4)], "a", "b")
+    with pytest.raises(UserError, match=r"alpha of 7 pairs is -0\.\d+ .*, and feedback.min_agreement is 0.3; nothing was added") as refused:
+        ingest(workspace.root, workspace.params)
+    assert "rlhf feedback figures" in refused.value.remedy
+    assert (workspace.root / "params.yaml").read_bytes() == before
+    assert not (workspace.root / "data/raw/ratings").exists()
+
+
+def test_so_many_ratings_become_data_by_themselves_and_once(workspace: Workspace) -> None:
+    presets.use(workspace.root, str(workspace.root / "params.yaml"), ["feedback.min_agreement=null", "feedback.ingest_ratings=16"])
+    ratings = Ratings(workspace.root, workspace.params)
+    assert not ratings.due()  # 14
+    workspace.rate([asking("one rater short")], "a")
+    workspace.rate([asking("neither")], "tie", "both-bad")
+    workspace.rate([asking("mended")], "b", "b", edit="No, sorry.")
+    assert ratings.due()
+    ratings.start()
+    deadline = time.monotonic() + 120
+    while ratings.due():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    ratings.stop()
+
+    sources = {source.name: source for source in workspace.params.data.sources}
+    assert list(sources)[-2:] == ["ratings", "corrections"]
+    assert (sources["ratings"].split.reward, sources["corrections"].split.sft) == (1, 1)
+    (part,) = workspace.rows("ratings")
+    assert sorted(row["prompt"][0]["content"] for row in part) == ["alike 0", "alike 1", "alike 2", "mended", "mended"]
+    assert ("No, sorry.", "No.") in {(row["chosen"], row["rejected"]) for row in part}
+    assert workspace.rows("corrections") == [[{"messages": [*asking("mended"), {"role": "assistant", "content": "No, sorry."}]}]]
+    (undecided,) = (workspace.root / "feedback/undecided").iterdir()
+    assert len(read_lines(undecided)) == 5
+    versioned = yaml.safe_load((workspace.root / "data/raw/ratings.dvc").read_text())["outs"]
+    assert versioned[0]["nfiles"] == 1
+
+    assert ingest(workspace.root, workspace.params) == []
+    # a kill before they were noted: the rows are known, and come in no second time
+    with workspace.record.writing() as session:
+        for rating in session.scalars(select(Rating)):
+            rating.ingested = None
+    assert [done.rows for done in ingest(workspace.root, workspace.params)] == [0, 0, 0]
+    assert workspace.rows("ratings") == [part]
+
+
+def test_what_waited_long_enough_is_due(workspace: Workspace) -> None:
+    feedback = workspace.params.feedback.model_copy(update={"ingest_ratings": None, "ingest_hours": 2.0})
+    ratings = Ratings(workspace.root, workspace.params.model_copy(update={"feedback": feedback}))
+    workspace.rate([asking("waits")], "a", "a")
+    assert not ratings.due()
+    with workspace.record.writing() as session:
+        for rating in session.scalars(select(Rating).where(Rating.ingested.is_not(None))):
+            rating.ingested = now() - timedelta(hours=3)
+    assert ratings.due()
+    ratings.stop()
+
+
+def test_held_out_prompts_do_not_enter_by_this_door(workspace: Workspace) -> None:
+    counted, heldout = workspace.prepared()
+    assert counted["sources"]["ratings"]["leaked"] == 0
+    workspace.rate(heldout[:3], "a", "a")
+    # with the one that waited above, they are one more part
+    (done,) = ingest(workspace.root, workspace.params)
+    assert (done.source, done.rows) == ("ratings", 4)
+    assert [len(rows) for rows in workspace.rows("ratings")] == [5, 4]
+    after, still = workspace.prepared()
+    assert still == heldout
+    assert after["sources"]["ratings"]["leaked"] == 3
+    assert after["sources"]["ratings"]["used"]["reward"] == 5 + 1
