@@ -20,7 +20,6 @@ from sqlalchemy.exc import IntegrityError
 
 from rlhf.feedback import pairs
 from rlhf.feedback.database import Database
-from rlhf.feedback.figures import figures
 from rlhf.feedback.rating import Given, Rater, Shown, StaleError
 from rlhf.feedback.tables import Answer, Choice, Opinion, Pair
 from rlhf.serving.bodies import Body, Words
@@ -129,6 +128,8 @@ def routes(ratings: Ratings) -> APIRouter:
 
     @router.post("/figures/numbers", dependencies=[needs("administer")])
     def numbers() -> Json:
+        from rlhf.feedback.figures import figures  # with pandas, which nothing else here needs
+
         with ratings.record.reading() as session:
             return figures(session, ratings.params).content
 

@@ -1,0 +1,192 @@
+"""The whole loop with no hand on it: a champion is served, raters rate, their ratings become data, the flow runs, the better version is served.
+
+python -m bench.rating.loop                           300 ratings, a champion that learnt from few and noisy preferences: about ten minutes
+python -m bench.rating.loop --tiny                    two minutes, and a model that has learnt nothing: whether the loop closes
+python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often, and other values of params.yaml
+
+Raters are simulated: they know the sandbox's gold score, and err with some probability. They send what the script of `/rate` sends.
+Prompts that are rated and those that versions are compared on at the end are new ones, in no source.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import numpy as np
+import typer
+
+from bench.clone import Clone
+from rlhf import config, registry
+from rlhf.data.sandbox import gold_score, make_rows
+from rlhf.feedback.sample import answers
+
+# few preferences, a third of them wrong: what raters say is news
+WEAK = shlex.split("data.sources.2.rows=1000 data.sources.2.label_noise=0.3 promote.min_reward_accuracy=0.5 promote.min_win_rate=0.5")
+TINY = shlex.split("""
+data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
+base.vocab_size=400 base.hidden_size=64 base.intermediate_size=128 base.heads=4 base.kv_heads=2 base.batch_size=16
+sft.epochs=1 reward.epochs=1
+ppo.steps=3 ppo.rollout_batch_size=16 ppo.mini_batch_size=8 ppo.max_answer_tokens=12 ppo.mixture_batch_size=4 ppo.critic_warmup_steps=1
+evaluate.prompts=20 evaluate.pairs=20 evaluate.texts=8 evaluate.bootstrap_samples=100 evaluate.shown=2
+promote.min_gold_difference=-1 promote.min_win_rate=0 promote.min_reward_accuracy=0 promote.max_kl=1000
+promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_tokens=1000
+promote.min_champion_win_rate=0 promote.min_kind_win_rate=0 serving.max_tokens=16 launch.accelerator=cpu
+""")
+RATED, COMPARED = 100_001, 100_002  # seeds of prompts
+SECONDS = 7200  # they only bound a failure
+Gold = dict[str, Any]
+
+
+def main(
+    values: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values of params.yaml.")] = None,
+    ratings: Annotated[int, typer.Option(help="Ratings of complete pairs that set off the retraining.")] = 300,
+    noise: Annotated[float, typer.Option(help="How often a rater errs.")] = 0.1,
+    prompts: Annotated[int, typer.Option(help="New prompts that the versions are compared on.")] = 400,
+    tiny: Annotated[bool, typer.Option(help="A model that takes seconds, and gates that let it through.")] = False,
+) -> None:
+    """Run the loop once."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        clone = Clone(Path(folder))
+        own = [f"feedback.ingest_ratings={ratings}", "serving.refresh_seconds=1.0"]
+        clone.run("rlhf", "use", "sandbox", *(TINY if tiny else WEAK), *own, *(values or []))
+        with timed("the first champion is trained"):
+            clone.run("rlhf", "run")
+        with serving(clone) as client:
+            assert until(lambda: champion(client)) == "assistant/1"
+            with timed("the champion answers prompts"):
+                golds = sample(clone, ratings)
+            with timed(f"{ratings} ratings"):
+                rate(client, golds, ratings, noise)
+            with timed("ratings become data"):
+                until(lambda: (clone.root / "data/raw/ratings").exists() and waiting(client) == 0)
+            with timed("the flow trains, registers and decides"):
+                found = until(lambda: decided(clone.root))
+            print(f"version {found.number}: gates {found.tags['gates']}; {found.tags.get('gates.failed', '')}")
+            if "champion" in found.aliases:
+                with timed("the server answers with it"):
+                    until(lambda: champion(client) == f"assistant/{found.number}")
+                print("the server's answer is of", ask(client))
+        print(compare(clone.root, found.number, prompts))
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    print(f"{time.monotonic() - begun:7.1f} s  {what}", flush=True)
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """Wait until something is there; what it is."""
+    deadline = time.monotonic() + SECONDS
+    while not (value := found()):
+        assert time.monotonic() < deadline, "nothing came of it"
+        time.sleep(0.5)
+    return value
+
+
+@contextmanager
+def serving(clone: Clone) -> Iterator[httpx.Client]:
+    """`rlhf serve`, all of it; a client of the assistant's server."""
+    log = clone.root.parent / "serve.txt"
+    with timed("`rlhf serve` starts"):
+        process = subprocess.Popen(
+            ["rlhf", "serve", "--port", "0"], cwd=clone.root, env=clone.environment, stdout=log.open("w"), stderr=subprocess.STDOUT
+        )
+        said = until(lambda: re.search(r"assistant (http://\S+)/v1", log.read_text()) or process.poll())
+        assert isinstance(said, re.Match), log.read_text()
+    try:
+        with httpx.Client(base_url=said[1], timeout=120) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def champion(client: httpx.Client) -> str | None:
+    """The version that the server answers with; None while there is none."""
+    try:
+        return client.get("/health").json().get("versions", {}).get("champion")
+    except (httpx.TransportError, ValueError):
+        return None
+
+
+def ask(client: httpx.Client) -> str:
+    body = {"model": "assistant", "messages": [{"role": "user", "content": "What is the opposite of hot?"}]}
+    return client.post("/v1/chat/completions", json=body).headers["x-model-version"]
+
+
+def waiting(client: httpx.Client) -> int:
+    return client.post("/figures/numbers").json()["waiting"]
+
+
+def new_prompts(count: int, seed: int) -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"], "gold": row["gold"]} for row in make_rows("prompts", count, seed, 0.0)]
+
+
+def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
+    """Have the champion answer prompts twice each; what the gold score needs, by prompt."""
+    rows = new_prompts(ratings, RATED)  # twice as many as are needed: answers may be alike
+    file = clone.root.parent / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
+    clone.run("rlhf", "feedback", "sample", str(file))
+    return {json.dumps(row["prompt"]): row["gold"] for row in rows}
+
+
+def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float) -> None:
+    """Have two raters rate in turn, as the page's script does, until so many ratings of complete pairs are there."""
+    draw = random.Random(1)
+    shown = {rater: client.post("/rate/next", json={"rater": rater}).json()["pair"] for rater in ("Ada", "Bob")}
+    given = 0
+    while any(shown.values()):
+        for rater in shown:
+            if pair := shown[rater]:
+                gold = golds[json.dumps(pair["prompt"])]
+                scores = [gold_score(gold, pair["a"]), gold_score(gold, pair["b"])]
+                choice = "tie" if scores[0] == scores[1] else "ab"[(scores[1] > scores[0]) != (draw.random() < noise)]
+                body = {"rater": rater, "token": pair["token"], "pair": pair["id"], "choice": choice, "seconds": 1.0}
+                reply = client.post("/rate/vote", json=body)
+                reply.raise_for_status()
+                shown[rater] = reply.json()["pair"]
+                given += 1
+        if given >= count and not 0 < waiting(client) < count:
+            return
+    raise AssertionError("there are too few pairs: most answers are alike")
+
+
+def decided(root: Path) -> registry.Version | None:
+    """The second version, once its gates were looked at and its alias stands."""
+    found = [one for one in registry.versions(root, config.load(root / "params.yaml")) if one.number > 1 and "gates" in one.tags]
+    return found[0] if found and found[0].aliases else None
+
+
+def compare(root: Path, number: int, count: int) -> str:
+    """How often the new version's answer to a new prompt has the higher gold score; a tie is half a win."""
+    params = config.load(root / "params.yaml")
+    rows = new_prompts(count, COMPARED)
+    scores = []
+    for version in (number, 1):
+        folder = registry.model_folder(registry.find(root, params, version).uri, root, params)
+        written = answers(folder, f"assistant/{version}", [row["prompt"] for row in rows], params, 1.0, 1)
+        scores.append([gold_score(row["gold"], said[0].text) for row, said in zip(rows, written, strict=True)])
+    new, old = map(np.array, scores)
+    wins = (new > old) + 0.5 * (new == old)
+    drawn = np.random.default_rng(1).choice(wins, (2000, len(wins))).mean(axis=1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"of {count} new prompts version {number} wins {wins.mean():.3f} ({low:.3f} to {high:.3f}) against 1; gold {new.mean():.3f}, before {old.mean():.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
