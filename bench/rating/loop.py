@@ -1,4 +1,4 @@
-"""The whole loop with no hand on it: a champion is served, raters rate, their ratings become data, the flow runs, the better version is served.
+"""The whole loop with no hand on it: a champion is served and rated, ratings become data, the flow runs, the better version is served.
 
 python -m bench.rating.loop                           300 ratings, a champion that learnt from few and noisy preferences: about ten minutes
 python -m bench.rating.loop --tiny                    two minutes, and a model that has learnt nothing: whether the loop closes
@@ -73,7 +73,7 @@ def main(
                 until(lambda: (clone.root / "data/raw/ratings").exists() and waiting(client) == 0)
             with timed("the flow trains, registers and decides"):
                 found = until(lambda: decided(clone.root))
-            print(f"version {found.number}: gates {found.tags['gates']}; {found.tags.get('gates.failed', '')}")
+            print(f"version {found.number}: gates {found.tags['gates']}")
             if "champion" in found.aliases:
                 with timed("the server answers with it"):
                     until(lambda: champion(client) == f"assistant/{found.number}")
@@ -151,8 +151,8 @@ def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float)
     shown = {rater: client.post("/rate/next", json={"rater": rater}).json()["pair"] for rater in ("Ada", "Bob")}
     given = 0
     while any(shown.values()):
-        for rater in shown:
-            if pair := shown[rater]:
+        for rater, pair in shown.items():
+            if pair:
                 gold = golds[json.dumps(pair["prompt"])]
                 scores = [gold_score(gold, pair["a"]), gold_score(gold, pair["b"])]
                 choice = "tie" if scores[0] == scores[1] else "ab"[(scores[1] > scores[0]) != (draw.random() < noise)]
@@ -185,7 +185,8 @@ def compare(root: Path, number: int, count: int) -> str:
     wins = (new > old) + 0.5 * (new == old)
     drawn = np.random.default_rng(1).choice(wins, (2000, len(wins))).mean(axis=1)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"of {count} new prompts version {number} wins {wins.mean():.3f} ({low:.3f} to {high:.3f}) against 1; gold {new.mean():.3f}, before {old.mean():.3f}"
+    said = f"of {count} new prompts version {number} wins {wins.mean():.3f} ({low:.3f} to {high:.3f}) against version 1"
+    return f"{said}; mean gold score {new.mean():.3f}, before {old.mean():.3f}"
 
 
 if __name__ == "__main__":
