@@ -24,4 +24,4 @@ PathText = Annotated[str, AfterValidator(_can_be_a_path)]
 
 class Section(BaseModel):
     # strict: a word for a number, or a number for yes, is a slip, and no value is changed in silence
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)

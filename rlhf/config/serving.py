@@ -61,7 +61,8 @@ class Serving(Section):
     max_tokens: PositiveInt = Field(description="tokens of the longest answer, and of one for which no limit is asked")
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
     threads: PositiveInt = Field(description="CPU threads that each version computes on")
-    keys: list[Key] = Field(description="who may use it; empty: every program of this machine, without a key")
+    # not by its own name: what has keys is a mapping to dict(), by which Prefect looks through what a task is given
+    named_keys: list[Key] = Field(alias="keys", description="who may use it; empty: every program of this machine, without a key")
     traffic: Traffic
     keep: Literal["none", "consented", "all"] = Field(
         description="which answers are recorded, with what was asked: none; those whose request says store: true; all but those whose "
@@ -75,12 +76,12 @@ class Serving(Section):
     @property
     def asks_for(self) -> str:
         """What a client needs, in words."""
-        names = ", ".join(key.name for key in self.keys)
+        names = ", ".join(key.name for key in self.named_keys)
         return f"a key is asked for: {names}" if names else "no key is asked for: every program of this machine may use it"
 
     @model_validator(mode="after")
     def _each_key_once(self) -> Self:
-        names = [key.name for key in self.keys]
+        names = [key.name for key in self.named_keys]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"keys: {', '.join(twice)} is there twice")
         return self

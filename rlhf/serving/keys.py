@@ -77,7 +77,7 @@ class Keys:
         most = settings.max_body_kib
         self._everybody = Caller(None, ROLES, most * 1024, None)
         self._callers: dict[bytes, Caller] = {}
-        for key in settings.keys:
+        for key in settings.named_keys:
             hashed = _hashed(_read(root, key))
             if known := self._callers.get(hashed):
                 raise UserError(f"serving.keys: {known.name} and {key.name} are the same key", remedy="give each name a key of its own")

@@ -35,7 +35,7 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = params.serving
     service = Service(root, params)
-    listener = listen(settings.host, settings.port if port is None else port, bool(settings.keys))
+    listener = listen(settings.host, settings.port if port is None else port, bool(settings.named_keys))
     host, found = listener.getsockname()[:2]
     say(f"assistant http://{host}:{found}/v1 ({settings.asks_for})")
     # a stream that is under way may go on for so long; whoever waits then is told

@@ -160,14 +160,13 @@ def _set(raw: Any, key: str, value: object, origin: str) -> str:
                 )
             place: Any = int(part)
         elif isinstance(holder, CommentedMap):
-            known = {name: field for model in models for name, field in model.model_fields.items()}
-            if part not in known and not is_open:
-                raise UserError(f"unknown key '{key}'{_nearest(part, list(known))}", remedy="see docs/params.md for every key")
+            known = [(field.alias or name, field) for model in models for name, field in model.model_fields.items()]
+            if part not in dict(known) and not is_open:
+                raise UserError(f"unknown key '{key}'{_nearest(part, list(dict(known)))}", remedy="see docs/params.md for every key")
             place = part
-            is_open = is_open or any(
-                get_origin(model.model_fields[part].annotation) is dict for model in models if part in model.model_fields
-            )
-            models = [inner for model in models if part in model.model_fields for inner in _models(model.model_fields[part].annotation)]
+            annotations = [field.annotation for name, field in known if name == part]
+            is_open = is_open or any(get_origin(annotation) is dict for annotation in annotations)
+            models = [inner for annotation in annotations for inner in _models(annotation)]
             if part not in holder:  # not the last one, which holds the empty line or the comment after the section
                 holder.insert(max(len(holder) - 1, 0), part, None)
             if holder[part] is None and depth < len(parts) - 1:  # a section that is null, too, can be filled key by key

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.utilities.collections import visit_collection
 
 from rlhf import config
 from rlhf.cli import reference
@@ -39,6 +40,12 @@ def message(raw: object) -> str:
 @pytest.mark.parametrize("preset", ["sandbox", "opt-1.3b", "llama-3.2-1b", "qwen2.5-0.5b"])
 def test_preset_is_complete(preset: str) -> None:
     config.load(ROOT / "presets" / f"{preset}.yaml")
+
+
+def test_prefect_can_look_through_params() -> None:
+    seen: list[object] = []
+    visit_collection(config.load(ROOT / "params.yaml"), seen.append, return_data=False)
+    assert "assistant" in seen
 
 
 def test_each_preset_is_a_line_of_models_of_its_own() -> None:

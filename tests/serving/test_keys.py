@@ -20,7 +20,7 @@ GOOD = "0123456789abcdef"
 
 def settings(*keys: dict[str, Any]) -> Serving:
     usual = {"name": "app", "roles": ["ask"], "variable": None, "file": None, "requests_per_minute": None, "max_body_kib": None}
-    return config.load(PROJECT / "params.yaml").serving.model_copy(update={"keys": [Key(**usual | key) for key in keys]})
+    return config.load(PROJECT / "params.yaml").serving.model_copy(update={"named_keys": [Key(**usual | key) for key in keys]})
 
 
 def test_a_key_that_cannot_be_had_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,5 +57,5 @@ def test_the_first_piece_and_the_end_wait_for_nothing() -> None:
 
 
 def test_what_is_sent_goes_out_at_once() -> None:
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0, asks=False) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # by which asyncio decides that TCP_NODELAY is to be set

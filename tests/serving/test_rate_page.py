@@ -128,7 +128,7 @@ def test_with_keys_a_page_is_for_all_and_what_it_shows_for_those_with_the_role(t
     keys = [Key(name=name, roles=[role], variable=f"KEY_{name}", **given) for name, role in roles.items()]
     for key in keys:
         monkeypatch.setenv(f"KEY_{key.name}", f"{key.name}-0123456789abcdef")
-    site = Site(tmp_path, params.model_copy(update={"serving": params.serving.model_copy(update={"keys": keys})}))
+    site = Site(tmp_path, params.model_copy(update={"serving": params.serving.model_copy(update={"named_keys": keys})}))
     site.fill(["one"], "x", "y")
     rater = {"authorization": "Bearer ada-0123456789abcdef"}
     assert [site.client.get(path).status_code for path in ("/rate", "/figures", "/page/rate.js", "/page/other.js")] == [200, 200, 200, 401]
