@@ -53,6 +53,9 @@ class Serving(Section):
     aliases: Annotated[list[Slug], Field(min_length=1)] = Field(
         description="versions with these aliases are held ready; who names none gets the first one of them that there is"
     )
+    more_versions: Annotated[int, Field(ge=0)] = Field(
+        description="versions without such an alias, asked for by their numbers, that are held ready besides at most; 0: none is served"
+    )
     refresh_seconds: Positive = Field(description="how often the registry is asked where the aliases point")
     slots: PositiveInt = Field(description="answers that each version writes at a time")
     queue: PositiveInt = Field(description="requests that wait for a slot at most; further ones are refused (429)")

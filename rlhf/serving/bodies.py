@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_CHOICES = 16
+MOST_PROMPTS = 64
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 
 
@@ -116,11 +117,22 @@ class ChatBody(Asked):
         return self.top_logprobs or 0 if self.logprobs else None
 
 
+Passage = Annotated[Words, Field(min_length=1)]
+Number = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[Number], Field(min_length=1)]
+
+
 class CompletionBody(Asked):
-    prompt: Annotated[Words, Field(min_length=1)]
+    prompt: Passage | Tokens | Annotated[list[Passage] | list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or more, each a text or token ids."""
+        first = self.prompt[0] if isinstance(self.prompt, list) else None
+        return cast(Any, self.prompt if isinstance(first, str | list) else [self.prompt])
 
     @property
     def top(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from rlhf.errors import UserError
@@ -14,8 +15,8 @@ from rlhf.serving.requests import Request
 from rlhf.serving.versions import Version, Versions
 
 
-def encoded(versions: Versions, version: Version, body: Asked) -> Request:
-    """The request, with a seed where it has none.
+def encoded(versions: Versions, version: Version, body: Asked) -> list[Request]:
+    """What is asked of the engine, one request for each prompt, with a seed where there is none.
 
     Args:
         versions: of the server.
@@ -27,20 +28,24 @@ def encoded(versions: Versions, version: Version, body: Asked) -> Request:
     """
     settings, writer = versions.settings, version.engine.writer
     room = min(settings.max_prompt_tokens, writer.capacity - 1)
+    param = "messages" if isinstance(body, ChatBody) else "prompt"
     if isinstance(body, ChatBody) and len(body.messages) > room:
-        raise _too_long(len(body.messages), room, "messages")  # each takes a token at least
+        raise _too_long(len(body.messages), room, param)  # each takes a token at least
     try:
-        prompt = _tokens(writer.tokenizer, body)
+        prompts = _tokens(writer.tokenizer, body)
     except UserError as error:
-        raise RefusedError(400, error.what, "invalid_messages", "messages") from None
-    if not 0 < len(prompt) <= room:
-        raise _too_long(len(prompt), room, "messages" if isinstance(body, ChatBody) else "prompt")
+        raise RefusedError(400, error.what, "invalid_messages", param) from None
+    for prompt in prompts:
+        if not 0 < len(prompt) <= room:
+            raise _too_long(len(prompt), room, param)
+        if max(prompt) >= len(writer.tokenizer):
+            raise RefusedError(400, f"prompt: {max(prompt)} is no token of the model", "invalid_value", param)
     if body.limit and body.limit > settings.max_tokens:
         raise RefusedError(
             400, f"max_tokens: {body.limit} is more than {settings.max_tokens}, which serving.max_tokens allows", None, "max_tokens"
         )
-    return Request(
-        prompt=tuple(prompt),
+    first = Request(
+        prompt=(),
         max_tokens=body.limit or settings.max_tokens,
         seed=random.getrandbits(62) if body.seed is None else body.seed % 2**63,
         seconds=settings.seconds,
@@ -50,13 +55,14 @@ def encoded(versions: Versions, version: Version, body: Asked) -> Request:
         choices=body.n or 1,
         top=body.top,
     )
+    return [replace(first, prompt=tuple(prompt)) for prompt in prompts]
 
 
-def _tokens(tokenizer: Any, body: Asked) -> list[int]:
+def _tokens(tokenizer: Any, body: Asked) -> list[list[int]]:
     if isinstance(body, ChatBody):
-        return encode_prompt(tokenizer, [message.plain for message in body.messages])
+        return [encode_prompt(tokenizer, [message.plain for message in body.messages])]
     assert isinstance(body, CompletionBody)
-    return encode_passages(tokenizer, [body.prompt])[0]
+    return [encode_passages(tokenizer, [prompt])[0] if isinstance(prompt, str) else prompt for prompt in body.prompts]
 
 
 def _too_long(tokens: int, room: int, param: str) -> RefusedError:

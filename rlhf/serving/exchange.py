@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 
+from rlhf.errors import UserError
 from rlhf.serving.bodies import Asked, ChatBody
 from rlhf.serving.encoding import encoded
 from rlhf.serving.engine import Asked as Taken
@@ -17,6 +21,8 @@ from rlhf.serving.replies import Form, Json, RefusedError, line, usage
 from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
 from rlhf.serving.service import Service
 from rlhf.serving.traffic import Arm
+
+logger = logging.getLogger(__name__)
 
 Left = Callable[[], Awaitable[bool]]
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
@@ -35,22 +41,40 @@ class Exchange:
         arm: that answers.
         body: what the client sent.
         caller: who sent it.
-        request: what the engine is asked.
+        requests: what the engine is asked, one for each prompt; their answers are numbered through.
 
     Raises:
         BusyError: too many wait.
         ClosedError: the version has gone.
     """
 
-    def __init__(self, service: Service, arm: Arm, body: Asked, caller: Caller, request: Request) -> None:
-        self.version, self._arm, self._service, self._body, self._request = arm.version, arm, service, body, request
+    def __init__(self, service: Service, arm: Arm, body: Asked, caller: Caller, requests: Sequence[Request]) -> None:
+        self.version, self._arm, self._service, self._body, self._requests = arm.version, arm, service, body, requests
         self._caller = caller
         self._begun, self._told = time.monotonic(), False
         self._events = Mailbox()
-        self._written = [Written() for _ in range(request.choices)]
+        self._written = [Written() for request in requests for _ in range(request.choices)]
         self._ends, self._finish = 0, "cancelled"
         self.form = Form(isinstance(body, ChatBody), self.version, uuid.uuid4().hex, int(time.time()))
-        self._taken: Taken = self.version.engine.submit(request, self._events.put)
+        self._taken: list[Taken] = []
+        try:
+            for number, request in enumerate(requests):
+                self._taken.append(self.version.engine.submit(request, self._deliver(number * request.choices)))
+        except (BusyError, ClosedError):
+            self._cancel()
+            raise
+
+    def _deliver(self, first: int) -> Callable[[Event], None]:
+        """What takes the events of a request, the first of whose answers has this number."""
+
+        def deliver(event: Event) -> None:
+            self._events.put(replace(event, choice=first + event.choice) if first else event)
+
+        return deliver
+
+    def _cancel(self) -> None:
+        for taken in self._taken:
+            taken.cancel()
 
     async def whole(self, left: Left) -> Json:
         """The reply, once all its answers are written.
@@ -69,7 +93,7 @@ class Exchange:
     async def stream(self) -> AsyncIterator[str]:
         """The events of a stream, the last one included. Where the client leaves, this is closed, and the answers end."""
         asks = self._body.stream_options
-        choices = range(self._request.choices) if self.form.chat else ()
+        choices = range(len(self._written)) if self.form.chat else ()
         # what tells no text goes out with what does: each line by itself would cost as much as several tokens
         held = "".join(line(self.form.chunk(choice, {"role": "assistant", "content": ""})) for choice in choices)
         try:
@@ -88,7 +112,7 @@ class Exchange:
 
     @property
     def _usage(self) -> Json:
-        return usage(len(self._request.prompt), sum(written.tokens for written in self._written))
+        return usage(sum(len(request.prompt) for request in self._requests), sum(written.tokens for written in self._written))
 
     async def _all(self, left: Left | None) -> AsyncIterator[Event]:
         """The events until all answers are over.
@@ -97,7 +121,7 @@ class Exchange:
             RefusedError: one ended as none should.
         """
         try:
-            while self._ends < self._request.choices:
+            while self._ends < len(self._written):
                 try:
                     event = await asyncio.wait_for(self._events.get(), SECONDS_BETWEEN_LOOKS if left else None)
                 except TimeoutError:
@@ -107,12 +131,12 @@ class Exchange:
                 self._note(event)
                 yield event
         finally:
-            self._taken.cancel()
+            self._cancel()
             counts = self._service.counts
             if self._arm.alias:
                 counts.arms.labels(self._arm.alias).inc()
             counts.requests.labels(self.version.name, self._finish).inc()
-            counts.prompts.labels(self.version.name).inc(len(self._request.prompt))
+            counts.prompts.labels(self.version.name).inc(self._usage["prompt_tokens"])
             counts.answers.labels(self.version.name).inc(self._usage["completion_tokens"])
             self._record()
 
@@ -132,18 +156,20 @@ class Exchange:
 
     def _record(self) -> None:
         """Have the answers recorded, those as well that were broken off, and the first one shadowed; where the record takes them."""
-        service, body, seed = self._service, self._body, self._request.seed
+        service, body = self._service, self._body
         kept = service.record.takes(body)
         whole = self._written[0].finish in ("stop", "length")
         drawn = self.form.chat and whole and service.traffic.beside(self._arm) is not None and service.shadows.drawn()
         if not kept:
             return
-        common = service.record.of_request(body, self._request) | {"key": self._caller.name}
-        for choice, written in enumerate(self._written):
-            correlation = self.form.id if drawn and choice == 0 else None
-            service.record.put(common, self.form.id, choice, self.version, seed, written, arm=self._arm.alias, correlation=correlation)
-        if drawn:
-            service.shadows.ask(body, seed, common, self.form.id)
+        written = iter(enumerate(self._written))
+        for number, request in enumerate(self._requests):
+            common = service.record.of_request(body, request, number, self.version) | {"key": self._caller.name, "arm": self._arm.alias}
+            for seed, (choice, answer) in enumerate(islice(written, request.choices), request.seed):
+                correlation = self.form.id if drawn and choice == 0 else None
+                service.record.put(common, self.form.id, choice, self.version, seed, answer, correlation=correlation)
+            if drawn:
+                service.shadows.ask(body, request.seed, common, self.form.id)
 
 
 async def begin(service: Service, body: Asked, caller: Caller, wanted: str | None) -> Exchange:
@@ -163,15 +189,26 @@ async def begin(service: Service, body: Asked, caller: Caller, wanted: str | Non
     versions = service.versions
     service.record.takes(body)
     for _ in range(3):  # a version that was found may have gone a moment later
-        arm = service.traffic.arm(body, wanted)
+        arm = service.traffic.arm(body, wanted) or await _opened(service, body.model)
         if arm is None:
             ready = ", ".join(versions.names) or "none yet"
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
-        request = await asyncio.to_thread(encoded, versions, arm.version, body)
+        requests = await asyncio.to_thread(encoded, versions, arm.version, body)
         try:
-            return Exchange(service, arm, body, caller, request)
+            return Exchange(service, arm, body, caller, requests)
         except BusyError:
             raise RefusedError(429, "too many requests are waiting; try again later", "queue_full", headers={"retry-after": "1"}) from None
         except ClosedError:
             continue
     raise RefusedError(503, "the model is being exchanged; try again", "busy")
+
+
+async def _opened(service: Service, name: str) -> Arm | None:
+    """A version that was asked for by its number, and is not held ready."""
+    async with service.opening:  # one at a time: others must not wait for the threads that it takes
+        try:
+            version = await asyncio.to_thread(service.versions.open, name)
+        except UserError as error:
+            logger.error("%s: %s", name, error.what)
+            raise RefusedError(503, f"model {name!r} cannot be served; the server's log says why", "model_not_served", "model") from None
+    return Arm(version, None) if version else None

@@ -50,13 +50,21 @@ class Record:
             raise RefusedError(400, "store: nothing is recorded here (serving.keep is none)", "invalid_value", "store")
         return body.store is True or (self._keep == "all" and body.store is None)
 
-    def of_request(self, body: Asked, request: Request) -> dict[str, Any]:
-        """What all answers to a request have in common."""
+    def of_request(self, body: Asked, request: Request, number: int, version: Version) -> dict[str, Any]:
+        """What all answers to a prompt have in common.
+
+        Args:
+            body: what the client sent.
+            request: what the engine was asked.
+            number: of the prompt in the body.
+            version: that answered.
+        """
+        prompt = body.prompts[number] if isinstance(body, CompletionBody) else None
         return {
             "conversation": body.conversation and self.hashes.of("conversation", body.conversation),
             "user": body.user and self.hashes.of("user", body.user),
             "messages": [message.plain for message in body.messages] if isinstance(body, ChatBody) else None,
-            "prompt": body.prompt if isinstance(body, CompletionBody) else None,
+            "prompt": version.engine.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt,
             "asked": body.model,
             "sampling": {
                 "temperature": request.temperature,
@@ -76,7 +84,7 @@ class Record:
             reply: its id.
             choice: number of the answer in the reply.
             version: that wrote it.
-            seed: of the request's first answer.
+            seed: of the answer.
             written: the answer.
             more: columns besides.
         """
@@ -87,7 +95,7 @@ class Record:
             "text": written.text,
             "version": version.name,
             "digest": version.digest,
-            "seed": (seed + choice) % 2**63,
+            "seed": seed % 2**63,
             "finish": written.finish,
             "answer_tokens": written.tokens,
             "seconds": written.seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from rlhf.config import Params
@@ -30,6 +31,7 @@ class Service:
         self.settings = params.serving
         self.keys = Keys(root, params.serving)
         self.versions = Versions(root, params)
+        self.opening = asyncio.Lock()
         self.record = Record(root, params)
         self.ratings = Ratings(root, params)
         self.counts = Counts(self.versions, self.record.recorder, lambda: self.problems | self.warnings)

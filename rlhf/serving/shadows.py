@@ -29,7 +29,7 @@ MOST = 100  # that wait to be written; further ones are dropped
 MISSED = 5.0  # shadows that should have been written since the last one was: by chance that happens once in 150 times
 SECONDS_TO_LOOK = 0.2
 
-Encode = Callable[[Versions, Version, Asked], Request]
+Encode = Callable[[Versions, Version, Asked], list[Request]]
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ class Shadows:
             version = self._versions.by_alias.get(CANDIDATE)
             if version is None:
                 return False
-            request = replace(
-                self._encode(self._versions, version, job.body), seed=job.seed, choices=1, top=None, seconds=math.inf, background=True
-            )
+            (asked,) = self._encode(self._versions, version, job.body)
+            request = replace(asked, seed=job.seed, choices=1, top=None, seconds=math.inf, background=True)
             try:
                 written = self._answer(version, request)
             except ClosedError:

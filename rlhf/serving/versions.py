@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,9 @@ class Versions:
         self.problems: dict[str, str] = {}  # what is wrong, by alias or place
         self.swaps = 0
         self._users = Users()
+        self._by_number: Mapping[int, Version] = {}  # asked for by their numbers
+        self._asked: dict[int, float] = {}  # when last
+        self._changing = threading.Lock()
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, name="versions", daemon=True)
 
@@ -72,10 +76,43 @@ class Versions:
         if match is None or match["model"] != self.model:
             return None, None
         if match["number"]:
-            return next((version for version in self._all() if version.number == int(match["number"])), None), None
+            return self._numbered(int(match["number"])), None
         by_alias = self.by_alias  # which may be another one in a moment
         alias = match["alias"] or next((alias for alias in self.settings.aliases if alias in by_alias), None)
         return by_alias.get(alias or ""), alias
+
+    def open(self, name: str) -> Version | None:
+        """The version that a number means, opened where it is not held ready; the one asked longest ago goes for it. It takes seconds.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        match = NAME.fullmatch(name)
+        if match is None or match["model"] != self.model or not match["number"] or not self.settings.more_versions:
+            return None
+        number = int(match["number"])
+        if not self._is_registered(number):
+            return None
+        with self._changing:
+            if known := self._numbered(number):
+                return known
+            version, before = self._opened(number), self._by_number
+            newest_first = sorted(before, key=lambda each: self._asked.get(each, 0.0), reverse=True)
+            self._by_number = {number: version} | {each: before[each] for each in newest_first[: self.settings.more_versions - 1]}
+            self._close(before.values())
+        return version
+
+    def _is_registered(self, number: int) -> bool:
+        try:
+            return number in {entry.number for entry in registry.versions(self._root, self._params)}
+        except Exception as error:  # of whatever kind MLflow has
+            raise UserError(f"the registry does not answer: {first_line(error)}", remedy="try again later") from None
+
+    def _numbered(self, number: int) -> Version | None:
+        found = next((version for version in self._all() if version.number == number), None)
+        if found:
+            self._asked[number] = time.monotonic()
+        return found
 
     @property
     def names(self) -> dict[str, Version]:
@@ -86,7 +123,7 @@ class Versions:
         return found | {version.name: version for version in self._all()}
 
     def _all(self) -> list[Version]:
-        return list({version.number: version for version in self.by_alias.values()}.values())
+        return list({version.number: version for version in (*self.by_alias.values(), *self._by_number.values())}.values())
 
     def _follow(self) -> None:
         while not self._stopping.wait(self.settings.refresh_seconds):
@@ -100,6 +137,10 @@ class Versions:
             self._problem("registry", first_line(error))
             return
         self._problem("registry", None)
+        with self._changing:
+            self._point(pointed)
+
+    def _point(self, pointed: Mapping[str, int]) -> None:
         before = {version.number: version for version in self._all()}
         found: dict[str, Version] = {}
         for alias in self.settings.aliases:
@@ -108,34 +149,48 @@ class Versions:
                 continue
             number = pointed[alias]
             known = before | {version.number: version for version in found.values()}
-            if version := known.get(number) or self._opened(alias, number):
-                found[alias] = version
+            try:
+                found[alias] = known.get(number) or self._opened(number)
+            except UserError as error:
+                self._problem(alias, error.what)
+                if alias in self.by_alias:
+                    found[alias] = self.by_alias[alias]
+            else:
                 self._problem(alias, None)
-            elif alias in self.by_alias:
-                found[alias] = self.by_alias[alias]
         self._swap(found)
 
-    def _opened(self, alias: str, number: int) -> Version | None:
+    def _opened(self, number: int) -> Version:
+        """A version, ready to answer.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        settings = self.settings
         try:
             entry = registry.find(self._root, self._params, number)
             folder = registry.model_folder(entry.uri, self._root, self._params)
-            settings = self.settings
             writer = Writer(folder, settings.slots, settings.max_prompt_tokens + settings.max_tokens)
             engine = Engine(writer, settings.slots, settings.queue, settings.threads, self._users)
-        except Exception as error:  # a version that cannot be opened must not end what is served
-            self._problem(alias, error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}")
-            return None
+        except UserError:
+            raise
+        except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
+            raise UserError(f"version {number}: {first_line(error)}", remedy="give another version") from None
         digest = entry.tags.get("sha256.files", "")
         return Version(f"{self.model}/{number}", number, digest, int(entry.created.timestamp()), engine)
 
     def _swap(self, found: Mapping[str, Version]) -> None:
-        gone = [version for version in self._all() if version not in found.values()]
+        gone = self.by_alias.values()
         for alias, version in found.items():
             if self.by_alias.get(alias) is not version:
                 logger.warning("%s@%s is %s", self.model, alias, version.name)
                 self.swaps += 1
         self.by_alias = found
-        for version in gone:
+        self._close(gone)
+
+    def _close(self, versions: Iterable[Version]) -> None:
+        """Let go those that nothing points at any more, once they have answered what they took."""
+        held = self._all()
+        for version in {version.number: version for version in versions if version not in held}.values():
             _behind(version.engine.close)
 
     def _problem(self, place: str, what: str | None) -> None:

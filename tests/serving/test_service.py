@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import func, select
 from transformers import PreTrainedTokenizerFast
 
+from bench.faults.answers import Told, asking, kill, texts
 from rlhf import config, registry, tracking
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
@@ -42,11 +43,12 @@ def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
         (root / "app.key").chmod(0o600)
         small(root, ("  keys: []\n", ASKS), ("{candidate: 0.0, shadow: 0.0}", "{candidate: 0.5, shadow: 1.0}"))
         model = tiny_llama(tokenizer)
-        change(model)
-        model.save_pretrained(root / "models/ppo")
-        train(root, 2)
-        number = registry.register(root, load(root)).number
-        tracking.client(root, load(root)).set_registered_model_alias("assistant", "candidate", str(number))
+        for number in (2, 3, 4):
+            change(model)
+            model.save_pretrained(root / "models/ppo")
+            train(root, number)
+            assert registry.register(root, load(root)).number == number
+        tracking.client(root, load(root)).set_registered_model_alias("assistant", "candidate", "2")
         found = Server(root, KEYS["team"], TEAM=KEYS["team"], LIMITED=KEYS["limited"])
         yield found
         found.end()
@@ -204,3 +206,59 @@ def test_a_shadow_is_written_beside_what_is_recorded_of_the_champion(server: Ser
     for _ in range(6):
         server.ask(model="assistant@champion", max_tokens=1)
     assert "no shadow was written beside the last answers" in server.health()["warnings"]["shadow"]
+
+
+def test_a_version_is_served_by_its_number_and_few_are_held_ready(server: Server) -> None:
+    said: dict[int, Any] = {}
+    for number in (3, 4, 3):
+        reply = server.ask(model=f"assistant/{number}")
+        assert reply.model == f"assistant/{number}"
+        assert said.setdefault(number, reply.choices[0].message.content) == reply.choices[0].message.content
+        listed = {model.id for model in server.client.models.list()}
+        assert listed == {"assistant", "assistant@champion", "assistant@candidate", "assistant/1", "assistant/2", f"assistant/{number}"}
+    with pytest.raises(openai.NotFoundError, match="is not served"):
+        server.ask(model="assistant/99")
+    damaged = registry.model_folder(registry.find(server.root, load(server.root), 4).uri, server.root, load(server.root)) / "config.json"
+    damaged.chmod(0o644)
+    damaged.write_text(damaged.read_text() + " ")
+    with pytest.raises(openai.APIStatusError, match="the server's log says why") as refused:
+        server.ask(model="assistant/4")
+    assert refused.value.status_code == 503
+    assert "was changed after it was registered" in server.said()
+    assert server.ask(model="assistant/3").model == "assistant/3"
+
+
+def test_several_prompts_are_completed_in_one_request(server: Server, record: Database, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = ["The capital of", "Once upon"]
+    asked: dict[str, Any] = {"model": "assistant/1", "max_tokens": 4, "seed": 3, "temperature": 1.0}
+    create = server.client.completions.create
+    alone = [create(prompt=prompt, n=2, **asked) for prompt in prompts]
+    texts = [choice.text for reply in alone for choice in reply.choices]
+    numbers = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    for given in (prompts, numbers):
+        together = create(prompt=given, n=2, extra_body={"store": True}, **asked)
+        assert [choice.text for choice in together.choices] == texts
+        assert [choice.index for choice in together.choices] == [0, 1, 2, 3]
+        assert together.usage.total_tokens == sum(reply.usage.total_tokens for reply in alone)
+        kept = answers(record, together.id, 4)
+        assert [answer.text for answer in kept] == texts
+        assert [(answer.prompt, answer.seed) for answer in kept] == [(prompt, seed) for prompt in prompts for seed in (3, 4)]
+    assert [choice.text for choice in create(prompt=numbers[0], n=2, **asked).choices] == texts[:2]
+    streamed = ["", ""]
+    for chunk in create(prompt=prompts, stream=True, **asked):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts[::2]
+    bad: tuple[Any, ...] = ([], [[]], [""], ["a", 1], [10**9], [-1], [True], ["a"] * 65)
+    for wrong in bad:
+        status, message = server.refused({"model": "assistant/1", "prompt": wrong}, "/v1/completions")
+        assert (status, message.startswith("prompt")) == (400, True)
+
+
+def test_a_kill_loses_no_answer_that_is_recorded_and_doubles_none(server: Server, record: Database) -> None:
+    told = Told()
+    with asking(server.address, 4, told, authorization=f"Bearer {KEYS['team']}"):
+        until(lambda: len(texts(record).keys() & told.replies.keys()) > 4, "nothing is recorded")
+        assert kill(record, server.process, told, 5) == []
+    again = Server(server.root, KEYS["team"], TEAM=KEYS["team"], LIMITED=KEYS["limited"])
+    answers(record, again.ask(store=True).id, 1)
+    again.end()
