@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,7 +20,10 @@ from rlhf.serving.counts import Counts
 from rlhf.serving.door import Door, caller_of, needs
 from rlhf.serving.exchange import begin
 from rlhf.serving.replies import Json, RefusedError
+from rlhf.serving.schema import ERRORS, HEALTH, ChatReply, ModelsReply, TextReply, answered
 from rlhf.serving.service import Service
+
+JSON = re.compile(r"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
 def create(service: Service) -> FastAPI:
@@ -32,8 +36,8 @@ def create(service: Service) -> FastAPI:
         yield
         service.stop()
 
-    # the pages of documentation would load their scripts from elsewhere
-    app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # the pages of documentation would load their scripts from elsewhere, and a redirect would repeat what the client calls this host
+    app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)
     app.add_middleware(Door, keys=service.keys, most=service.settings.max_body_kib * 1024, counts=counts)
     _answer_errors(app, counts)
 
@@ -47,15 +51,15 @@ def create(service: Service) -> FastAPI:
 
     app.include_router(pages.routes(service.ratings))
 
-    @app.post("/v1/chat/completions", dependencies=[needs("ask")])
+    @app.post("/v1/chat/completions", dependencies=[needs("ask")], responses=answered(ChatReply))
     async def chat(call: Call, body: ChatBody) -> Response:
         return await reply(call, body)
 
-    @app.post("/v1/completions", dependencies=[needs("ask")])
+    @app.post("/v1/completions", dependencies=[needs("ask")], responses=answered(TextReply))
     async def complete(call: Call, body: CompletionBody) -> Response:
         return await reply(call, body)
 
-    @app.get("/v1/models", dependencies=[needs("ask")])
+    @app.get("/v1/models", dependencies=[needs("ask")], responses={200: {"model": ModelsReply}})
     async def models() -> Json:
         listed = [
             {"id": name, "object": "model", "created": version.created, "owned_by": "rlhf", "version": version.name}
@@ -63,7 +67,7 @@ def create(service: Service) -> FastAPI:
         ]
         return {"object": "list", "data": listed}
 
-    @app.get("/health")
+    @app.get("/health", responses=HEALTH)
     async def health(call: Call) -> JSONResponse:
         ready = {alias: version.name for alias, version in versions.by_alias.items()}
         content: Json = {"status": "ok" if ready else "no version is served"}
@@ -71,7 +75,7 @@ def create(service: Service) -> FastAPI:
             content |= {"versions": ready, "problems": service.problems, "warnings": service.warnings}
         return JSONResponse(content, 200 if ready else 503)
 
-    @app.get("/metrics", dependencies=[needs("administer")])
+    @app.get("/metrics", dependencies=[needs("administer")], response_class=PlainTextResponse)
     async def metrics() -> Response:
         return PlainTextResponse(generate_latest(counts.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -81,17 +85,19 @@ def create(service: Service) -> FastAPI:
 def _answer_errors(app: FastAPI, counts: Counts) -> None:
     """Have every error told in OpenAI's form."""
 
-    def told(error: RefusedError) -> JSONResponse:
+    def told(error: RefusedError, head: Mapping[str, str] | None = None) -> JSONResponse:
         counts.refused.labels(error.status).inc()
-        return JSONResponse(error.content, error.status, error.headers)
+        return JSONResponse(error.content, error.status, {**(head or {}), **error.headers})
 
     @app.exception_handler(RefusedError)
     async def refused(_: Call, error: RefusedError) -> JSONResponse:
         return told(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Call, error: RequestValidationError) -> JSONResponse:
+    async def invalid(call: Call, error: RequestValidationError) -> JSONResponse:
         first: dict[str, Any] = dict(error.errors()[0])
+        if call.method == "POST" and not JSON.match(call.headers.get("content-type", "")):
+            return told(RefusedError(400, "the header content-type must be application/json", "invalid_content_type"))
         place = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
             return told(RefusedError(400, "the body is no JSON", "invalid_json"))
@@ -101,7 +107,7 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Call, error: HTTPException) -> JSONResponse:
-        return told(RefusedError(error.status_code, str(error.detail)))
+        return told(RefusedError(error.status_code, str(error.detail)), error.headers)
 
     @app.exception_handler(Exception)
     async def fault(_: Call, error: Exception) -> JSONResponse:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import Depends
 from fastapi import Request as Call
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.config.serving import Role
@@ -14,6 +17,7 @@ from rlhf.serving.counts import Counts
 from rlhf.serving.keys import Caller, Keys
 from rlhf.serving.replies import RefusedError
 
+SECONDS_TO_SEND = 30  # a body
 READ_ON = 32  # times what is taken: a client that is still sending reads no answer, and would be told of a broken connection alone
 # paths that ask for no key; what the pages' scripts ask for needs one
 PUBLIC = frozenset({"/health", "/rate", "/figures", "/page/style.css", "/page/common.js", "/page/rate.js", "/page/figures.js"})
@@ -36,6 +40,12 @@ class Door:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
         error, caller = None, None
         try:
             if scope["path"] not in PUBLIC:
@@ -44,37 +54,46 @@ class Door:
         except RefusedError as found:
             error = found
         most = caller.most_bytes if caller else self._most
-        body, size, left = await _read(receive, most)
-        if left:
+        body, size = b"", 0
+        try:
+            async with asyncio.timeout(SECONDS_TO_SEND):
+                body, size = await _read(receive, most)
+        except TimeoutError:
+            error = error or RefusedError(408, f"the body did not come within {SECONDS_TO_SEND} seconds", "timeout")
+        except ClientDisconnect:
             return
         if size > most and error is None:
             error = RefusedError(413, f"the body is larger than {most} bytes (max_body_kib of serving or of the key)", "too_large")
         if error:
             self._counts.refused.labels(error.status).inc()
-            await JSONResponse(error.content, error.status, error.headers)(scope, receive, send)
+            await JSONResponse(error.content, error.status, error.headers)(scope, receive, tell)
             return
         scope.setdefault("state", {})["caller"] = caller
-        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+        given: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def again() -> Message:
             return next(given, None) or await receive()
 
-        await self._app(scope, again, send)
+        await self._app(scope, again, tell)
 
 
-async def _read(receive: Receive, most: int) -> tuple[bytes, int, bool]:
-    """A body, or how large it is where it is larger than `most`; whether the client has left."""
+async def _read(receive: Receive, most: int) -> tuple[bytes, int]:
+    """A body, as far as it may go, and its size.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
     parts: list[bytes] = []
     size, more = 0, True
     while more and size <= READ_ON * most:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return b"", 0, True
+            raise ClientDisconnect
         body = message.get("body", b"")
         more, size = message.get("more_body", False), size + len(body)
         if size <= most:
             parts.append(body)
-    return b"".join(parts), size, False
+    return b"".join(parts), size
 
 
 def caller_of(call: Call) -> Caller:

@@ -10,6 +10,7 @@ from rlhf.serving.requests import Token
 from rlhf.serving.versions import Version
 
 Json = dict[str, Any]
+MOST = 500  # characters of a message
 
 
 class RefusedError(Exception):
@@ -18,14 +19,19 @@ class RefusedError(Exception):
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(message.encode(errors="replace").decode())
-        self.status, self.code, self.param = status, code, param and param.encode(errors="replace").decode()
+        super().__init__(_short(message))
+        self.status, self.code, self.param = status, code, param and _short(param)
         self.headers = dict(headers or {})
 
     @property
     def content(self) -> Json:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def _short(text: str) -> str:
+    """What may repeat something that a client sent: not all of it, and no half of a character."""
+    return text[:MOST].encode(errors="replace").decode()
 
 
 def line(content: Mapping[str, Any]) -> str:

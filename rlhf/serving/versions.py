@@ -17,7 +17,7 @@ from rlhf.serving.engine import Engine, Users
 from rlhf.serving.writer import Writer
 
 logger = logging.getLogger(__name__)
-NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>\d{1,9}))?")
+NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d{0,8}))?", re.ASCII)
 
 CHAMPION, CANDIDATE = "champion", "candidate"
 

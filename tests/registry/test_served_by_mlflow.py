@@ -15,17 +15,16 @@ from typing import Any
 import httpx
 import mlflow
 import pytest
-import torch
 from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.types.responses import ResponsesAgentResponse
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rlhf import registry
 from rlhf.registry import card
 from rlhf.registry.registration import EXAMPLE
-from tests.registry.workspaces import load, workspace
+from tests.registry.workspaces import load, small, workspace
 
 URI = "models:/assistant@champion"
 ASKED: list[Any] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
@@ -34,17 +33,9 @@ SECONDS = 120  # they only bound a failing test
 
 @pytest.fixture(scope="module")
 def root(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rlhf.config.training import BuiltBase
-    from rlhf.models.policy import build_policy
-
-    shape = BuiltBase.model_construct(hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2, context_tokens=128)
-    model: LlamaForCausalLM = build_policy(shape, tokenizer, 1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8 if parameter.ndim == 2 else 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
-        return workspace(tmp_path_factory.mktemp("served") / "work", model, tokenizer)
+        return workspace(tmp_path_factory.mktemp("served") / "work", small(tokenizer), tokenizer)
 
 
 @pytest.fixture

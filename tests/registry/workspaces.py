@@ -7,14 +7,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf import config, registry, tracking
+from rlhf.config.training import BuiltBase
+from rlhf.models.policy import build_policy
 from rlhf.workspace.fingerprint import Node
 
 PROJECT = Path(__file__).parents[2]
 NODE = Node("ppo", (), ("models/ppo",), (), {})
+
+
+def small(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama that answers one thing and another, for modules that share one server."""
+    shape = BuiltBase.model_construct(hidden_size=32, intermediate_size=48, layers=1, heads=4, kv_heads=2, context_tokens=128)
+    model = build_policy(shape, tokenizer, 1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim == 2 else 1)
+    return model
 
 
 def load(root: Path) -> config.Params:

@@ -1,0 +1,206 @@
+"""Clients that mean no good, or do not know better: each gets an error in OpenAI's form and learns nothing, and the server goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from transformers import PreTrainedTokenizerFast
+
+from bench.faults.interface import words
+from rlhf.serving import door
+from tests.registry.workspaces import small, workspace
+from tests.serving.test_api import ASKED, Server
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+GOOD: dict[str, Any] = {"model": "assistant", "messages": ASKED, "max_tokens": 3}
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
+        root = workspace(tmp_path_factory.mktemp("bad") / "work", small(tokenizer), tokenizer)
+        params = (root / "params.yaml").read_text()
+        (root / "params.yaml").write_text(params.replace("max_prompt_tokens: 192", "max_prompt_tokens: 96"))
+        found = Server(root)
+    yield found
+    found.end()
+
+
+def answer(server: Server, content: bytes, path: str = CHAT, kind: str = "application/json") -> httpx.Response:
+    return server.raw.post(path, content=content, headers={"content-type": kind})
+
+
+def error_of(server: Server, reply: httpx.Response) -> dict[str, Any]:
+    """The error, which tells nothing of the server's inside."""
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    error = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if reply.status_code < 500 else "server_error")
+    assert len(error["message"]) <= 500
+    for inside in (str(server.root), "Traceback", "site-packages", ".py"):
+        assert inside not in reply.text
+    return error
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "invalid_value"),
+        (b"null", "invalid_value"),
+        (b"[]", "invalid_value"),
+        (b'"text"', "invalid_value"),
+        (b"{", "invalid_json"),
+        (b'{"model": "\xff\xfe"}', None),
+        (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, None),
+        (json.dumps(GOOD | {"temperature": float("nan")}).encode(), "invalid_value"),
+        (json.dumps(GOOD | {"temperature": float("inf")}).encode(), "invalid_value"),
+        (json.dumps(GOOD)[:-1].encode() + b', "top_p": 1e999}', "invalid_value"),
+        (json.dumps(GOOD)[:-1].encode() + b', "seed": 1' + b"0" * 100 + b"}", "invalid_value"),
+        (json.dumps(GOOD)[:-1].encode() + b', "seed": 1' + b"0" * 100_000 + b"}", None),
+        (json.dumps(GOOD)[:-1].encode() + b', "max_tokens": 1e30}', "invalid_value"),
+        (json.dumps(GOOD | {"max_tokens": True}).encode(), "invalid_value"),
+        (json.dumps(GOOD | {"messages": {"role": "user"}}).encode(), "invalid_value"),
+        (json.dumps(GOOD | {"messages": [{"role": SCRIPT, "content": SCRIPT}]}).encode(), "invalid_value"),
+        (json.dumps(GOOD | {SCRIPT: SCRIPT}).encode(), "invalid_value"),
+        (json.dumps(GOOD | {"x" * 100_000: 1}).encode(), "invalid_value"),
+        (
+            json.dumps(GOOD | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}).encode(),
+            "invalid_value",
+        ),
+        (json.dumps(GOOD | {"messages": ASKED[1:] * 10_000}).encode(), "context_length_exceeded"),
+        (json.dumps(GOOD | {"messages": [{"role": "user", "content": "a" * 900_000}]}).encode(), "context_length_exceeded"),
+    ],
+    ids=range(22),
+)
+def test_a_wrong_body_is_refused(server: Server, content: bytes, code: str | None) -> None:
+    reply = answer(server, content)
+    assert reply.status_code == 400
+    assert error_of(server, reply)["code"] == code
+
+
+def test_names_are_no_paths(server: Server) -> None:
+    models = ("", "../../etc/passwd", "assistant/../1", "assistant/01", "assistant/\u0661", "assistant@../champion", "models:/assistant")
+    for name in (*models, "x" * 900_000):
+        reply = answer(server, json.dumps(GOOD | {"model": name}).encode())
+        assert (reply.status_code, error_of(server, reply)["code"]) in [(404, "model_not_found")], name
+    paths = ("/..%2f..%2fetc%2fpasswd", "/v1/../../etc/passwd", "/v1/models/", "/v1/models/%00", "/docs")
+    for path in paths:
+        reply = server.raw.get(path)
+        assert reply.status_code == 404
+        error_of(server, reply)
+
+
+def test_a_wrong_method_or_kind_of_content_is_refused(server: Server) -> None:
+    reply = server.raw.get(CHAT)
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    error_of(server, reply)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json"):
+        reply = answer(server, json.dumps(GOOD).encode(), kind=kind)
+        assert (reply.status_code, error_of(server, reply)["code"]) == (400, "invalid_content_type")
+    assert answer(server, json.dumps(GOOD).encode(), kind="application/json; charset=utf-8").status_code == 200
+
+
+def test_a_body_that_is_too_large_is_refused_however_it_comes(server: Server) -> None:
+    reply = answer(server, b" " * (10 << 20))
+    assert (reply.status_code, error_of(server, reply)["code"]) == (413, "too_large")
+    reply = server.raw.post(CHAT, content=(b" " * (1 << 16) for _ in range(160)), headers={"content-type": "application/json"})
+    assert (reply.status_code, error_of(server, reply)["code"]) == (413, "too_large")
+
+
+def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "SECONDS_TO_SEND", 0.05)
+    told: list[Any] = []
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(parts, None) or await asyncio.Future()
+
+    async def send(message: Any) -> None:
+        told.append(message)
+
+    async def never(*_: Any) -> None:
+        raise AssertionError
+
+    nothing: Any = SimpleNamespace(refused=Counter("refused", "Of a test.", ["status"], registry=CollectorRegistry()))
+    place = door.Door(never, nothing, 1024, nothing)
+    asyncio.run(place({"type": "http", "path": "/health", "headers": []}, receive, send))
+    assert told[0]["status"] == 408
+    assert "within" in json.loads(told[1]["body"])["error"]["message"]
+
+
+def test_scripts_come_back_as_the_text_that_they_are(server: Server) -> None:
+    reply = answer(server, json.dumps(GOOD | {"messages": [{"role": "user", "content": SCRIPT}], "model": SCRIPT}).encode())
+    assert SCRIPT in error_of(server, reply)["message"]
+    reply = answer(server, json.dumps(GOOD | {"messages": [{"role": "user", "content": SCRIPT}]}).encode())
+    assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_who_breaks_off_leaves_nothing_behind(server: Server) -> None:
+    port = httpx.URL(server.address).port or 0
+    whole = json.dumps(GOOD | {"stream": True, "n": 16, "max_tokens": 60}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(whole)
+    for sent in (b"", b"POST /v1", head, head + whole[:20], b"\x16\x03\x01\x00\xff\x00", b"GET / HTTP/9.9\r\n\r\n", head + whole):
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(sent)
+            time.sleep(0.02)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as line:  # in the middle of a stream, with no goodbye
+        line.sendall(head + whole)
+        assert b"200 OK" in line.recv(4096)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    assert server.ask().choices
+    deadline = time.monotonic() + 60
+    while 'rlhf_writing{version="assistant/1"} 0.0' not in server.raw.get("/metrics").text:
+        assert time.monotonic() < deadline, "it writes for nobody"
+        time.sleep(0.05)
+
+
+def test_what_docs_name_is_heeded(server: Server) -> None:
+    def text(**more: Any) -> str:
+        return str(server.ask(**more).choices[0].message.content)
+
+    assert text(temperature=0.0) == text(temperature=0.0, seed=2)
+    assert text(seed=1) == text(seed=1) != text(seed=2)
+    assert len({text(seed=seed, top_p=1e-6) for seed in range(4)}) == 1
+    assert text(n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], user="me") == text()
+    parts = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": ASKED[1]["content"]}]}]
+    assert text(messages=parts) == text()
+    usual = server.ask(max_tokens=None, temperature=0.0).usage
+    assert 0 < usual.completion_tokens <= 64  # serving.max_tokens
+    told = list(server.ask(stream=True, logprobs=True, top_logprobs=1, temperature=0.0))
+    tokens = [token for chunk in told for choice in chunk.choices if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in tokens] == [token.top_logprobs[0].token for token in tokens]
+    assert len(tokens) == len(server.ask(logprobs=True, temperature=0.0).choices[0].logprobs.content)
+    done = server.client.completions.create(model="assistant", prompt="The", max_tokens=4, n=2, seed=1, logprobs=2, stop=["\u0000"])
+    assert [choice.index for choice in done.choices] == [0, 1]
+    assert done.choices[0].logprobs
+    assert all(len(top) == 2 for top in done.choices[0].logprobs.top_logprobs or [])
+    with pytest.raises(openai.NotFoundError) as missing:
+        server.client.completions.create(model="assistant/7", prompt="a")
+    assert missing.value.code == "model_not_found"
+
+
+def test_schemathesis_finds_nothing(server: Server, tmp_path: Path) -> None:
+    command = words(server.address.removesuffix("/v1"), 10, 1)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "5 passed" in done.stdout
+    assert server.ask().choices
+    assert "Traceback" not in server.said()
