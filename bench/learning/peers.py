@@ -8,14 +8,16 @@ does not end gets no_eos_reward), number of answers, learning rates and optimise
 (bench/speed/sides.py), and they make their steps in turn. The mixture of texts and early stopping, which TRL does not have, are off. What
 still differs: the answers drawn; TRL deals a step's answers out to its two updates one by one, ours by prompt; where nothing else needs
 them, TRL does not compute the log-probabilities of the policy that sampled. Gold is that of one answer to each held-out prompt, drawn by
-our engine with the same seeds; its interval is over prompts.
+our engine with the same seeds; its interval is over prompts, and knows nothing of the luck of a training run.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -190,7 +192,12 @@ def main(
                 start(job_in(root, "evaluate"))
             rows.append({"algorithm": name, "seed": seed, "gold": gold(root), "speed": speed})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table(rows))
+    for name in names:
+        apart = [row["gold"]["difference"] for row in rows if row["algorithm"] == name]
+        error = f", standard error over seeds {statistics.stdev(apart) / math.sqrt(len(apart)):.3f}" if len(apart) > 1 else ""
+        console.print(f"{name}: gold {statistics.fmean(apart):+.3f} above TRL's{error}")
     output.write_text(json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
