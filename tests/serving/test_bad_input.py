@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,9 @@ def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
         root = workspace(tmp_path_factory.mktemp("bad") / "work", small(tokenizer), tokenizer)
         params = (root / "params.yaml").read_text()
-        (root / "params.yaml").write_text(params.replace("max_prompt_tokens: 192", "max_prompt_tokens: 96"))
+        params = params.replace("max_prompt_tokens: 192", "max_prompt_tokens: 96")
+        params = params.replace("slots: 64\n  queue: 256", "slots: 4\n  queue: 4").replace("1024\n  threads: 2", "1024\n  threads: 1")
+        (root / "params.yaml").write_text(params)
         found = Server(root)
     yield found
     found.end()
@@ -170,6 +173,21 @@ def test_who_breaks_off_leaves_nothing_behind(server: Server) -> None:
     while 'rlhf_writing{version="assistant/1"} 0.0' not in server.raw.get("/metrics").text:
         assert time.monotonic() < deadline, "it writes for nobody"
         time.sleep(0.05)
+
+
+def test_who_comes_to_a_full_queue_is_told_to_come_again(server: Server) -> None:
+    def ask(_: int) -> str | None:
+        try:
+            server.ask(n=8, max_tokens=20)
+        except openai.RateLimitError as error:
+            return error.code
+        return None
+
+    with ThreadPoolExecutor(16) as clients:
+        codes = list(clients.map(ask, range(16)))
+    assert {*codes} == {None, "queue_full"}
+    assert codes.count(None) >= 4
+    assert server.ask().choices
 
 
 def test_what_docs_name_is_heeded(server: Server) -> None:
