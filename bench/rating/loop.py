@@ -68,7 +68,7 @@ def main(
             with timed("the champion answers prompts"):
                 golds = sample(clone, ratings)
             with timed(f"{ratings} ratings"):
-                rate(client, golds, ratings, noise)
+                rate(client, golds, ratings, noise, tiny=tiny)
             with timed("ratings become data"):
                 until(lambda: (clone.root / "data/raw/ratings").exists() and waiting(client) == 0)
             with timed("the flow trains, registers and decides"):
@@ -145,8 +145,12 @@ def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     return {json.dumps(row["prompt"]): row["gold"] for row in rows}
 
 
-def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float) -> None:
-    """Have two raters rate in turn, as the page's script does, until so many ratings of complete pairs are there."""
+def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float, *, tiny: bool) -> None:
+    """Have two raters rate in turn, as the page's script does, until so many ratings of complete pairs are there.
+
+    Args:
+        tiny: the answers are hardly words, and of the same score: the shorter one is taken for the better one.
+    """
     draw = random.Random(1)
     shown = {rater: client.post("/rate/next", json={"rater": rater}).json()["pair"] for rater in ("Ada", "Bob")}
     given = 0
@@ -154,7 +158,7 @@ def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float)
         for rater, pair in shown.items():
             if pair:
                 gold = golds[json.dumps(pair["prompt"])]
-                scores = [gold_score(gold, pair["a"]), gold_score(gold, pair["b"])]
+                scores = [gold_score(gold, pair[side]) - 1e-4 * tiny * len(pair[side]) for side in "ab"]
                 choice = "tie" if scores[0] == scores[1] else "ab"[(scores[1] > scores[0]) != (draw.random() < noise)]
                 body = {"rater": rater, "token": pair["token"], "pair": pair["id"], "choice": choice, "seconds": 1.0}
                 reply = client.post("/rate/vote", json=body)
