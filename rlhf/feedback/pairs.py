@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import exists, select
+from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from rlhf import registry
@@ -19,6 +19,7 @@ from rlhf.errors import UserError
 from rlhf.feedback.tables import Answer, Dialogue, Pair, Source
 from rlhf.job import read_lines
 
+MOST_AT_ONCE = 300  # pairs: others wait to write
 GIVEN = "given"  # in the place of a version: nobody's
 
 
@@ -76,15 +77,16 @@ def add_all(session: Session, source: Source, prompt: Dialogue, answers: Iterabl
 
 
 def from_shadows(session: Session) -> int:
-    """Add the answers that a shadow was written beside, with it; how many pairs are new."""
+    """Add answers that a shadow was written beside, with it, some hundreds at most; how many pairs are new."""
     shadow = aliased(Answer)
     known = exists().where(Pair.second_answer == shadow.id)
     found = session.execute(
         select(Answer, shadow)
         .join(shadow, (shadow.correlation == Answer.correlation) & (shadow.choice == Answer.choice))
         .where(~Answer.shadow, shadow.shadow, Answer.messages.is_not(None), ~known)
-        .where(Answer.version != shadow.version, Answer.text != shadow.text)
+        .where(Answer.version != shadow.version, func.trim(Answer.text) != func.trim(shadow.text))
         .order_by(shadow.id)
+        .limit(MOST_AT_ONCE)
     ).all()
     new = 0
     for one, beside in found:

@@ -41,6 +41,7 @@ class Ratings:
         self._root, self._settings = root, params.feedback
         self._asked, self._stopping = threading.Event(), threading.Event()
         self._not_before = 0.0
+        self.problem: str | None = None  # why they were not ingested the last time
         self._looking = threading.Thread(target=self._look_on, name="ingesting", daemon=True)
 
     @cached_property
@@ -75,8 +76,7 @@ class Ratings:
                 if time.monotonic() >= self._not_before and self.due():
                     self._ingest()
             except Exception as error:  # of whatever kind: it looks again
-                logger.error("ratings were not ingested: %s", first_line(error))
-                self._not_before = time.monotonic() + SECONDS_AFTER_A_REFUSAL
+                self._refused(first_line(error))
             self._asked.wait(SECONDS_BETWEEN_LOOKS)
 
     def due(self) -> bool:
@@ -94,7 +94,14 @@ class Ratings:
     def _ingest(self) -> None:
         command = [sys.executable, "-m", "rlhf.cli", "ingest", "--feedback"]
         done = subprocess.run(command, cwd=self._root, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        for line in (done.stdout + done.stderr).splitlines():
+        for line in done.stdout.splitlines():
             logger.warning("ingest: %s", line)
         if done.returncode:
-            self._not_before = time.monotonic() + SECONDS_AFTER_A_REFUSAL
+            self._refused((done.stderr.splitlines() or ["it failed"])[-1])
+        else:
+            self.problem = None
+
+    def _refused(self, why: str) -> None:
+        self.problem = f"ratings were not ingested: {why}"
+        logger.error("%s", self.problem)
+        self._not_before = time.monotonic() + SECONDS_AFTER_A_REFUSAL

@@ -46,7 +46,7 @@ def _name(text: str) -> str:
 
 Name = Annotated[Words, Field(max_length=60), AfterValidator(_name)]
 Long = Annotated[Words, Field(max_length=MOST_CHARACTERS)]
-Token = Annotated[Words, Field(min_length=1, max_length=64)]
+Token = Annotated[str, Field(pattern=r"^[0-9A-Za-z._-]{1,80}$")]
 
 
 class NextBody(Body):
@@ -55,7 +55,7 @@ class NextBody(Body):
 
 class VoteBody(NextBody):
     token: Token
-    pair: int
+    pair: Annotated[int, Field(ge=0, lt=2**31)]
     choice: Choice
     reason: Annotated[Words, Field(max_length=200)] | None = None
     edit: Long | None = None
@@ -67,7 +67,7 @@ class UndoBody(NextBody):
 
 
 class OpinionBody(Body):
-    id: Annotated[Words, Field(max_length=80)]
+    id: Token
     index: Annotated[int, Field(ge=0, lt=1000)] = 0
     thumb: Literal["up", "down"] | None = None
     comment: Long | None = None

@@ -53,8 +53,8 @@ class Service:
     @property
     def problems(self) -> dict[str, str]:
         """What is wrong, by place."""
-        record = self.record.recorder.problem
-        return self.versions.problems | ({"record": record} if record else {})
+        others = {"record": self.record.recorder.problem, "ratings": self.ratings.problem}
+        return self.versions.problems | {place: what for place, what in others.items() if what}
 
     @property
     def warnings(self) -> dict[str, str]:

@@ -93,6 +93,9 @@ def test_forms_and_opinions_that_are_wrong_stale_or_sent_again(site: Site) -> No
         status, content = post("/rate/vote", **form, **wrong)
         assert (status, content["error"]["param"]) == (400, word)
     assert post("/rate/next", rater=" \n")[0] == 400
+    assert post("/rate/vote", **form | {"pair": 2**70, "choice": "a"})[0] == 400
+    assert post("/rate/vote", **form | {"token": "a\0", "choice": "a"})[0] == 400
+    assert post("/rate/vote", **form | {"pair": 2**31 - 1, "choice": "a"})[0] == 409
     first, again = (post("/rate/vote", **form, choice="a")[1] for _ in range(2))
     assert first == again
     assert post("/rate/vote", **form, choice="b")[0] == 409
