@@ -152,7 +152,7 @@ def run(
         print(f"stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + stop.number)
     if not until:
-        _print_numbers(root)
+        standing.print_numbers(root)
         print()
     for line in outcome["lines"]:
         print(line)
@@ -256,7 +256,7 @@ def status(
     except graph.BusyError as busy:
         print(f"stages: {busy.what}")
     print()
-    _print_numbers(root, every=every)
+    standing.print_numbers(root, every=every)
 
 
 @app.command()
@@ -338,21 +338,6 @@ def reference() -> None:
     from rlhf.cli.reference import markdown
 
     print(markdown(), end="")
-
-
-def _print_numbers(root: Path, *, every: bool = False) -> None:
-    from rlhf.cli import standing
-
-    found = standing.numbers(root, every=every)
-    if not found:
-        print("no evaluation yet")
-        return
-    more = "" if every else " (`rlhf status --all` has every number)"
-    print(f"metrics/evaluate.json{more}")
-    table = Table("metric", "value", box=None)
-    for row in found:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _tracking_uri(root: Path, params: config.Params) -> str:

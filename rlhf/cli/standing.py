@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+from rich.table import Table
+
 if TYPE_CHECKING:
     from rlhf.registry import Move, Version
 
@@ -76,3 +79,17 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
     else:
         members = value if isinstance(value, list) else [value]
         yield path, " … ".join(f"{member:.4g}" if isinstance(member, float) else str(member) for member in members)
+
+
+def print_numbers(root: Path, *, every: bool = False) -> None:
+    """The numbers that decide, as a table."""
+    found = numbers(root, every=every)
+    if not found:
+        print("no evaluation yet")
+        return
+    more = "" if every else " (`rlhf status --all` has every number)"
+    print(f"metrics/evaluate.json{more}")
+    table = Table("metric", "value", box=None)
+    for row in found:
+        table.add_row(*row)
+    Console().print(table)

@@ -20,6 +20,7 @@ from rlhf import config, tracking
 from rlhf.errors import UserError
 from rlhf.launcher import command, functions, processes, space
 from rlhf.launcher.console import Console
+from rlhf.launcher.given import check_base, check_base_is_apart
 from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.workspace import fingerprint
@@ -104,41 +105,6 @@ class Run:
     @property
     def published(self) -> Path:
         return self.folder / "PUBLISHED"
-
-
-def check_base(root: Path, stage: str, params: config.Params) -> None:
-    """Check that a model given as a folder is there.
-
-    Raises:
-        UserError: it is not.
-    """
-    base = params.base
-    if stage != "base" or base.source != "pretrained" or (root / base.model).is_dir():
-        return
-    key, remedy = f"params.yaml: base.model {base.model}", "give the folder of a Hugging Face model, or a hub id"
-    if os.path.lexists(root / base.model):
-        raise UserError(f"{key} is a file, or a link that leads nowhere, and no folder", remedy=remedy)
-    # a hub id is NAME or OWNER/NAME; anything else can only be a folder
-    if base.model.startswith((".", "/", "~")) or base.model.count("/") > 1:
-        home = " (~ is not read as your home: write the path out)" if base.model.startswith("~") else ""
-        raise UserError(f"{key}: no such folder{home}", remedy=remedy)
-
-
-def check_base_is_apart(root: Path, params: config.Params) -> None:
-    """Check that a model given as a folder is none that stages write: it would be another one after each run.
-
-    Raises:
-        UserError: it is, or one that holds such folders.
-    """
-    base = params.base
-    if base.source != "pretrained" or not (root / base.model).is_dir():
-        return
-    given, top = (root / base.model).resolve(), root.resolve()
-    outputs = [path for node in fingerprint.read_graph(root).values() for path in node.outputs if path.startswith("models/")]
-    for path in ("runs", *outputs):
-        if given.is_relative_to(top / path) or (top / path).is_relative_to(given):
-            what = f"params.yaml: base.model {base.model}: stages write {path} there, and it would be another model after each run"
-            raise UserError(what, remedy="copy the model to a folder of its own (cp -rL), and name that one")
 
 
 def check_places(root: Path, node: fingerprint.Node) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rlhf.config import Params
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError
-from rlhf.launcher.launch import check_base, check_base_is_apart
+from rlhf.launcher.given import check_base, check_base_is_apart
 from rlhf.plan import adapters, launching, memory, rewards, rows
 from rlhf.plan.findings import Findings
 from rlhf.workspace.find import home

@@ -133,11 +133,14 @@ def routes(ratings: Ratings) -> APIRouter:
         with ratings.record.reading() as session:
             return figures(session, ratings.params).content
 
+    _add_opinions(router, ratings)
+    return router
+
+
+def _add_opinions(router: APIRouter, ratings: Ratings) -> None:
     @router.post("/v1/feedback", dependencies=[needs("ask")])
     def opinion(call: Call, body: OpinionBody) -> Json:
         return _take_opinion(ratings.record, body, caller_of(call).name)
-
-    return router
 
 
 def _add_files(router: APIRouter) -> None:

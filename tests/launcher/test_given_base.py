@@ -9,7 +9,7 @@ import pytest
 
 from rlhf import config
 from rlhf.errors import UserError
-from rlhf.launcher.launch import check_base, check_base_is_apart
+from rlhf.launcher.given import check_base, check_base_is_apart
 from tests.stage_runs import tiny_params
 
 PROJECT = Path(__file__).parents[2]
