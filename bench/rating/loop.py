@@ -1,7 +1,7 @@
 """The whole loop with no hand on it: a champion is served and rated, ratings become data, the flow runs, the better version is served.
 
 python -m bench.rating.loop                           300 ratings, a champion that learnt from few and noisy preferences
-python -m bench.rating.loop --tiny --ratings 60       a model that has learnt nothing, and gates that let it through: whether the loop closes
+python -m bench.rating.loop --tiny --ratings 60       a model that has learnt nothing, gates that let it through: whether it closes
 python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often, and other values of params.yaml
 
 Raters are simulated: they know the sandbox's gold score, and err with some probability. They send what the script of `/rate` sends.
