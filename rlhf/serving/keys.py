@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import stat
 import threading
 import time
@@ -15,6 +16,8 @@ from rlhf.config.serving import ROLES, Key, Role, Serving
 from rlhf.errors import UserError
 from rlhf.serving.replies import RefusedError
 
+# what this machine calls itself: a page whose name was turned to its loopback (DNS rebinding) sends that name
+LOCAL = re.compile(rb"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 SHORTEST = 16  # characters: a shorter key could be guessed
 
 
@@ -90,9 +93,12 @@ class Keys:
             headers: of it, names in lower case.
 
         Raises:
-            RefusedError: a key is needed, and none or a wrong one was given.
+            RefusedError: a key is needed, and none or a wrong one was given; or none is, and the request names another host.
         """
         if not self._callers:
+            if not LOCAL.fullmatch(headers.get(b"host", b"localhost")):
+                what = "without keys this server answers to localhost and 127.0.0.1 alone, and the header host names another"
+                raise RefusedError(403, what, "wrong_host")
             return self._everybody
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() != b"bearer" or not given:

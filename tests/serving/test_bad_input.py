@@ -159,7 +159,9 @@ def test_scripts_come_back_as_the_text_that_they_are(server: Server) -> None:
 def test_who_breaks_off_leaves_nothing_behind(server: Server) -> None:
     port = httpx.URL(server.address).port or 0
     whole = json.dumps(GOOD | {"stream": True, "n": 16, "max_tokens": 60}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(whole)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(
+        whole
+    )
     for sent in (b"", b"POST /v1", head, head + whole[:20], b"\x16\x03\x01\x00\xff\x00", b"GET / HTTP/9.9\r\n\r\n", head + whole):
         with socket.create_connection(("127.0.0.1", port)) as line:
             line.sendall(sent)

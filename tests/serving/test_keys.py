@@ -66,6 +66,16 @@ def test_a_key_is_known_by_its_hash_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert GOOD not in repr(vars(keys))
 
 
+def test_without_keys_another_sites_page_gets_nothing(tmp_path: Path) -> None:
+    keys = Keys(tmp_path, settings())
+    for host in (b"localhost", b"LOCALHOST:8080", b"127.0.0.1:1", b"[::1]:80"):
+        assert keys.caller({b"host": host}).name is None
+    for host in (b"evil.example", b"evil.example:8080", b"127.0.0.1.evil.example", b"localhost@evil", b""):
+        with pytest.raises(RefusedError) as refused:
+            keys.caller({b"host": host})
+        assert (refused.value.status, refused.value.code) == (403, "wrong_host")
+
+
 def test_a_key_stands_in_one_place_and_has_a_name_of_its_own(tmp_path: Path) -> None:
     key = "{name: app, roles: [ask], variable: %s, file: %s, requests_per_minute: null, max_body_kib: null}"
     both, once = key % ("APP", "app.key"), key % ("APP", "null")
