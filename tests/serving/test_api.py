@@ -221,7 +221,13 @@ def test_a_client_that_leaves_makes_room(server: Server) -> None:
         body = {"model": "assistant", "messages": ASKED, "n": 16, "stream": stream}
         with socket.create_connection(("127.0.0.1", httpx.URL(server.address).port or 0)) as line:
             content = json.dumps(body).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+            lines = (
+                "POST /v1/chat/completions HTTP/1.1",
+                "host: localhost",
+                "content-type: application/json",
+                f"content-length: {len(content)}",
+            )
+            head = "".join(f"{one}\r\n" for one in (*lines, ""))
             line.sendall(head.encode() + content)
             time.sleep(0.05)
     until(lambda: 'rlhf_writing{version="assistant/1"} 0.0' in server.raw.get("/metrics").text, "it writes for nobody")
