@@ -64,7 +64,7 @@ def main(
         afterwards.callback(shutil.rmtree, place, ignore_errors=True)
         clone = Clone(place)
         use(clone, "ppo", 1)
-        clone.run("dvc", "repro", "reward")
+        clone.run("dvc", "repro", "sft", "reward")
         if "ppo" in wanted:
             clone.run("dvc", "repro", "ppo")
         for algorithm, ranks in itertools.product(STAGES, (1, 2)):
