@@ -153,6 +153,8 @@ def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
         "DO_NOT_TRACK": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # its judges' eight processes would be left where the server is killed, and nothing here asks for them
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # who is running survives a restart of the server: in its memory, a run that it forgot would keep the one place for ever
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }

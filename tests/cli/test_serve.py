@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import pytest
 
 from rlhf.cli import serve
@@ -145,6 +146,10 @@ def test_a_run_in_each_of_two_served_workspaces(two: tuple[Workspace, Workspace]
     assert [run["deployment_id"] for run in first.runs() + second.runs()] == [None, other["id"]]
     assert all((workspace.root / "dvc.lock").exists() and (workspace.root / "mlruns/mlflow.db").exists() for workspace in two)
     assert not (first.root.parents[1] / "home" / ".prefect").exists()
+    # MLflow's judges, which nobody here asks, would be eight processes of each server
+    started = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert any("mlflow" in command for command in started)
+    assert not any("huey" in command for command in started)
 
 
 def test_who_is_to_be_told_is_told_of_refused_failed_and_crashed_runs(two: tuple[Workspace, Workspace]) -> None:
