@@ -71,8 +71,14 @@ class Predictions:
     rows: Tensor  # (n,) number of the sequence of each, on the model's device
 
 
-def pack(sequences: Sequence[Sequence[int]], device: str | torch.device) -> Packed:
-    """Lay sequences side by side for a model on a device; those that begin alike share the beginning."""
+def pack(sequences: Sequence[Sequence[int]], device: str | torch.device, *, share: bool = True) -> Packed:
+    """Lay sequences side by side for a model on a device.
+
+    Args:
+        sequences: of tokens.
+        device: of the model.
+        share: those that begin alike share the beginning.
+    """
     row, positions = list[int](), list[int]()
     pieces: list[Piece] = []
     runs: list[list[slice]] = [[] for _ in sequences]
@@ -92,7 +98,7 @@ def pack(sequences: Sequence[Sequence[int]], device: str | torch.device) -> Pack
         alike: dict[Any, list[int]] = {}
         for i in group:
             begin = tuple(sequences[i][first : first + SHARED])
-            alike.setdefault(begin if len(begin) == SHARED else i, []).append(i)
+            alike.setdefault(begin if share and len(begin) == SHARED else i, []).append(i)
         for some in alike.values():
             if len(some) == 1:
                 lay(some, first, len(sequences[some[0]]), after)

@@ -29,7 +29,7 @@ from rlhf.serving.writer import Writer
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Event], None]  # called on the engine's thread: it must not wait
-READ = 512  # tokens of prompts that are read before the others go on by one token, but for a longer prompt
+READ = 512  # tokens of prompts that are read at once, before the others go on by one token; but for a longer prompt
 NO_TOP = 0
 PAUSE = 0.005  # seconds between looks whether users still wait
 
@@ -201,9 +201,7 @@ class Engine:
             if finish := self._writing[slot].asked.over(now):
                 self._leave(slot, finish)
         self._drop_waiting(now)
-        read = 0
-        while (line := self._line()) and len(self._writing) < self.slots and read < READ:
-            read += self._join(line)
+        self._join()
         if self._writing:
             last, lengths = [answer.last for answer in self._writing], [answer.held for answer in self._writing]
             self._write(self.writer.step(last, lengths), 0)
@@ -223,25 +221,48 @@ class Engine:
             return self._waiting
         return self._later if self._later and self._free else None
 
-    def _join(self, line: deque[Asked]) -> int:
-        """Read the next prompt and begin its answers, as many as there is room for; how many tokens were read."""
-        asked = line[0]
-        request = asked.request
+    def _joining(self) -> list[Asked]:
+        """Those who join next: as many as there are slots for, with as many tokens as are read at a time."""
+        room, read, some = self.slots - len(self._writing), 0, list[Asked]()
+        with self._changed:
+            line = [*(self._line() or ())]
+        for asked in line:
+            read += len(asked.request.prompt)
+            if room <= 0 or (some and read > READ):
+                break
+            some.append(asked)
+            room -= asked.request.choices - asked.begun
+        return some
+
+    def _join(self) -> None:
+        """Read the next prompts and begin their answers, as many as there is room for."""
+        some = self._joining()
         first = len(self._writing)
+        logits = list[Tensor]()
+        for asked, found in zip(some, self._read(some), strict=True):
+            if found is None:
+                asked.ended = "error"
+                continue
+            layers, next_logits = found
+            for choice in range(asked.begun, min(asked.request.choices, asked.begun + self.slots - len(self._writing))):
+                self._begin(asked, choice, layers)
+                logits.append(next_logits)
+            if asked.begun == asked.request.choices:
+                with self._changed:
+                    (self._later if asked.request.background else self._waiting).remove(asked)
+        self._drop_waiting(time.monotonic())
+        if logits:
+            self._write(torch.stack(logits), first)
+
+    def _read(self, some: list[Asked]) -> list[tuple[list[Layer], Tensor] | None]:
+        """What each of some starts from; None where a prompt cannot be read."""
         try:
-            layers, logits = self.writer.read(request.prompt)
+            return [*self.writer.read([asked.request.prompt for asked in some])] if some else []
         except Exception:
-            logger.exception("a prompt of %d tokens could not be read", len(request.prompt))
-            asked.ended = "error"
-            self._drop_waiting(time.monotonic())
-            return len(request.prompt)
-        for choice in range(asked.begun, min(request.choices, asked.begun + self.slots - first)):
-            self._begin(asked, choice, layers)
-        if asked.begun == request.choices:
-            with self._changed:
-                line.remove(asked)
-        self._write(logits.expand(len(self._writing) - first, -1), first)
-        return len(request.prompt)
+            if len(some) > 1:  # the others are not to suffer for it
+                return [found for asked in some for found in self._read([asked])]
+            logger.exception("a prompt of %d tokens could not be read", len(some[0].request.prompt))
+            return [None]
 
     def _begin(self, asked: Asked, choice: int, layers: list[Layer]) -> None:
         request = asked.request

@@ -1,8 +1,8 @@
 """A model that writes in slots: it reads a prompt, and gives what may follow in all slots in use at once.
 
-No slot's logits hang on what is in the others, not even in their last bit. On a CPU a prompt is read by itself; oneDNN makes a row of a
-product as it would alone, if the weights are laid out beforehand; attention goes over whole vectors of columns, and activations by rows. On
-a GPU every step has the same shape.
+No slot's logits hang on what is in the others, not even in their last bit. On a CPU oneDNN makes a row of a product as it would alone, if
+the weights are laid out beforehand; attention goes over one prompt at a time, and later over whole vectors of columns; activations go by
+rows. On a GPU a prompt is read by itself, and every step has the same shape.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ class Writer:
         self._ready.enter_context(laid_out(self._model))
         self._ready.enter_context(by_rows(self._model))
 
-    def read(self, prompt: Sequence[int]) -> tuple[list[Layer], Tensor]:
-        """What answers to a prompt start from: its keys and values, and the logits (V,) of what follows."""
-        packed = pack([prompt], self._model.device)
+    def read(self, prompts: Sequence[Sequence[int]]) -> list[tuple[list[Layer], Tensor]]:
+        """What answers to each prompt start from: its keys and values, and the logits (V,) of what follows."""
+        device = self._model.device
+        if device.type != "cpu" and len(prompts) > 1:
+            return [found for prompt in prompts for found in self.read([prompt])]
+        packed = pack(prompts, device, share=False)  # a beginning that is shared would be attended to in another order of sums
         with self._cache.reading() as layers:
             inputs = packed.read_at(packed.last)
             read = self._model(**inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=packed.last)
-        return parts_of(packed, layers, 0), read.logits[0, 0].float()
+        return [(parts_of(packed, layers, number), read.logits[0, number].float()) for number in range(len(prompts))]
 
     def place(self, slot: int, layers: Sequence[Layer]) -> None:
         self._cache.place(slot, layers)

@@ -6,6 +6,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -63,6 +64,20 @@ def test_an_answer_is_the_same_alone_and_among_others_to_the_last_bit(engine: En
     assert len({text for found in alone for text, _, _ in found.values()}) > 30
 
 
+def test_prompts_that_are_read_at_once_begin_as_each_by_itself(folder: Path) -> None:
+    writer, chance = Writer(folder, 16, 128), random.Random(1)
+    alike = [chance.randrange(5, 200) for _ in range(40)]
+    prompts = [[*alike[: chance.choice((0, 40))], *(chance.randrange(5, 200) for _ in range(chance.randrange(1, 60)))] for _ in range(16)]
+    with torch.no_grad():
+        alone = [writer.read([prompt])[0] for prompt in prompts]
+        for _ in range(10):
+            some = chance.sample(range(16), chance.randrange(2, 17))
+            for number, (layers, logits) in zip(some, writer.read([prompts[number] for number in some]), strict=True):
+                assert torch.equal(logits, alone[number][1])
+                assert all(torch.equal(*both) for pair in zip(layers, alone[number][0], strict=True) for both in zip(*pair, strict=True))
+    writer.close()
+
+
 def test_a_seed_draws_what_rollouts_draw(engine: Engine, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.8, 0.9)):
         sampling = Sampling(temperature, 0, top_p, LIMIT)
@@ -118,7 +133,9 @@ def test_an_answer_whose_time_is_over_ends(engine: Engine) -> None:
 
 def test_a_fault_ends_what_it_hits_and_nothing_else(engine: Engine) -> None:
     beyond = replace(ASKED, prompt=(10**9,))  # no token
-    assert answers(engine, beyond)[0][1].finish == "error"
+    with ThreadPoolExecutor(9) as at_once:
+        found = [*at_once.map(partial(answers, engine), [ASKED, ASKED, beyond] * 3)]
+    assert ["error" if end.finish == "error" else "well" for ((_, end, _),) in map(dict.values, found)] == ["well", "well", "error"] * 3
     assert answers(engine, ASKED)[0][1].finish in ("stop", "length")
 
 
