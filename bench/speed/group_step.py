@@ -1,4 +1,4 @@
-"""A step of stage grpo, in samples per second and bytes, beside one of stage ppo: same weights, reward model, prompts and number of answers.
+"""A step of stage grpo, in samples per second and bytes, beside one of stage ppo: same weights, reward model, prompts, number of answers.
 
 python bench/speed/group_step.py                  answers of up to 64 tokens, eight to each of eight prompts
 python bench/speed/group_step.py --limit 256      longer ones
