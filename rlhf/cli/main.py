@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import sys
@@ -41,7 +40,6 @@ def main() -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     say_anything()
     gc.set_threshold(100_000)  # else a sixth of the time in which Prefect, MLflow and DVC are loaded goes into a search for garbage
-    atexit.register(gc.freeze)  # and two seconds at the end into another: registered first, it is the last to be called
     try:
         app(prog_name="rlhf")
     except UserError as error:

@@ -155,7 +155,8 @@ def _describe(place: Path) -> None:
 
     It is marked as from type hints, so MLflow does not hold requests against it: texts and dialogues are taken as well.
     """
-    described = Model.load(place)
+    # not by its `load`, to which a folder's name with % is an address
+    described = Model.from_dict(load_yaml((place / "MLmodel").read_text(encoding="utf-8")))
     described.signature.inputs, described.signature.outputs = ASKED, CHAT_MODEL_OUTPUT_SCHEMA
     for name in ("input_example.json", "serving_input_example.json"):
         (place / name).write_text(json.dumps(EXAMPLE, indent=2) + "\n", encoding="utf-8")

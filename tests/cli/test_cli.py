@@ -332,3 +332,21 @@ def test_bars_on_a_terminal_only(terminal: bool, parts: tuple[str, ...], tmp_pat
             watcher(stage.Progress("sft", "running", "loss=2.5", 3, 12))
     assert bool(written.getvalue()) == terminal
     assert [part for part in parts if part not in written.getvalue()] == []
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        ("print('all', end='')", 0, "all"),
+        ("print('all', end=''); sys.exit()", 0, "all"),
+        ("print('all', end=''); sys.exit(3)", 3, "all"),
+        ("print('all', end=''); sys.exit('why')", 1, "all"),
+        ("print('all', end=''); 1 / 0", 1, "all"),
+    ],
+)
+def test_the_process_ends_with_the_command_and_says_all(ends: str, code: int, said: str) -> None:
+    program = f"import sys\nfrom rlhf.cli import __main__ as command\ndef main(): {ends}\ncommand.main = main\ncommand.start()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (code, said)
+    assert ("ZeroDivisionError" in done.stderr) == ("1 / 0" in ends)
+    assert ("why" in done.stderr) == ("why" in ends)

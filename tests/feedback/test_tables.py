@@ -120,7 +120,7 @@ def _writes(place: str, number: int) -> None:
 
 def test_several_that_begin_and_write_at_once_fail_nothing(tmp_path: Path) -> None:
     place = f"sqlite:///{tmp_path / 'feedback.db'}"
-    processes = [multiprocessing.get_context("fork").Process(target=_writes, args=(place, number)) for number in range(4)]
+    processes = [multiprocessing.get_context("spawn").Process(target=_writes, args=(place, number)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:

@@ -115,9 +115,10 @@ def test_a_record_that_is_locked_fails_no_answer(server: Server, record: Databas
 def test_a_user_is_forgotten_at_a_word(server: Server, record: Database) -> None:
     answers(record, server.ask(user="otto", store=True).id, 1)
     command = [sys.executable, "-m", "rlhf.cli", "feedback", "forget", "otto"]
-    for said in ("deleted: 1 answers", "nothing that this user asked"):
+    # one, or two with a shadow that was written beside it
+    for said in ("deleted: [12] answers", "nothing that this user asked"):
         done = subprocess.run(command, cwd=server.root, capture_output=True, text=True, check=True)
-        assert said in done.stdout
+        assert re.search(said, done.stdout)
     with record.reading() as session:
         assert session.scalar(select(func.count()).where(Answer.user == Hashes(server.root).of("user", "otto"))) == 0
 

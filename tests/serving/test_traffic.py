@@ -71,7 +71,7 @@ def test_a_conversation_without_a_name_is_known_by_how_it_began(tmp_path: Path) 
 def test_shares_that_cannot_be_are_refused(tmp_path: Path) -> None:
     text = (PROJECT / "params.yaml").read_text()
     for traffic, more, word in (
-        ("{candidate: 0.5, shadow: 0.0}", ("aliases: [champion, candidate]", "aliases: [champion]"), "needs champion and candidate"),
+        ("{candidate: 0.5, shadow: 0.0}", ("  - candidate\n  more", "  more"), "needs champion and candidate"),
         ("{candidate: 0.0, shadow: 0.5}", ("keep: consented", "keep: none"), "needs answers that are recorded"),
         ("{candidate: 1.5, shadow: 0.0}", ("", ""), "less than or equal to 1"),
     ):
