@@ -42,6 +42,10 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
     if {params.policy, "evaluate"} & set(stages):
         rewards.check(root, params, findings)
+    if "grpo" in stages and not params.grpo.holds_reference:
+        findings.notes.append(
+            "grpo.stop.kl holds nothing back: with grpo.kl.coefficient 0 no reference is loaded, and no KL measured until evaluate"
+        )
     gpus, nodes = launching.check(root, stages, params, findings)
     if shape and gpus is not None:
         memory.check(stages, params, shape, gpus, nodes, findings)

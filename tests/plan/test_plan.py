@@ -143,6 +143,12 @@ def test_a_small_model_that_is_built_needs_no_torch(root: Path) -> None:
     assert done.stdout == "False []\n"
 
 
+def test_a_bound_that_nothing_is_measured_for_is_told(root: Path) -> None:
+    for coefficient, count in ((0.04, 0), (0.0, 1)):
+        params = change(root, algorithm="grpo", grpo__kl__coefficient=coefficient)
+        assert sum("grpo.stop.kl holds nothing back" in note for note in plan.check(root, params, ["grpo"]).notes) == count
+
+
 def test_a_graph_that_dvc_refuses_is_told(root: Path) -> None:
     subprocess.run("git init -q && dvc init -q", shell=True, check=True)
     change(root)
