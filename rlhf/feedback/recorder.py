@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, Full, Queue
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session
@@ -89,7 +90,7 @@ class Recorder:
         """Write answers, when they can be written; one that never can is dropped, and does not hold up the others."""
         while True:
             try:
-                self._insert(rows)
+                written = self._insert(rows)
             except Exception as error:
                 if _will_pass(error):
                     self._tell(first_line(error))
@@ -102,7 +103,7 @@ class Recorder:
                 else:
                     self._drop(1, first_line(error))
             else:
-                self.written += len(rows)
+                self.written += written
                 self._tell(None)
             return
 
@@ -110,11 +111,22 @@ class Recorder:
         time.sleep(min(SECONDS_TO_GATHER, max(0.0, self._deadline - time.monotonic())))
         return time.monotonic() < self._deadline
 
-    def _insert(self, rows: Sequence[Row]) -> None:
+    def _insert(self, rows: Sequence[Row]) -> int:
+        """Insert answers; how many. A shadow is left out whose answer is not there: its user has been forgotten meanwhile."""
         self._database = self._database or self._connect()
+        answers, shadows = ([row for row in rows if row.get("shadow", False) is shadow] for shadow in (False, True))
         with self._database.writing() as session:
             # an acknowledgement that was lost on the way must not make an answer two
-            session.execute(_insert_into(session).on_conflict_do_nothing(), list(rows))
+            insert = _insert_into(session).on_conflict_do_nothing()
+            if answers:
+                session.execute(insert, answers)
+            if shadows:
+                beside = select(Answer.correlation).where(Answer.correlation.in_([row["correlation"] for row in shadows]), ~Answer.shadow)
+                known = {*session.scalars(beside)}
+                shadows = [row for row in shadows if row["correlation"] in known]
+            if shadows:
+                session.execute(insert, shadows)
+        return len(answers) + len(shadows)
 
     def _tell(self, problem: str | None) -> None:
         if problem != self.problem:

@@ -141,6 +141,20 @@ def test_a_user_is_forgotten_to_the_last_byte(place: str, tmp_path: Path) -> Non
     assert not [path for path in tmp_path.iterdir() if b"unforgettable" in path.read_bytes()]
 
 
+def test_a_shadow_of_what_was_forgotten_is_not_recorded(place: str) -> None:
+    record = Recorder(lambda: Database(place))
+    record.put(row("one", correlation="one", user="u", shadow=False))
+    record.put(row("shadow-one", correlation="one", user="u", shadow=True))
+    record.put(row("two", correlation="two", user="v", shadow=False))
+    until(lambda: record.written == 3)
+    assert Database(place).forget("u")["answers"] == 2
+    for number, correlation in enumerate(("one", "two", "two")):
+        record.put(row(f"late-{number}", correlation=correlation, user="u", shadow=True))
+    record.stop()
+    assert replies(place) == ["late-1", "late-2", "two"]
+    assert (record.written, record.dropped) == (5, 0)
+
+
 def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLHF_HASH_KEY", raising=False)
     for name in "abc":
