@@ -70,7 +70,9 @@ answers = []
 for question in QUESTIONS:
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    made = model.generate(**prompt, do_sample=False, max_new_tokens=256)[0, prompt["input_ids"].shape[1]:]
+    length = prompt["input_ids"].shape[1]
+    room = model.config.max_position_embeddings - length
+    made = model.generate(**prompt, do_sample=False, max_new_tokens=min(256, room))[0, length:]
     answers.append(tokenizer.decode(made, skip_special_tokens=True).strip())
 print(json.dumps(answers))
 """

@@ -150,7 +150,8 @@ def test_a_bound_that_nothing_is_measured_for_is_told(root: Path) -> None:
 
 
 def test_a_graph_that_dvc_refuses_is_told(root: Path) -> None:
-    subprocess.run("git init -q && dvc init -q", shell=True, check=True)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    subprocess.run([Path(sys.executable).with_name("dvc"), "init", "--quiet"], check=True)
     change(root)
     written = (root / "dvc.yaml").read_text(encoding="utf-8")
     (root / "dvc.yaml").write_text(written.replace("meta: {", "&eta: {", 1), encoding="utf-8")

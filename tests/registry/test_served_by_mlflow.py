@@ -122,8 +122,10 @@ def test_mlflow_serves_it(root: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlruns/mlflow.db"}
-    words = [str(Path(sys.executable).with_name("mlflow")), "models", "serve", "-m", URI, "--env-manager", "local", "--port", str(port)]
+    programs = Path(sys.executable).parent  # MLflow calls uvicorn by its name
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlruns/mlflow.db", "PATH": path}
+    words = [str(programs / "mlflow"), "models", "serve", "-m", URI, "--env-manager", "local", "--port", str(port)]
     with (root / "serve.log").open("w") as log:
         server = subprocess.Popen(words, cwd=root, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
