@@ -149,7 +149,7 @@ class Client:
         self._writer.close()
 
     def _send(self, method: str, path: str, content: bytes) -> None:
-        head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         self._writer.write(head.encode() + content)
 
     async def exchange(self, method: str, path: str, content: bytes) -> tuple[int, bytes]:
