@@ -138,7 +138,7 @@ def new_prompts(count: int, seed: int) -> list[dict[str, Any]]:
 
 def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     """Have the champion answer prompts twice each; what the gold score needs, by prompt."""
-    rows = new_prompts(ratings, RATED)  # twice as many as are needed: answers may be alike
+    rows = new_prompts(2 * ratings, RATED)  # four times as many as are needed: answers may be alike
     file = clone.root.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
     clone.run("rlhf", "feedback", "sample", str(file))

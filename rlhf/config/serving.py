@@ -71,6 +71,9 @@ class Serving(Section):
         description="which answers are recorded, with what was asked: none; those whose request says store: true; all but those whose "
         "request says store: false"
     )
+    keep_days: PositiveInt | None = Field(
+        description="days after which a recorded answer is deleted, unless it is in a pair or an application spoke of it; null: never"
+    )
     database: str | None = Field(
         description="address of the PostgreSQL database that answers and ratings are recorded in (postgresql://USER@HOST/DATABASE); null: "
         "feedback/feedback.db in the workspace; RLHF_DATABASE_URL in the environment goes first"

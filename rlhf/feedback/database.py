@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, Engine, create_engine, delete, event, func, select, text
+from sqlalchemy import Connection, CursorResult, Engine, create_engine, delete, event, func, insert, select, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
-from rlhf.feedback.tables import Answer, Base, Opinion, Pair, Rating
+from rlhf.feedback.tables import LAYOUT, Answer, Base, Layout, Opinion, Pair, Rating
 from rlhf.workspace.find import home
 
 VARIABLE = "RLHF_DATABASE_URL"
@@ -65,6 +66,7 @@ class Database:
 
     Raises:
         SQLAlchemyError: it cannot be opened.
+        UserError: its tables have another layout.
     """
 
     def __init__(self, place: str) -> None:
@@ -76,6 +78,7 @@ class Database:
             if self.engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
             Base.metadata.create_all(connection)
+            _check_layout(connection)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -112,8 +115,25 @@ class Database:
                 connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         return counts
 
+    def expire(self, before: datetime) -> int:
+        """Delete the answers of before a moment that nobody has spoken of, and that stand in no pair to be rated; how many."""
+        used = select(Pair.id).where((Pair.first_answer == Answer.id) | (Pair.second_answer == Answer.id)).exists()
+        spoken_of = select(Opinion.id).where(Opinion.answer_id == Answer.id).exists()
+        with self.writing() as session:
+            gone = session.execute(delete(Answer).where(Answer.at < before, ~used, ~spoken_of))
+        return cast("CursorResult[Any]", gone).rowcount
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _check_layout(connection: Connection) -> None:
+    found = connection.scalar(select(Layout.number))
+    if found is None:
+        connection.execute(insert(Layout).values(number=LAYOUT))
+    elif found != LAYOUT:
+        what = f"the record of answers and ratings has its tables in layout {found}, and this code knows layout {LAYOUT}"
+        raise UserError(what, remedy="use the code that made them (git log -- rlhf/feedback/tables.py), or give another serving.database")
 
 
 def _arguments(place: str) -> dict[str, Any]:

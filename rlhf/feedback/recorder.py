@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from queue import Empty, Full, Queue
 from typing import Any
 
@@ -16,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from rlhf.errors import UserError, first_line
 from rlhf.feedback.database import Database
-from rlhf.feedback.tables import Answer
+from rlhf.feedback.tables import Answer, now
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ BATCH = 200
 SECONDS_TO_GATHER = 0.1  # answers that end within it are written in one transaction
 SECONDS_TO_WAIT = 2.0  # between tries, while the database is away
 SECONDS_TO_FLUSH = 10.0
+SECONDS_BETWEEN_CLEARINGS = 3600.0
 INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
@@ -35,10 +37,12 @@ class Recorder:
     Args:
         connect: opens the record.
         most: answers that wait at most.
+        days: that an answer is kept which nobody speaks of or is to rate; None: for good.
     """
 
-    def __init__(self, connect: Callable[[], Database], most: int = MOST) -> None:
-        self._connect = connect
+    def __init__(self, connect: Callable[[], Database], most: int = MOST, days: int | None = None) -> None:
+        self._connect, self._days = connect, days
+        self._next_clearing = 0.0
         self._database: Database | None = None
         self._rows: Queue[Row] = Queue(most)
         self.written = self.dropped = 0
@@ -70,6 +74,7 @@ class Recorder:
     def _run(self) -> None:
         while rows := self._batch():
             self._write(rows)
+            self._clear()
         if self._database:
             self._database.close()
 
@@ -80,6 +85,7 @@ class Recorder:
             try:
                 rows.append(self._rows.get(timeout=SECONDS_TO_GATHER))
             except Empty:
+                self._clear()
                 continue
             self._stopping.wait(SECONDS_TO_GATHER)
             while len(rows) < BATCH and not self._rows.empty():
@@ -127,6 +133,20 @@ class Recorder:
             if shadows:
                 session.execute(insert, shadows)
         return len(answers) + len(shadows)
+
+    def _clear(self) -> None:
+        """Now and then, have what is too old deleted; where that fails, it is tried again an hour later."""
+        if self._days is None or self._stopping.is_set() or time.monotonic() < self._next_clearing:
+            return
+        self._next_clearing = time.monotonic() + SECONDS_BETWEEN_CLEARINGS
+        try:
+            self._database = self._database or self._connect()
+            gone = self._database.expire(now() - timedelta(days=self._days))
+        except Exception as error:
+            logger.error("record: answers of more than %d days ago are not deleted: %s", self._days, first_line(error))
+        else:
+            if gone:
+                logger.warning("record: %d answers of more than %d days ago are deleted (serving.keep_days)", gone, self._days)
 
     def _tell(self, problem: str | None) -> None:
         if problem != self.problem:

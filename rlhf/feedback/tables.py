@@ -61,6 +61,17 @@ class Base(DeclarativeBase):
     }
 
 
+LAYOUT = 1  # of the tables below: one more whenever a column comes, goes or means something else
+
+
+class Layout(Base):
+    """Which layout the tables have, in one row: what made them may be older or newer than what reads them."""
+
+    __tablename__ = "layout"
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
 class Answer(Base):
     """One that the server wrote: each of the `n` of a reply by itself."""
 

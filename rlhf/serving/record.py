@@ -38,7 +38,7 @@ class Record:
     def __init__(self, root: Path, params: Params) -> None:
         self._keep = params.serving.keep
         self.hashes = Hashes(root)
-        self.recorder = Recorder(lambda: database.connect(root, params))
+        self.recorder = Recorder(lambda: database.connect(root, params), days=params.serving.keep_days)
 
     def takes(self, body: Asked) -> bool:
         """Whether the answers to a request are recorded.

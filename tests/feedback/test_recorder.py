@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +173,19 @@ def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("RLHF_HASH_KEY", "of the team")
     assert Hashes(tmp_path / "a").of("user", "ü") == Hashes(tmp_path / "c").of("user", "ü")
     assert not list((tmp_path / "c").iterdir())
+
+
+def test_an_answer_is_deleted_after_its_days_unless_somebody_spoke_of_it_or_is_to_rate_it(place: str) -> None:
+    database, old = Database(place), datetime.now(UTC) - timedelta(days=8)
+    with database.writing() as session:
+        session.add_all(
+            Answer(**row(name, at=at)) for name, at in (("old", old), ("new", datetime.now(UTC)), ("told", old), ("paired", old))
+        )
+        session.flush()
+        found = {answer.reply: answer.id for answer in session.scalars(select(Answer))}
+        session.add(Opinion(token="t", answer_id=found["told"], thumb=1))
+        session.add(pair("p", first_answer=found["paired"]))
+    writer = Recorder(lambda: Database(place), days=7)
+    until(lambda: replies(place) == ["new", "paired", "told"])
+    writer.stop()
+    assert writer.problem is None

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from rlhf import config
 from rlhf.errors import UserError
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
-from rlhf.feedback.tables import Answer, Opinion, Pair, Rating
+from rlhf.feedback.tables import LAYOUT, Answer, Layout, Opinion, Pair, Rating
 
 PROJECT = Path(__file__).parents[2]
 
@@ -177,3 +177,13 @@ def test_times_are_of_utc(record: Database) -> None:
         (at,) = session.scalars(select(Answer.at))
         assert at.tzinfo == UTC
         assert abs(at - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+def test_tables_of_another_layout_are_left_alone(tmp_path: Path) -> None:
+    place = f"sqlite:///{tmp_path / 'feedback.db'}"
+    first = Database(place)
+    with first.writing() as session:
+        session.execute(update(Layout).values(number=LAYOUT + 1))
+    first.close()
+    with pytest.raises(UserError, match=f"tables in layout {LAYOUT + 1}, and this code knows layout {LAYOUT}"):
+        Database(place)

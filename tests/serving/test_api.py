@@ -20,11 +20,14 @@ import httpx
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from mlflow import MlflowClient
 from openai import OpenAI
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import registry
+from rlhf.serving.api import create
+from rlhf.serving.service import Service
 from tests.registry.workspaces import load, train, workspace
 
 PROJECT = Path(__file__).parents[2]
@@ -273,3 +276,18 @@ def test_a_damaged_version_is_not_served_and_the_old_one_stays(server: Server, l
     assert server.health()["versions"] == {"champion": "assistant/1"}
     assert server.ask().model == "assistant/1"
     assert "was changed" in server.said()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_given_up_and_said_so(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = workspace(tmp_path / "work", llama, tokenizer)
+    small(root, ("  seconds: 120.0", "  seconds: 1.0e-6"))
+    with TestClient(create(Service(root, load(root))), base_url="http://localhost") as client:
+        until(lambda: client.get("/health").status_code == 200, "it is not ready")
+        reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": ASKED, "stream": stream})
+    told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line.startswith(("data: {", "{"))][-1]
+    assert (reply.status_code, told["error"]["code"]) == (200 if stream else 503, "timeout")
+    assert "serving.seconds" in told["error"]["message"]
