@@ -41,6 +41,8 @@ def start(job: Job) -> torch.device:
     if not dist.is_initialized():
         _meet(job, backend)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    each = "a GPU each" if cuda else f"{torch.get_num_threads()} threads each"
+    job.say(f"computes in {job.params.launch.precision} on {job.world_size} ranks, {each}")
     return device(job)
 
 

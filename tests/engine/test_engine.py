@@ -147,9 +147,18 @@ def test_an_overflow_of_one_model_holds_back_both(tmp_path: Path) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
     quiet = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     ranks = [
-        subprocess.Popen([sys.executable, "-c", OVERFLOW], cwd=tmp_path, env=quiet | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        subprocess.Popen(
+            [sys.executable, "-c", OVERFLOW],
+            cwd=tmp_path,
+            env=quiet | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
     ]
-    assert [rank.wait() for rank in ranks] == [0, 0]
+    said = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert [words.count("sft: computes in fp32 on 2 ranks, 1 threads each") for words in said] == [1, 0]
 
 
 def test_layouts_that_cannot_be_are_refused() -> None:
