@@ -33,7 +33,7 @@ from tasks.stage import StageError, announce, run_stage, stop_all
 
 FIRST_TRAINED = "base"  # every stage but prepare depends on it
 LONGEST_REASON = 1500  # characters; more is entered with it in the history, which takes 2000
-Until = Literal["prepare", "base", "sft", "reward", "ppo", "grpo", "dpo", "evaluate"]  # a form offers these
+Until = Literal["prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "evaluate"]  # a form offers these
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
 
 

@@ -89,7 +89,7 @@ def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
 @cache
 def _server() -> Any:
     """Where ranks are forked from: a process that has loaded torch, transformers and DeepSpeed once, which takes seconds."""
-    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "grpo", "dpo", "evaluate")])
+    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "awac", "grpo", "dpo", "evaluate")])
     with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
@@ -240,7 +240,7 @@ def print_where_it_listens(_root: Path) -> None:
 
 
 def pad_instead_of_packing() -> None:
-    for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.updates", "rlhf.rollout.experience"):
+    for module in ("rlhf.stages.language_model", "rlhf.stages.reward", "rlhf.stages.dpo", "rlhf.stages.updates", "rlhf.rollout.experience"):
         import_module(module).pack = padded  # type: ignore[attr-defined]  # which module it is, mypy cannot know
 
 

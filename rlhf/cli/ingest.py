@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rlhf import config
 from rlhf.config import Params
 from rlhf.config.data import ColumnSource, NamedSource, VerifiableSource
 from rlhf.data.folders import split_of
@@ -125,3 +126,24 @@ def place(folder: Path, file: Path) -> Path:
         number += 1
         place = folder / f"{stamp}-{number}-{file.name}"
     return place
+
+
+def bring_earlier(root: Path, params: Params) -> list[str]:
+    """Answers of earlier versions, for those who learn from them; what was done, in lines for people.
+
+    Raises:
+        UserError: there are none (rlhf/registry/earlier.py).
+    """
+    if not params.warm_starts:
+        return []
+    from rlhf.registry import earlier  # MLflow and DVC take seconds, which others need not wait for
+
+    return earlier.bring(root, params)
+
+
+def renew_earlier(root: Path) -> list[str]:
+    """The same once new rows are there, which stay, whatever comes of this."""
+    try:
+        return bring_earlier(root, config.load(root / "params.yaml"))
+    except UserError as error:
+        return [f"answers of earlier versions stay as they were: {error.what}"]

@@ -100,9 +100,11 @@ def use(
 
     Data files that it names are copied to data/raw and versioned with DVC.
     """
+    from rlhf.cli.ingest import bring_earlier
     from rlhf.workspace import presets
 
-    for line in presets.use(workspace(), preset, values or []):
+    root = workspace()
+    for line in presets.use(root, preset, values or [], lambda params: bring_earlier(root, params)):
         print(line)
 
 
@@ -194,6 +196,8 @@ def ingest(
     if not parts:
         print("nothing new")
         return
+    for line in adding.renew_earlier(root):
+        print(line)
     served.enter(root)
     from tasks import events
 

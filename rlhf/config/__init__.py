@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf.config import algorithms, text
+from rlhf.config.awac import Awac
 from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
 from rlhf.config.feedback import Feedback
 from rlhf.config.group import Grpo
@@ -22,8 +23,8 @@ from rlhf.config.serving import Serving
 from rlhf.config.training import Answering, Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
 
-STAGES = ("prepare", "base", "sft", "reward", "ppo", "grpo", "dpo", "evaluate")
-# The stages of a run, by the one that makes the policy (`Params.policy`).
+STAGES = ("prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "evaluate")
+# The stages of a run, by the one that makes the policy (`Params.policy`); before that one awac, where it is asked for.
 STAGES_OF = {
     "ppo": ("prepare", "base", "sft", "reward", "ppo", "evaluate"),
     "grpo": ("prepare", "base", "sft", "reward", "grpo", "evaluate"),
@@ -36,6 +37,7 @@ PARAMS_OF_STAGE = {
     "base": ("seed", "base", "launch.precision"),
     "sft": ("seed", "sft", "launch.precision"),
     "reward": ("seed", "reward", "launch.precision"),
+    "awac": ("seed", "awac", "rewards", "launch.precision"),
     "ppo": ("seed", "ppo", "rewards", "launch.precision"),
     "grpo": ("seed", "grpo", "rewards", "launch.precision"),
     "dpo": ("seed", "dpo", "launch.precision"),
@@ -64,6 +66,7 @@ class Params(Section):
     sft: Sft
     reward: Reward
     rewards: list[RewardEntry] = Field(min_length=1, description="what answers are scored by: the sum of weight × score is trained on")
+    awac: Awac
     ppo: Ppo
     grpo: Grpo
     dpo: Dpo
@@ -93,7 +96,20 @@ class Params(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of a run, in order."""
-        return tuple(stage for stage in STAGES_OF[self.policy] if stage != "reward" or self.trains_reward)
+        found = [stage for stage in STAGES_OF[self.policy] if stage != "reward" or self.trains_reward]
+        if self.warm_starts:
+            found.insert(found.index(self.policy), "awac")
+        return tuple(found)
+
+    @property
+    def warm_starts(self) -> bool:
+        """Whether stage awac comes before the policy's own."""
+        return self.awac.versions > 0
+
+    @property
+    def start(self) -> str:
+        """The model from which a policy that samples its own answers goes on."""
+        return "models/awac" if self.warm_starts else "models/sft"
 
     @property
     def reward_files(self) -> list[str]:
@@ -109,6 +125,13 @@ class Params(Section):
         checks = any(entry.kind != "model" and entry.right_from is not None for entry in self.rewards)
         if not (self.reads_pairs or self.data.has_gold or checks):
             raise ValueError("rewards: evaluate has nothing to judge by: give an entry right_from, the score from which an answer is right")
+        return self
+
+    @model_validator(mode="after")
+    def _warm_start(self) -> Params:
+        if self.warm_starts and self.policy not in ("ppo", "grpo"):
+            what = f"awac.versions is {self.awac.versions}, but algorithm {self.algorithm} samples no answers for it to come before"
+            raise ValueError(f"{what}: set it to 0")
         return self
 
     @model_validator(mode="after")
@@ -138,7 +161,7 @@ class Params(Section):
             raise ValueError("data.sources: evaluate needs held-out prompts, but no source of prompts has split.heldout above 0")
         if self.base.source == "build":
             pairs = self.reward.max_tokens if self.trains_reward else self.dpo.max_tokens if self.reads_pairs else 0
-            longest = max(self.sft.max_tokens, pairs, self.answering.longest)
+            longest = max(self.sft.max_tokens, pairs, self.answering.longest, self.awac.max_tokens if self.warm_starts else 0)
             if longest > self.base.context_tokens:
                 raise ValueError(
                     f"base.context_tokens is {self.base.context_tokens}, but a stage uses sequences of {longest} tokens: raise it"

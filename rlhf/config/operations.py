@@ -90,6 +90,7 @@ class Jobs(Section):
     base: JobLayout
     sft: JobLayout
     reward: JobLayout
+    awac: JobLayout
     ppo: JobLayout
     grpo: JobLayout
     dpo: JobLayout

@@ -109,7 +109,12 @@ def key_of(row: Row) -> tuple[str, ...]:
     """What must not stand both in training and in the held-out rows: the prompt, or the passage."""
     if row.text is not None:
         return (row.text.strip(),)
-    return tuple(part for turn in row.prompt for part in (turn["role"], turn["content"].strip()))
+    return key_of_prompt(row.prompt)
+
+
+def key_of_prompt(prompt: Turns) -> tuple[str, ...]:
+    """The same of a row that is no passage."""
+    return tuple(part for turn in prompt for part in (turn["role"], turn["content"].strip()))
 
 
 def digest_of(value: Any) -> bytes:

@@ -115,6 +115,7 @@ def _trained(root: Path, stage: str, params: Params, base: int | None) -> list[t
     starts: dict[str, list[tuple[str, Lora | None]]] = {
         "sft": [("base", params.sft.lora)],
         "reward": [("base", params.reward.lora)],
+        "awac": [("sft", params.awac.lora)],
         "ppo": [("sft", params.ppo.actor_lora), ("reward", params.ppo.critic_lora)],
         "grpo": [("sft", params.grpo.actor_lora)],
         "dpo": [("sft", params.dpo.lora)],

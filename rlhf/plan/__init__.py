@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.config import Params
 from rlhf.config.training import BuiltBase
+from rlhf.data import earlier
 from rlhf.errors import UserError
 from rlhf.launcher.given import check_base, check_base_is_apart
 from rlhf.plan import adapters, launching, memory, rewards, rows
@@ -42,6 +43,9 @@ def check(root: Path, params: Params, stages: Sequence[str]) -> Findings:
     shape = memory.of_built(params.base) if isinstance(params.base, BuiltBase) else model.shape if model else None
     if {params.policy, "evaluate"} & set(stages):
         rewards.check(root, params, findings)
+    if "awac" in stages:
+        with findings.collecting():
+            earlier.usable(earlier.read(root / earlier.FOLDER))
     if "grpo" in stages and not params.grpo.holds_reference:
         findings.notes.append(
             "grpo.stop.kl holds nothing back: with grpo.kl.coefficient 0 no reference is loaded, and no KL measured until evaluate"
@@ -87,7 +91,7 @@ def _gone(root: Path, params: Params) -> UserError | None:
 
 def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     """The longest sequences of the stages, by what in params.yaml sets them."""
-    longest = {"sft": params.sft.max_tokens, "reward": params.reward.max_tokens, "dpo": params.dpo.max_tokens}
+    longest = {name: getattr(params, name).max_tokens for name in ("sft", "reward", "awac", "dpo")}
     lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
     if params.policy in stages or "evaluate" in stages:
         key = params.answering_key

@@ -34,7 +34,7 @@ def check(stages: Sequence[str], params: Params, model: str, layers: Collection[
 
 def _given(params: Params, stages: Sequence[str]) -> dict[str, Lora | None]:
     """The adapters of the stages, by their keys in params.yaml."""
-    adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "dpo") if stage in stages}
+    adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "awac", "dpo") if stage in stages}
     if "ppo" in stages:
         adapters |= {"ppo.actor_lora": params.ppo.actor_lora, "ppo.critic_lora": params.ppo.critic_lora}
     if "grpo" in stages:

@@ -18,6 +18,7 @@ BATCHES = {
     "base": ("base.batch_size",),
     "sft": ("sft.batch_size",),
     "reward": ("reward.batch_size",),
+    "awac": ("awac.batch_size",),
     "ppo": ("ppo.rollout_batch_size", "ppo.mini_batch_size", "ppo.mixture_batch_size"),
     "grpo": ("grpo.rollout_batch_size", "grpo.mini_batch_size", "grpo.mixture_batch_size"),
     "dpo": ("dpo.batch_size",),

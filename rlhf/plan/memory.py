@@ -103,13 +103,15 @@ def models(stage: str, params: Params) -> list[Held]:
     if stage == "dpo":
         reference = frozen if params.dpo.reference == "live" and params.dpo.lora is None else []
         return [Held("policy", True, params.dpo.lora), *reference]
+    if stage == "awac":
+        return [Held("policy", True, params.awac.lora), *rewards]
     if stage in ("ppo", "grpo"):
         own = params.ppo if stage == "ppo" else params.grpo
         critic = [Held("critic", True, params.ppo.critic_lora)] if stage == "ppo" else []
         moving = params.grpo.reference_every is not None and stage == "grpo"  # kept in fp32 besides, for checkpoints
         actor = Held("policy", True, own.actor_lora, (own.ema_decay is not None) + moving)
         pulls = stage == "ppo" or params.grpo.kl.coefficient > 0
-        return [actor, *critic, *(frozen if own.actor_lora is None and pulls else []), *rewards]
+        return [actor, *critic, *(frozen if (own.actor_lora is None or params.warm_starts) and pulls else []), *rewards]
     judge = [Held("critic", True, params.evaluate.judge.lora)] if params.trains_judge else []
     return [*frozen, *frozen, *rewards, *judge]
 
@@ -163,7 +165,7 @@ def _activations(stage: str, params: Params, shape: Shape) -> float:
 
 
 def _longest_row(stage: str, params: Params) -> int:
-    longest = {"sft": params.sft.max_tokens, "reward": params.reward.max_tokens, "dpo": params.dpo.max_tokens}
+    longest = {name: getattr(params, name).max_tokens for name in ("sft", "reward", "awac", "dpo")}
     return longest.get(stage, params.answering.longest if stage in ("ppo", "grpo", "evaluate") else 0)
 
 

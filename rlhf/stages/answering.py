@@ -98,13 +98,14 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     params = section(job)
     reward = load_reward(job, tokenizer, device) if job.params.trains_reward else None
     with born(settings(job, "policy")):
-        actor = load_policy(job.input("models/sft"), job.params.launch.precision)
+        actor = load_policy(job.input(job.params.start), job.params.launch.precision)
     key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens"
     check_length(actor, params.longest, key)
-    adapters = lora.attach(actor, params.actor_lora, "models/sft", f"{job.stage}.actor_lora", job)
+    adapters = lora.attach(actor, params.actor_lora, job.params.start, f"{job.stage}.actor_lora", job)
+    without = None if job.params.warm_starts else adapters  # without them the actor is awac's, and the reference is sft
     return Models(
         actor=train_engine(actor, peak(params.actor, params.actor_lora), job, "policy", updates),
-        reference=lora.reference(adapters, job, job.input("models/sft"), device) if with_reference else None,
+        reference=lora.reference(without, job, job.input("models/sft"), device) if with_reference else None,
         reward=reward,
         adapters=adapters,
         averages={"ema": Ema(actor, params.ema_decay)} if params.ema_decay else {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,17 @@ def read_pairs(job: Job, tokenizer: PreTrainedTokenizerBase, path: str) -> tuple
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]) -> list[Pair]:
     """Rows with prompt, chosen and rejected; earlier assistant turns of a prompt do not count, as both sides of a pair share them."""
+    sides = encode_answers(tokenizer, ((row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")))
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Iterable[tuple[list[dict[str, Any]], str]]) -> list[Side]:
+    """Prompts with their answers, of which the tokens of the answer alone count."""
     sides: list[Side] = []
-    dialogues = ([*row["prompt"], {"role": "assistant", "content": row[side]}] for row in rows for side in ("chosen", "rejected"))
-    for ids, mask in encode_dialogues(tokenizer, dialogues):
+    for ids, mask in encode_dialogues(tokenizer, ([*prompt, {"role": "assistant", "content": answer}] for prompt, answer in answers)):
         begin = len(mask) - mask[::-1].index(0)
         sides.append((ids, [0] * begin + [1] * (len(ids) - begin)))
-    return list(zip(sides[::2], sides[1::2], strict=True))
+    return sides
 
 
 def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair]) -> list[dict[str, float]]:
@@ -140,12 +145,16 @@ def log_probs_of(model: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]
 
 def pair_log_probs(model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Σ log p(token) over the answer's tokens, chosen and rejected, each (B,); one forward pass for both."""
-    sides = [side for pair in pairs for side in pair]
+    sums = side_log_probs(model, [side for pair in pairs for side in pair])
+    return sums[::2], sums[1::2]
+
+
+def side_log_probs(model: Any, sides: Sequence[Side]) -> Tensor:
+    """Σ log p(token) over each answer's tokens (B,); one forward pass."""
     packed = pack([ids for ids, _ in sides], model.device)
     wanted = packed.predictions([mask for _, mask in sides])
     log_probs = token_log_probs(logits_at(model, packed, wanted.places), wanted.targets)
-    sums = torch.zeros(len(sides), device=model.device).index_add(0, wanted.rows, log_probs)
-    return sums[::2], sums[1::2]
+    return torch.zeros(len(sides), device=model.device).index_add(0, wanted.rows, log_probs)
 
 
 def implicit_accuracy(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, tokens: int) -> float:

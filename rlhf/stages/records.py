@@ -42,11 +42,11 @@ class Records:
         if not self.job.is_main:
             return
         distances = [None] * len(rows) if kl is None else kl.tolist()
-        found = zip(rows, e.sequences, e.prompt_lengths, distances, e.scores.tolist(), strict=True)
+        found = zip(rows, e.sequences, e.prompt_lengths, e.ended.tolist(), distances, e.scores.tolist(), strict=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for number, (row, ids, length, distance, score) in enumerate(found):
+            for number, (row, ids, length, ended, distance, score) in enumerate(found):
                 answer = decode_answer(self.tokenizer, ids[length:])
-                line = {"step": step, **row, "answer": answer, "kl": distance, "score": score}
+                line = {"step": step, **row, "answer": answer, "ended": ended, "kl": distance, "score": score}
                 if len(self.job.params.rewards) > 1:
                     line["rewards"] = {name: outcome.score for name, outcome in e.rewards[number].items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -52,7 +52,8 @@ def read_graph(root: Path) -> dict[str, Node]:
 
 
 def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
-    """Check that dvc.yaml has no stage of another algorithm than params.yaml names, and knows the files of its reward functions.
+    """Check that dvc.yaml has no stage of another algorithm than params.yaml names, has its warm start, and knows the files of its reward
+    functions.
 
     Raises:
         UserError: it has.
@@ -63,6 +64,9 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
             f"dvc.yaml has stage {' and '.join(others)}, but params.yaml says algorithm: {params.algorithm}",
             remedy=f"`rlhf use params.yaml algorithm={params.algorithm}` sets dvc.yaml to it",
         )
+    if params.warm_starts and params.policy in graph and params.start not in graph[params.policy].inputs:
+        what = f"dvc.yaml has no stage awac, which awac.versions: {params.awac.versions} of params.yaml asks for"
+        raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")
     if lacking := _inputs_of_rewards(graph, params):
         what = f"dvc.yaml lacks {', '.join(lacking)}, which section rewards of params.yaml asks for"
         raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")
@@ -70,7 +74,7 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
 
 def _inputs_of_rewards(graph: Mapping[str, Node], params: Params) -> list[str]:
     """What dvc.yaml lacks of what section rewards asks for."""
-    calling = [graph[stage] for stage in (params.policy, "evaluate") if stage in graph]
+    calling = [graph[stage] for stage in ("awac", params.policy, "evaluate") if stage in graph]
     files = [f"input {file} of stage {node.name}" for node in calling for file in params.reward_files if file not in node.inputs]
     # a graph that has no sft begins elsewhere: who wrote it has a reward model already
     return [*files, *(["stage reward"] if params.trains_reward and calling and "sft" in graph and "reward" not in graph else [])]

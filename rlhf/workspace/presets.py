@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -32,6 +33,7 @@ from rlhf.paths import check_links, inside
 from rlhf.workspace import precision
 
 RAW = Path("data/raw")
+POLICY_READS = "deps: [models/sft, models/reward, data/prepared/ppo.jsonl,"  # as ppo and grpo have it
 
 
 def names(root: Path) -> list[str]:
@@ -39,10 +41,13 @@ def names(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "presets").glob("*.yaml"))
 
 
-def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
+def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.Params], list[str]] = lambda _: []) -> list[str]:
     """Write params.yaml from a preset, by name or as a YAML file, and `key=value` overrides; and dvc.yaml for its algorithm.
 
     Nothing is written unless all is right.
+
+    Args:
+        bring: called with the params before anything is written, for what else they name; what it did, in lines.
 
     Returns:
         What was done, in lines for people.
@@ -76,6 +81,7 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
     except UserError as error:
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     dag = graph(root, params)
+    done += bring(params)
     for number, source in enumerate(params.data.sources):
         if isinstance(source, FileSource) and source.path is not None:
             place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
@@ -93,17 +99,20 @@ def use(root: Path, preset: str, overrides: list[str]) -> list[str]:
 def graph(root: Path, params: config.Params) -> str:
     """The text of dvc.yaml for params: DVC has no branches, so each stage that makes the policy has a graph of its own.
 
-    Where no reward is a model, there is no stage reward, and nothing reads what it makes. The files of reward functions are inputs of
+    Where no reward is a model, there is no stage reward, and nothing reads what it makes. With a warm start there is stage awac, and the
+    policy's own reads its model, too. The files of reward functions are inputs of
     the stages that call them.
 
     Raises:
         UserError: a part of it is missing.
     """
-    parts = ["common", *(["reward"] if params.trains_reward else []), params.policy]
+    parts = ["common", *(["reward"] if params.trains_reward else []), *(["awac"] if params.warm_starts else []), params.policy]
     try:
         text = "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in parts)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
+    if params.warm_starts:
+        text = text.replace(POLICY_READS, POLICY_READS.replace("models/sft", "models/sft, models/awac"))
     if not params.reads_pairs:
         text = re.sub(r"models/reward, |, reward\.max_tokens|^.*plots/reward\.csv.*\n", "", text, flags=re.MULTILINE)
     return text.replace("rlhf/rewards,", ", ".join(["rlhf/rewards", *map(json.dumps, params.reward_files)]) + ",")

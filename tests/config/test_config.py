@@ -14,7 +14,7 @@ from rlhf import config
 from rlhf.cli import reference
 from rlhf.errors import UserError
 from rlhf.workspace import presets
-from rlhf.workspace.fingerprint import read_graph
+from rlhf.workspace.fingerprint import check_algorithm, read_graph
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8"))
@@ -80,6 +80,7 @@ def test_hh_lacks_its_file_only() -> None:
         ("data.sources.2.split.heldout", 0, "evaluate needs held-out pairs"),
         ("data.sources.2.split.reward", 0, "reward needs preference pairs"),
         ("algorithm", "grop", "algorithm: Input should be 'ppo', 'dpo', 'rloo', 'grpo', 'dr-grpo', 'dapo', "),
+        ("awac.max_weight", 0.5, "awac.max_weight: Input should be greater than or equal to 1, got 0.5"),
         ("dpo.label_smoothing", 0.5, "dpo.label_smoothing: Input should be less than 0.5, got 0.5"),
         (
             "dpo",
@@ -132,6 +133,16 @@ def test_what_training_without_a_critic_cannot_mean_is_refused(values: dict[str,
     assert words in message(raw)
 
 
+def test_a_warm_start_comes_before_answers_of_ones_own() -> None:
+    raw = with_value(SANDBOX, "awac.versions", 2)
+    assert config.validate(raw, "params.yaml").start == "models/awac"
+    assert "awac.versions is 2, but algorithm dpo samples no answers for it to come before" in message(raw | {"algorithm": "dpo"})
+    graph = read_graph(ROOT)
+    check_algorithm(graph, config.validate(SANDBOX, "params.yaml"))
+    with pytest.raises(UserError, match=r"dvc\.yaml has no stage awac, which awac\.versions: 2 of params.yaml asks for"):
+        check_algorithm(graph, config.validate(raw, "params.yaml"))
+
+
 def test_a_reference_that_moves_is_held_as_the_policy_is() -> None:
     raw = with_value(SANDBOX, "launch.engines.reference.zero_stage", 3)
     config.validate(raw, "params.yaml")
@@ -177,6 +188,14 @@ def test_stage_depends_on_its_own_sections_alone() -> None:
         assert tuple(graph) == stages
         for stage in stages:
             assert list(params.of_stage(stage)) == graph[stage]["params"]
+    for preset in ("sandbox", "sandbox-function"):
+        params = config.load(ROOT / f"presets/{preset}.yaml")
+        params = config.validate(with_value(params.model_dump(mode="json"), "awac.versions", 1), "params.yaml")
+        graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
+        assert tuple(graph) == params.stages
+        assert list(params.of_stage("awac")) == graph["awac"]["params"]
+        assert [stage for stage, entry in graph.items() if "models/awac" in entry["deps"]] == [params.policy]
+        assert ("models/reward" in graph["awac"]["deps"]) == params.trains_reward
 
 
 def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf import config
 from rlhf.config.training import BuiltBase
-from rlhf.job import read_lines
+from rlhf.data import earlier
+from rlhf.job import read_lines, write_lines
 from rlhf.models.policy import build_policy
 from rlhf.models.saving import save_model
 from rlhf.models.scalar import initialise_head, load_scalar
@@ -26,7 +27,8 @@ Cut = tuple[int, int, str]
 WHOLE: Cut = (1, 100_000, "")
 CUTS: list[Cut] = [(1, 600, ""), (1, 250, ""), (1, 1, ""), (1, 250, "padded")]
 CUTS += [(2, 100_000, ""), (2, 300, ""), (2, 120, ""), (2, 1, ""), (2, 250, "padded")]
-STAGES = ("sft", "reward", "ppo", "dpo")
+SIDES = ("chosen", "rejected")
+STAGES = ("sft", "reward", "awac", "ppo", "dpo")
 
 
 def two_steps(rows: dict[str, int]) -> dict[str, Any]:
@@ -36,11 +38,11 @@ def two_steps(rows: dict[str, int]) -> dict[str, Any]:
     gradient is zero but for rounding.
     """
     raw = tiny_params()
-    for stage, file in (("sft", "sft"), ("reward", "reward"), ("dpo", "reward")):
+    for stage, file in (("sft", "sft"), ("reward", "reward"), ("awac", "awac"), ("dpo", "reward")):
         raw[stage] |= {"batch_size": BATCH, "epochs": 2 * BATCH / rows[file]}
     raw["ppo"] |= {"steps": 2, "rollout_batch_size": 2 * BATCH, "mini_batch_size": BATCH, "epochs": 1, "mixture_batch_size": 6}
     raw["ppo"] |= {"critic_warmup_steps": 0, "entropy_coefficient": 0.01, "max_answer_tokens": 8}
-    trained = (raw["sft"]["optimizer"], raw["reward"]["optimizer"], raw["ppo"]["actor"], raw["ppo"]["critic"], raw["dpo"]["optimizer"])
+    trained = [raw["ppo"]["actor"], raw["ppo"]["critic"], *(raw[stage]["optimizer"] for stage in ("sft", "reward", "awac", "dpo"))]
     for optimizer in trained:
         optimizer |= {"learning_rate": 0.3, "epsilon": 1.0, "warmup_ratio": 0.0}
     return raw
@@ -64,7 +66,10 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     root = tmp_path_factory.mktemp("sharding") / "start"
     make_workspace(root, tiny_params(), pairs=120)
     make_models(root, tokenizer)
-    set_params(root, two_steps({stage: len(read_lines(root / f"data/prepared/{stage}.jsonl")) for stage in ("sft", "reward")}))
+    pairs = read_lines(root / "data/prepared/reward.jsonl")
+    write_lines(root / earlier.FOLDER / "v1.jsonl", ({"prompt": row["prompt"], "answer": row[side]} for row in pairs for side in SIDES))
+    rows = {"sft": len(read_lines(root / "data/prepared/sft.jsonl")), "reward": len(pairs), "awac": 2 * len(pairs)}
+    set_params(root, two_steps(rows))
     return root
 
 
