@@ -140,6 +140,11 @@ class KlController:
     target: float
     horizon: int
 
+    def set(self, beta: float) -> None:
+        """Set β where it is fixed."""
+        if not self.adaptive:
+            self.beta = beta
+
     def update(self, kl: float, answers: int) -> None:
         """Move β towards the target KL per answer, after a rollout of so many answers."""
         if self.adaptive:

@@ -107,6 +107,11 @@ class Params(Section):
         return self.awac.versions > 0
 
     @property
+    def tunes(self) -> bool:
+        """Whether the policy's stage chooses values while it learns."""
+        return self.policy in ("ppo", "grpo") and self.answering.ultho is not None
+
+    @property
     def start(self) -> str:
         """The model from which a policy that samples its own answers goes on."""
         return "models/awac" if self.warm_starts else "models/sft"

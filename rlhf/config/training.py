@@ -6,7 +6,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from rlhf.config import ultho
 from rlhf.config.section import Fraction, NonNegative, PathText, Positive, Section
+from rlhf.config.ultho import Ultho
 
 
 class Optimizer(Section):
@@ -161,6 +163,7 @@ class Answering(Section):
         description="adapters; the actor without them is then the reference policy; null: all weights are trained"
     )
     stop: Stop
+    ultho: Ultho | None = Field(description="values that are chosen while the stage learns; null: all stay as they stand here")
     checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
 
     @property
@@ -176,6 +179,12 @@ class Answering(Section):
     def _batches(self) -> Self:
         if self.rollout_batch_size % self.mini_batch_size:
             raise ValueError(f"mini_batch_size ({self.mini_batch_size}) must divide rollout_batch_size ({self.rollout_batch_size})")
+        return self
+
+    @model_validator(mode="after")
+    def _ultho(self) -> Self:
+        if self.ultho:
+            ultho.check(self)
         return self
 
 

@@ -109,6 +109,14 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     return engine
 
 
+def move_schedule(engine: DeepSpeedEngine, step: int, peak: float) -> None:
+    """Let an engine go on as if it had made so many optimiser steps, at another peak learning rate."""
+    scheduler: Any = engine.lr_scheduler
+    scheduler.last_epoch, scheduler.base_lrs = step, [peak] * len(scheduler.base_lrs)
+    for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = peak * factor(step)
+
+
 def frozen(module: Module, job: Job, name: str, device: torch.device) -> Module:
     """A module that is only scored with, as launch.engines.NAME says; under ZeRO-3 each forward pass gathers what it needs."""
     module.eval().requires_grad_(False)

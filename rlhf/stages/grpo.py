@@ -8,7 +8,6 @@ what is not this stage's alone, in answering.py, rewarding.py, updates.py and re
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from rlhf.algorithms import advantages as estimators
 from rlhf.algorithms.group import Objective, corrections, group_loss, token_weights
 from rlhf.algorithms.ppo import LossStats
 from rlhf.config.group import Grpo
+from rlhf.config.training import peak
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import block, check_even, sharing_micro_batches, start
 from rlhf.engine.ema import Ema
@@ -26,20 +26,20 @@ from rlhf.engine.order import Order
 from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.job import Job, run
-from rlhf.models import lora, saving
+from rlhf.models import lora
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout
 from rlhf.stages.answering import Models, answer_kl, load_models, read_prompts, read_texts
 from rlhf.stages.groups import Collected, collect, rewards
-from rlhf.stages.records import Records, Report
+from rlhf.stages.records import Records, Report, hand_on
+from rlhf.stages.tuning import Trained, Tuning
 from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches
 from rlhf.stages.updates import update as update_all
 from rlhf.tensors import send
 
 
 def main(job: Job) -> None:
-    device = start(job)
-    params = job.params.grpo
+    device, params = start(job), job.params.grpo
     tokenizer = load_tokenizer(job.input("models/sft"))
     check_even(params.mini_batch_size, job, "grpo.mini_batch_size")
     prompts, too_long = read_prompts(job, tokenizer)
@@ -56,6 +56,8 @@ def main(job: Job) -> None:
     place = state.get("place", 0)
     records = Records(job, tokenizer, state.get("records_bytes", 0))
     report = Report(job, models, device)
+    trained = [Trained(models.actor, peak(params.actor, params.actor_lora).learning_rate)]
+    tuning = Tuning(job, trained, params.kl.coefficient, state.get("ultho"))
 
     steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
     for step in steps:
@@ -65,11 +67,13 @@ def main(job: Job) -> None:
         place = found.place
         experience = Experience.of([row for group in found.groups for row in group.answers], device)
         # 3. rewards and advantages
-        targets, stats = advantages(experience, found, params)
+        reward = rewards(params, [one for group in found.groups for one in group.answers]).mean().item()
+        tuned = tuning.next(step, reward, answer_kl(experience).mean().item() if params.holds_reference else 0.0)
+        targets, stats = advantages(experience, found, tuned.params.grpo)
         stats |= models.rewards.check(job, step + 1, [row.rewards for row in found.made])
         # 4. updates
-        batches = mini_batches(job, experience, texts, text_order, step, params.answers_per_prompt)
-        stats |= update(job, models, experience, targets, batches)
+        batches = mini_batches(tuned, experience, texts, text_order, step, params.answers_per_prompt)
+        stats |= update(tuned, models, experience, targets, batches)
         clock.stop("training")
         divergence.check(job, step + 1, stats, params.stop.model_dump())
         check_ratio(job, step + 1, stats["ratio_error"])
@@ -83,20 +87,17 @@ def main(job: Job) -> None:
             models.averages["reference"].update(models.actor.module)
             move_reference(models)
         if steps.checkpoint_due(step):
-            going = {"history": history, "place": place, "records_bytes": records.bytes}
+            going = {"history": history, "place": place, "records_bytes": records.bytes, "ultho": tuning.state()}
             checkpoints.save(job, step + 1, {"actor": models.actor}, going, stats["reward"], models.averages)
 
-    models.rewards.checkers.close()
-    if models.ema:
-        models.ema.copy_to(models.actor.module)
-    saving.save(job, models.actor.module, tokenizer, job.output("models/grpo"), models.adapters)
+    hand_on(job, models, records)
     if job.is_main:
-        shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
         counts = {"prompts": len(prompts), "too_long": too_long, "groups": place}
         counts["groups_replaced"] = int(sum(row["groups_replaced"] for row in history))
         job.write_metrics({**history[-1], **counts, **lora.share(models.adapters)})
         # dvc.yaml draws column kl, whether or not there is anything in it
         job.write_plot("plots/grpo.csv", history if models.reference else [{**row, "kl": None} for row in history])
+    tuning.write()
 
 
 def move_reference(models: Models) -> None:

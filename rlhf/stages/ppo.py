@@ -8,7 +8,6 @@ alone, in answering.py, updates.py and records.py.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,14 +27,15 @@ from rlhf.engine.setup import backward, settings, train_engine
 from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.job import Job, run
-from rlhf.models import lora, saving
+from rlhf.models import lora
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts
 from rlhf.stages import answering, stored
 from rlhf.stages.answering import Models, answer_kl, answer_values, in_parts, read_prompts, read_texts, roll_out
-from rlhf.stages.records import Records, Report
+from rlhf.stages.records import Records, Report, hand_on
+from rlhf.stages.tuning import Trained, Tuning
 from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches
 from rlhf.stages.updates import update as update_all
 from rlhf.tensors import send
@@ -58,6 +58,7 @@ def main(job: Job) -> None:
     history: list[dict[str, float]] = state.get("history", [])
     controller.beta = state.get("beta", controller.beta)
     records = Records(job, tokenizer, state.get("records_bytes", 0))
+    tuning = tuning_of(job, models, critic, state.get("ultho"))
     report = Report(job, models, device, critic)
 
     steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
@@ -73,11 +74,13 @@ def main(job: Job) -> None:
         experience = Experience.of(scored, device)
         clock.stop("scoring")
         # 3. rewards and advantages
-        targets, stats = advantages(experience, params, controller.beta)
+        tuned = tuning.next(step, final_scores(experience, params).mean().item(), answer_kl(experience).mean().item())
+        controller.set(tuned.params.ppo.kl.coefficient)
+        targets, stats = advantages(experience, tuned.params.ppo, controller.beta)
         stats |= models.rewards.check(job, step + 1, experience.rewards)
         # 4. updates
-        batches = mini_batches(job, experience, texts, text_order, step)
-        stats |= update(job, models, critic, experience, targets, batches, step)
+        batches = mini_batches(tuned, experience, texts, text_order, step)
+        stats |= update(tuned, models, critic, experience, targets, batches, step)
         clock.stop("training")
         divergence.check(job, step + 1, stats, params.stop.model_dump())
         check_ratio(job, step + 1, stats["ratio_error"])
@@ -88,17 +91,14 @@ def main(job: Job) -> None:
         job.log(step + 1, params.steps, {**stats, **cost, **models.rewards.seconds()})
         records.add(step + 1, [prompts[i]["row"] for i in order.batch(step)], experience, answer_kl(experience))
         if steps.checkpoint_due(step):
-            going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes}
+            going = {"history": history, "beta": controller.beta, "records_bytes": records.bytes, "ultho": tuning.state()}
             checkpoints.save(job, step + 1, engines, going, stats["reward"], models.averages)
 
-    models.rewards.checkers.close()
-    if models.ema:
-        models.ema.copy_to(models.actor.module)
-    saving.save(job, models.actor.module, tokenizer, job.output("models/ppo"), models.adapters)
+    hand_on(job, models, records)
     if job.is_main:
-        shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
         job.write_metrics({**history[-1], "prompts": len(prompts), "too_long": too_long, **lora.share(models.adapters)})
         job.write_plot("plots/ppo.csv", history)
+    tuning.write()
 
 
 def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> tuple[Models, DeepSpeedEngine]:
@@ -112,6 +112,15 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
         critic.head.weight.div_(models.reward.std if models.reward else 1)  # in the units of the normalised reward
     lora.attach(critic.model, params.critic_lora, "models/reward", "ppo.critic_lora", job)
     return models, train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.steps * updates)
+
+
+def tuning_of(job: Job, models: Models, critic: DeepSpeedEngine, state: Mapping[str, Any] | None) -> Tuning:
+    params = job.params.ppo
+    trained = [
+        Trained(models.actor, peak(params.actor, params.actor_lora).learning_rate, params.critic_warmup_steps),
+        Trained(critic, peak(params.critic, params.critic_lora).learning_rate, chosen=False),
+    ]
+    return Tuning(job, trained, params.kl.coefficient, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------- a step
@@ -144,10 +153,15 @@ class Targets:
     returns: Tensor
 
 
+def final_scores(e: Experience, params: Ppo) -> Tensor:
+    """What each answer (B,) is rewarded with, but for the KL."""
+    clipped = e.scores.clamp(-params.reward_clip, params.reward_clip)
+    return torch.where(e.ended, clipped, torch.full_like(clipped, params.no_eos_reward))
+
+
 def advantages(e: Experience, params: Ppo, beta: float) -> tuple[Targets, dict[str, float]]:
     """Rewards, advantages and returns of the whole rollout batch; and what is logged of it."""
-    clipped = e.scores.clamp(-params.reward_clip, params.reward_clip)
-    final = torch.where(e.ended, clipped, torch.full_like(clipped, params.no_eos_reward))
+    final = final_scores(e, params)
     kl = ppo.kl_estimate(e.log_probs, e.reference_log_probs, params.kl.estimator) * e.mask
     rewards = ppo.token_rewards(kl, final, e.mask, beta)
     raw, returns = ppo.gae(rewards, e.values, e.mask, params.gamma, params.gae_lambda)

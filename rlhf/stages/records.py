@@ -1,9 +1,10 @@
-"""What a stage that learns from its own answers keeps of a step: the file of rollouts, and the report of what it cost."""
+"""What a stage that learns from its own answers keeps of a step, the file of rollouts and the report of its cost; what it hands on."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.engine.distributed import gather
 from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.job import Job
+from rlhf.models import saving
 from rlhf.models.dialogues import decode_answer
 from rlhf.models.policy import DTYPES
 from rlhf.rollout.experience import Experience
@@ -53,6 +55,16 @@ class Records:
             file.flush()
             os.fsync(file.fileno())
         self.bytes = self.path.stat().st_size
+
+
+def hand_on(job: Job, models: Models, records: Records) -> None:
+    """Write the policy, or its average where there is one, and all answers that it learnt from."""
+    models.rewards.checkers.close()
+    if models.ema:
+        models.ema.copy_to(models.actor.module)
+    saving.save(job, models.actor.module, models.tokenizer, job.output(f"models/{job.stage}"), models.adapters)
+    if job.is_main:
+        shutil.copyfile(records.path, job.output("data/rollouts.jsonl"))
 
 
 class Report:

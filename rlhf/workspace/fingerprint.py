@@ -67,6 +67,9 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
     if params.warm_starts and params.policy in graph and params.start not in graph[params.policy].inputs:
         what = f"dvc.yaml has no stage awac, which awac.versions: {params.awac.versions} of params.yaml asks for"
         raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")
+    if params.policy in graph and params.tunes != ("plots/ultho.csv" in graph[params.policy].plots):
+        what = f"{params.policy}.ultho of params.yaml is {'set' if params.tunes else 'null'}, but dvc.yaml says otherwise"
+        raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")
     if lacking := _inputs_of_rewards(graph, params):
         what = f"dvc.yaml lacks {', '.join(lacking)}, which section rewards of params.yaml asks for"
         raise UserError(what, remedy="`rlhf use params.yaml` sets dvc.yaml to it")

@@ -34,6 +34,7 @@ from rlhf.workspace import precision
 
 RAW = Path("data/raw")
 POLICY_READS = "deps: [models/sft, models/reward, data/prepared/ppo.jsonl,"  # as ppo and grpo have it
+TUNED = "plots/ultho.csv: {cache: false, x: step, y: signal}"
 
 
 def names(root: Path) -> list[str]:
@@ -100,7 +101,7 @@ def graph(root: Path, params: config.Params) -> str:
     """The text of dvc.yaml for params: DVC has no branches, so each stage that makes the policy has a graph of its own.
 
     Where no reward is a model, there is no stage reward, and nothing reads what it makes. With a warm start there is stage awac, and the
-    policy's own reads its model, too. The files of reward functions are inputs of
+    policy's own reads its model, too; where a bandit chooses values, its table is an output. The files of reward functions are inputs of
     the stages that call them.
 
     Raises:
@@ -113,6 +114,8 @@ def graph(root: Path, params: config.Params) -> str:
         raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
     if params.warm_starts:
         text = text.replace(POLICY_READS, POLICY_READS.replace("models/sft", "models/sft, models/awac"))
+    if params.tunes:  # a table of its own
+        text = re.sub(rf"^( +- )plots/{params.policy}\.csv: .*\n", rf"\g<0>\1{TUNED}\n", text, flags=re.MULTILINE)
     if not params.reads_pairs:
         text = re.sub(r"models/reward, |, reward\.max_tokens|^.*plots/reward\.csv.*\n", "", text, flags=re.MULTILINE)
     return text.replace("rlhf/rewards,", ", ".join(["rlhf/rewards", *map(json.dumps, params.reward_files)]) + ",")

@@ -133,6 +133,49 @@ def test_what_training_without_a_critic_cannot_mean_is_refused(values: dict[str,
     assert words in message(raw)
 
 
+ULTHO = {"window": 10, "exploration": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("section", "clusters", "words"),
+    [
+        (
+            "ppo",
+            {"steps": [30, 60]},
+            "ultho.clusters.steps: nothing of that name is chosen here: policy_clip, value_clip",
+        ),
+        ("grpo", {"gae_lambda": [0.95, 1.0]}, "ultho.clusters.gae_lambda: nothing of that name is chosen here"),
+        ("ppo", {"kl_coefficient": [0.2, 0.1]}, "ultho.clusters.kl_coefficient begins with 0.2, but the run with 0.1: put that first"),
+        ("ppo", {"learning_rate_factor": [0.5, 1.0]}, "begins with 0.5, but the run with 1.0"),
+        ("ppo", {"learning_rate_factor": [1.0, 0.0]}, "give factors above 0"),
+        ("grpo", {"kl_coefficient": [0.04, 0.0]}, "a KL of weight 0 is not always measured"),
+        ("ppo", {"epochs": [1, 1]}, "ultho.clusters.epochs has a value twice"),
+        ("ppo", {"epochs": [1, 0.5]}, "ultho.clusters.epochs: 0.5 cannot stand here: Input should be a valid integer"),
+        ("ppo", {"policy_clip": [[0.2, 0.2], [0.1, -0.2]]}, "(0.1, -0.2) cannot stand here: Input should be greater than 0"),
+        ("ppo", {"epochs": [1]}, "List should have at least 2 items"),
+        ("ppo", {}, "ppo.ultho.clusters: Dictionary should have at least 1 item"),
+    ],
+)
+def test_values_that_no_bandit_can_choose_are_refused(section: str, clusters: dict[str, Any], words: str) -> None:
+    assert words in message(with_value(SANDBOX, f"{section}.ultho", ULTHO | {"clusters": clusters}))
+
+
+def test_an_adaptive_controller_sets_the_coefficient_itself() -> None:
+    raw = with_value(SANDBOX, "ppo.ultho", ULTHO | {"clusters": {"kl_coefficient": [0.1, 0.2]}})
+    assert "an adaptive controller sets β itself" in message(with_value(raw, "ppo.kl.controller", "adaptive"))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_what_a_bandit_chose_is_a_table_of_its_own(tmp_path: Path, algorithm: str) -> None:
+    raw = with_value(SANDBOX | {"algorithm": algorithm}, f"{algorithm}.ultho", ULTHO | {"clusters": {"epochs": [1, 2]}})
+    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, config.validate(raw, "params.yaml")), encoding="utf-8")
+    graph = read_graph(tmp_path)
+    assert list(graph[algorithm].plots) == [f"plots/{algorithm}.csv", "plots/ultho.csv"]
+    check_algorithm(graph, config.validate(raw, "params.yaml"))
+    with pytest.raises(UserError, match=rf"{algorithm}\.ultho of params\.yaml is null, but dvc\.yaml says otherwise"):
+        check_algorithm(graph, config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml"))
+
+
 def test_a_warm_start_comes_before_answers_of_ones_own() -> None:
     raw = with_value(SANDBOX, "awac.versions", 2)
     assert config.validate(raw, "params.yaml").start == "models/awac"
