@@ -3,9 +3,9 @@
 python bench/learning/warm_start.py                            grpo, seeds 1 to 5
 python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed values of stage awac or of what follows
 
-In each clone a first version is trained and registered. Then rows are added to pairs and prompts, and the policy is trained again, once from
-sft and once with stage awac before it. The gold score is that of each step's answers, a mean over WINDOW steps; that of the first version
-is what its evaluation found. A run that never comes there counts with all that it sampled.
+In each clone a first version is trained and registered. Then rows are added to pairs and prompts, and the policy is trained again, once
+from sft and once with stage awac before it. The gold score is that of each step's answers, a mean over WINDOW steps; that of the first
+version is what its evaluation found. A run that never comes there counts with all that it sampled.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ class Ultho(Section):
         description=f"values to choose among, by key: {', '.join(CLUSTERS)}. The first one is that of the section; kl_coefficient is "
         "kl.coefficient, and learning_rate_factor, which begins with 1, multiplies the actor's learning rate",
     )
+    kl_weight: NonNegative = Field(
+        description="what is to be high is the mean reward less so many times the KL of an answer, whatever kl.coefficient is then"
+    )
     window: PositiveInt = Field(description="W: so many of the last gains of a value count")
     exploration: NonNegative = Field(
         description="c: how much a value that was chosen rarely is preferred, in standard deviations of the reward"
@@ -54,6 +57,8 @@ def check(section: Any) -> None:
     Raises:
         ValueError: names the cluster and the value.
     """
+    if section.ultho.kl_weight and not getattr(section, "holds_reference", True):
+        raise ValueError("ultho.kl_weight: without a reference the KL is not measured: set it to 0, or kl.coefficient above 0")
     for name, values in section.ultho.clusters.items():
         where = f"ultho.clusters.{name}"
         known = [one for one in CLUSTERS if one in (KL, FACTOR, *type(section).model_fields)]

@@ -57,7 +57,7 @@ def main(job: Job) -> None:
     records = Records(job, tokenizer, state.get("records_bytes", 0))
     report = Report(job, models, device)
     trained = [Trained(models.actor, peak(params.actor, params.actor_lora).learning_rate)]
-    tuning = Tuning(job, trained, params.kl.coefficient, state.get("ultho"))
+    tuning = Tuning(job, trained, state.get("ultho"))
 
     steps = Steps(job, state["step"], params.steps, params.checkpoint_every)
     for step in steps:

@@ -120,7 +120,7 @@ def tuning_of(job: Job, models: Models, critic: DeepSpeedEngine, state: Mapping[
         Trained(models.actor, peak(params.actor, params.actor_lora).learning_rate, params.critic_warmup_steps),
         Trained(critic, peak(params.critic, params.critic_lora).learning_rate, chosen=False),
     ]
-    return Tuning(job, trained, params.kl.coefficient, state)
+    return Tuning(job, trained, state)
 
 
 # ---------------------------------------------------------------------------------------------------------------- a step

@@ -30,12 +30,11 @@ class Trained:
 class Tuning:
     """The values in force, step by step; those of the section where its `ultho` is null."""
 
-    def __init__(self, job: Job, trained: Sequence[Trained], coefficient: float, state: Mapping[str, Any] | None) -> None:
+    def __init__(self, job: Job, trained: Sequence[Trained], state: Mapping[str, Any] | None) -> None:
         """Args:
-        coefficient: of the KL, as the run begins.
         state: of a checkpoint; None: the beginning.
         """
-        self.job, self.trained, self.coefficient = job, trained, coefficient
+        self.job, self.trained = job, trained
         self.first = max(one.first for one in trained)
         self.settings: Ultho | None = section(job).ultho
         self.rows: list[dict[str, float]] = []
@@ -50,13 +49,10 @@ class Tuning:
         return {"bandit": self.bandit.state(), "rows": self.rows} if self.settings else None
 
     def next(self, step: int, reward: float, kl: float) -> Job:
-        """The job with the values of a step, of whose rollout the mean reward and KL of an answer are known.
-
-        The signal is the reward less the KL at the coefficient that the run began with: a value is not better for weighing the KL less.
-        """
+        """The job with the values of a step, of whose rollout the mean reward and KL of an answer are known."""
         if not self.settings:
             return self.job
-        signal = reward - self.coefficient * kl
+        signal = reward - self.settings.kl_weight * kl
         gain = self.bandit.credit(signal)
         if step >= self.first:
             self.bandit.choose()

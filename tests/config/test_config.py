@@ -133,7 +133,7 @@ def test_what_training_without_a_critic_cannot_mean_is_refused(values: dict[str,
     assert words in message(raw)
 
 
-ULTHO = {"window": 10, "exploration": 1.0}
+ULTHO = {"kl_weight": 0.0, "window": 10, "exploration": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,13 @@ ULTHO = {"window": 10, "exploration": 1.0}
 )
 def test_values_that_no_bandit_can_choose_are_refused(section: str, clusters: dict[str, Any], words: str) -> None:
     assert words in message(with_value(SANDBOX, f"{section}.ultho", ULTHO | {"clusters": clusters}))
+
+
+def test_a_kl_that_is_not_measured_cannot_count() -> None:
+    raw = with_value(SANDBOX, "grpo.ultho", ULTHO | {"clusters": {"epochs": [1, 2]}, "kl_weight": 0.1})
+    config.validate(raw, "params.yaml")
+    raw = with_value(with_value(raw, "grpo.kl.where", "none"), "grpo.kl.coefficient", 0.0)
+    assert "ultho.kl_weight: without a reference the KL is not measured" in message(raw)
 
 
 def test_an_adaptive_controller_sets_the_coefficient_itself() -> None:

@@ -21,7 +21,7 @@ CLUSTERS = {"policy_clip": [[0.2, 0.2], [0.1, 0.3]], "epochs": [2, 1], "kl_coeff
 def params_of(stage: str, clusters: dict[str, Any] | None) -> dict[str, Any]:
     raw = tiny_params() | {"algorithm": stage}
     # a bandit that explores alone goes through all values
-    raw[stage] |= {"steps": 10, "ultho": {"clusters": clusters, "window": 3, "exploration": 100.0} if clusters else None}
+    raw[stage] |= {"steps": 10, "ultho": {"clusters": clusters, "kl_weight": 0.1, "window": 3, "exploration": 100.0} if clusters else None}
     raw["ppo"]["kl"]["controller"] = "fixed"
     raw["grpo"]["kl"]["coefficient"] = 0.1
     return raw
