@@ -1,6 +1,6 @@
 """The whole loop with no hand on it: a champion is served and rated, ratings become data, the flow runs, the better version is served.
 
-python -m bench.rating.loop                           300 ratings, a champion that learnt from few and noisy preferences
+python -m bench.rating.loop                           300 ratings, a champion that learnt from preferences without sense
 python -m bench.rating.loop --tiny --ratings 60       a model that has learnt nothing, gates that let it through: whether it closes
 python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often, and other values of params.yaml
 
@@ -32,8 +32,11 @@ from rlhf import config, registry
 from rlhf.data.sandbox import gold_score, make_rows
 from rlhf.feedback.sample import answers
 
-# few preferences, a third of them wrong: what raters say is news
-WEAK = shlex.split("data.sources.2.rows=1000 data.sources.2.label_noise=0.3 promote.min_reward_accuracy=0.5 promote.min_win_rate=0.5")
+# few preferences, which say nothing, as half of them are wrong; gates between the first version and sft that let it through all the same
+WEAK = shlex.split("""
+data.sources.2.rows=300 data.sources.2.label_noise=0.5
+promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0
+""")
 TINY = shlex.split("""
 data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
 base.vocab_size=400 base.hidden_size=64 base.intermediate_size=128 base.heads=4 base.kv_heads=2 base.batch_size=16
