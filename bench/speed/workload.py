@@ -22,6 +22,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf import config
+from rlhf.config.operations import Jobs
 from rlhf.data.sandbox import make_rows
 from rlhf.job import Job, write_lines
 from rlhf.models.dialogues import encode_dialogues
@@ -222,8 +223,7 @@ def fitting(tokenizer: PreTrainedTokenizerFast, pairs: Sequence[Pair], answer_to
 
 def jobs(ranks: int = 1, tokens: int = 4096) -> dict[str, Any]:
     """`launch.jobs`, alike for all stages; `tokens` of a micro-batch."""
-    stages = ("base", "sft", "reward", "ppo", "grpo", "dpo", "evaluate")
-    return {stage: {"processes": ranks, "threads": 1, "micro_batch_tokens": tokens} for stage in stages}
+    return {stage: {"processes": ranks, "threads": 1, "micro_batch_tokens": tokens} for stage in Jobs.model_fields}
 
 
 def planned_lengths(count: int, limit: int, plan: str) -> list[int]:
