@@ -95,7 +95,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             "",
             f"{machine['cores']} cores of {machine['processor']}, and no other device; {packages}. Texts: {found['texts']}.",
             "",
-            *(rows_of(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases) + [""] if cases else []),
+            *([*rows_of(["case", "work", "ours", "peer", "unit", "ratio", "of the rounds"], cases), ""] if cases else []),
             *(["How a PPO step grows, one thread for each rank:", ""] if growth else []),
             *(rows_of(["", "work", "seconds", "× base", "GiB of rank 0", "× base"], growth) if growth else []),
             "",
