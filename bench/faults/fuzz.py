@@ -31,7 +31,8 @@ from rlhf import config
 from rlhf.errors import UserError
 from rlhf.workspace import fingerprint, presets
 
-PRESETS = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml") if path.stem != "hh")  # which lacks its file
+LACKING = ("hh", "smollm2-135m-hh")  # their file
+PRESETS = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml") if path.stem not in LACKING)
 WORDS = r"""true false yes No null ~ '' "1" .nan -.inf .inf 0 -1 1 2 3.0 0.5 010 0o17 0x1F 0b11 1:30 1_000 2e-3 1e400 -0.0 2026-01-01 []
 {} abc data/raw/x.jsonl ../x /etc/passwd http://u:p@h/ "\ud800" "\0" "\u202e" 日本 *b | >- ' " [ { %TAG ... @x `x` auto ppo dpo sandbox hh
 build fp16"""

@@ -52,7 +52,7 @@ def test_each_preset_is_a_line_of_models_of_its_own() -> None:
     raw = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "presets").glob("*.yaml")}
     names = {preset: values["promote"]["model"] for preset, values in raw.items()}
     assert names["sandbox"] == "assistant"
-    assert len(set(names.values())) == len(names) == 6
+    assert len(set(names.values())) == len(names) == 8
 
 
 def test_params_file_is_a_preset_that_passes() -> None:

