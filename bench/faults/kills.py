@@ -2,6 +2,7 @@
 
 python bench/faults/kills.py                    40 kills over sft, reward, ppo and grpo, on one rank and on two: 20 minutes on two cores
 python bench/faults/kills.py grpo --kills 15    30 of grpo's, whose prompts are replaced while it goes on
+python bench/faults/kills.py sft ppo launch.precision=bf16   with other values
 
 A kill hits a rank, DeepSpeed's launcher or the stage's own launcher, at any time after the first step of a start.
 """
@@ -46,14 +47,15 @@ LONGEST_WAIT = 3.0  # seconds after a step was logged
 
 
 def main(
-    stages: Annotated[list[str] | None, typer.Argument(metavar="[STAGE]…", help="All of them where none is named.")] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[STAGE | KEY=VALUE]…", help="All stages where none is named.")] = None,
     kills: Annotated[int, typer.Option(help="Kills of each stage on each number of ranks.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the moments and victims.")] = 1,
     output: Annotated[Path, typer.Option(help="Where to write the findings.")] = REPOSITORY / "bench" / "kills.json",
 ) -> None:
     """Kill each stage again and again, and compare what comes out. Exit code 1: bytes differ, or MLflow lacks or doubles a step."""
     known = {stage: algorithm for algorithm, some in STAGES.items() for stage in some}
-    wanted = stages or list(known)
+    values = [word for word in words or [] if "=" in word]
+    wanted = [word for word in words or [] if "=" not in word] or list(known)
     if unknown := set(wanted) - known.keys():
         raise typer.BadParameter(f"no kills of stage {', '.join(sorted(unknown))}: one of {', '.join(known)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -63,25 +65,25 @@ def main(
         place = Path(tempfile.mkdtemp(prefix="rlhf-kills-"))
         afterwards.callback(shutil.rmtree, place, ignore_errors=True)
         clone = Clone(place)
-        use(clone, "ppo", 1)
+        use(clone, "ppo", 1, values)
         clone.run("dvc", "repro", "sft", "reward")
         if "ppo" in wanted:
             clone.run("dvc", "repro", "ppo")
         for algorithm, ranks in itertools.product(STAGES, (1, 2)):
-            use(clone, algorithm, ranks)
+            use(clone, algorithm, ranks, values)
             for stage in (stage for stage in wanted if known[stage] == algorithm):
                 rows.append(disturb(clone, stage, ranks, kills, chance))
                 console.print(f"{stage}, {ranks} rank{'s' * (ranks > 1)}: {'the same bytes' if rows[-1]['same'] else 'OTHER BYTES'}")
     console.print(table(rows))
-    output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"machine": machine(), "values": values, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     if not all(row["same"] and row["steps_once"] for row in rows):
         raise typer.Exit(1)
 
 
-def use(clone: Clone, algorithm: str, ranks: int) -> None:
+def use(clone: Clone, algorithm: str, ranks: int, values: list[str]) -> None:
     stages = [stage for some in STAGES.values() for stage in some]
     layouts = [f"launch.jobs.{stage}.{key}={value}" for stage in stages for key, value in (("processes", ranks), ("threads", 1))]
-    clone.run("rlhf", "use", "sandbox", f"algorithm={algorithm}", *SMALL, *layouts)
+    clone.run("rlhf", "use", "sandbox", f"algorithm={algorithm}", *SMALL, *layouts, *values)
 
 
 def disturb(clone: Clone, stage: str, ranks: int, kills: int, chance: random.Random) -> dict[str, Any]:
