@@ -34,7 +34,7 @@ from tests.stage_runs import table as rows_of
 ALGORITHM = "grpo"
 NEW_DATA = ("data.sources.2.rows=12000", "data.sources.3.rows=5000")  # 10000 pairs and 4000 prompts before
 VARIANTS = {"without": "awac.versions=0", "with": "awac.versions=1"}
-WINDOW = 3
+WINDOW = 5
 
 
 def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[str, Any]:
