@@ -7,6 +7,8 @@ import logging
 import re
 import string
 import unicodedata
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 import jsonschema
@@ -17,6 +19,7 @@ _CHOICE = (
     r"^\W*({0})\s*(?:[).:,\]]|$)",
     r"(?<!\w)({0})\W*$",
 )
+_DELIMITED = re.compile(r"(?<!\\)\$|\\boxed|\\[(\[]")  # mathematics that says itself where it begins
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
@@ -44,13 +47,20 @@ def math(answer: str, reference: Any) -> float:
     import math_verify
 
     for right in references(reference):
-        gold = _parsed(right) or _parsed(f"${right}$")
+        gold = _gold(right)
         if not gold:
             raise ValueError(f"the row's reference {right!r} is no mathematical value")
         # the process that calls this has a time limit of its own
         if math_verify.verify(gold, _parsed(answer), timeout_seconds=None):
             return 1.0
     return 0.0
+
+
+def _gold(right: str) -> list[Any]:
+    """A reference's value. Bare LaTeX is read as a formula: as running text math-verify finds the first number alone, 5 in 5\\sqrt{3}."""
+    with suppress(InvalidOperation):
+        right = format(Decimal(right), "f")  # 1.5e3 would be a product
+    return (not _DELIMITED.search(right) and _parsed(f"${right}$")) or _parsed(right)
 
 
 def math_vote(answer: str) -> str:

@@ -34,6 +34,18 @@ def test_the_schema_names_the_built_in_functions() -> None:
         ("\\boxed{(2,1)}", "(1,2)", 0),
         ("I do not know.", "4", 0),
         ("7", ["6", "7"], 1),
+        ("\\boxed{5\\sqrt{3}}", "5\\sqrt{3}", 1),
+        ("\\boxed{5}", "5\\sqrt{3}", 0),
+        ("\\boxed{3+4i}", "3 + 4i", 1),
+        ("\\boxed{4}", "3 + 4i", 0),
+        ("\\boxed{\\frac{3}{2}}", "1 \\frac{1}{2}", 1),
+        ("$(-\\infty, 2)\\cup(3,\\infty)$", "(-\\infty, 2)\\cup(3,\\infty)", 1),
+        ("\\boxed{2, -1}", "-1, 2", 1),
+        ("It is 10\\%, so \\boxed{10\\%}", "10\\%", 1),
+        ("\\boxed{2x + 3}", "y = 2x + 3", 1),
+        ("1500", "1.5e3", 1),
+        ("\\boxed{12.5}", "$12.50", 1),
+        ("$\\frac12$", "\\(\\frac{1}{2}\\)", 1),
     ],
 )
 def test_math(answer: str, reference: Any, right: float) -> None:
