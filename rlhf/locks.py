@@ -53,3 +53,11 @@ def held(root: Path, name: str) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def holder(root: Path, name: str) -> int | None:
+    """The process that holds the lock `name` of the workspace; None where none does."""
+    if not held(root, name):
+        return None
+    told = (root / "runs" / "locks" / f"{name}.lock").read_text(encoding="utf-8").strip()
+    return int(told) if told and psutil.pid_exists(int(told)) else None

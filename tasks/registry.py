@@ -13,8 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from rlhf import registry, tracking
 from rlhf.config import Params
 from rlhf.errors import UserError
+from rlhf.launcher.failures import reason
 from rlhf.registry import comparison
-from tasks.stage import LAST_LINES, follow, reason
+from tasks.stage import LAST_LINES, follow
 
 SECONDS_TO_COME_BACK = 120
 SECONDS_BETWEEN_LOOKS = 5

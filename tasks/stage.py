@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,17 +20,14 @@ from prefect.states import Completed, State
 
 from rlhf.errors import UserError
 from rlhf.launcher import failures, processes
-from rlhf.launcher.failures import RAISED
+from rlhf.launcher.failures import FROM_DVC, reason
 from rlhf.redact import redact
 from tasks.graph import Stage
 from tasks.progress import Bar, show_whole
 
 PROGRESS = re.compile(r"(?P<stage>\w+) (?P<step>\d+)/(?P<total>\d+) (?P<metrics>.*)")
 LAST_LINES = 8
-LOG = "; its log: "  # what the launcher says of a stage that did not explain itself
-FROM_DVC = "ERROR: failed to reproduce"
 RETRY_DELAY_SECONDS = 2
-SECONDS_TO_STOP = processes.GRACE_SECONDS + 5
 
 
 @dataclass(frozen=True)
@@ -59,26 +55,11 @@ class StageError(UserError):
 
     def __init__(self, stage: str, code: int, lines: list[str]) -> None:
         # the launcher tells of its stage, and dvc of a launcher that was killed itself
-        killed = any(line.startswith(FROM_DVC) and line.endswith(("exited with -9", "exited with 137")) for line in lines)
+        self.lasting = failures.lasting(lines)
         lines = [line for line in lines if not line.startswith(FROM_DVC)]
-        explained = any(line.startswith("error: ") for line in lines)
-        self.lasting = explained or not (killed or any(f"; {failures.MAY_PASS}" in line for line in lines))
         self.stopped = -code in processes.STOPPING or any(line.startswith(f"{stage}: stopped by ") for line in lines)
         said = f"stage {stage} was stopped" if self.stopped else f"stage {stage} failed with exit code {code}: {reason(lines)}"
         super().__init__(said, remedy="see its log")
-
-
-def reason(lines: list[str]) -> str:
-    """Why a command ended, of its last lines: its own `error:` with the remedy; else its last exception, and where its log is."""
-    starts = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    if starts:
-        return " | ".join(lines[starts[-1] :][:2])
-    raised = [line for line in lines if RAISED.fullmatch(line)]
-    ended = [line for line in lines if LOG in line]
-    if ended:
-        said, _, log = ended[-1].partition(LOG)
-        return f"{raised[-1] if raised else said}{LOG}{log}"
-    return (raised or lines or ["it said nothing"])[-1]
 
 
 def watch(watcher: Watcher) -> None:
@@ -187,14 +168,7 @@ def _start(command: list[str], root: Path, environment: dict[str, str]) -> subpr
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End the group: dvc at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    while any(processes.living(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    processes.stop_group(process.pid)
     process.wait()
 
 

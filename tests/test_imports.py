@@ -24,6 +24,7 @@ LAYERS = (
     ("rlhf.registry",),
     ("rlhf.feedback",),
     ("rlhf.plan", "rlhf.serving"),
+    ("rlhf.sweep",),
     ("tasks",),
     ("flows",),
     ("rlhf.cli",),

@@ -19,6 +19,7 @@ from rich.table import Table
 from rlhf import config
 from rlhf.cli import feedback, versions
 from rlhf.cli.streams import say_anything
+from rlhf.cli.sweep import sweep
 from rlhf.errors import UserError, full_disk
 from rlhf.redact import redact
 from rlhf.workspace import served, snapshot
@@ -320,6 +321,7 @@ def _questions() -> Iterator[str]:
             return
 
 
+app.command()(sweep)
 for _command in versions.COMMANDS:
     app.command()(_command)
 app.add_typer(feedback.app, name="feedback")

@@ -16,6 +16,7 @@ from typing import IO, NoReturn
 import psutil
 
 GRACE_SECONDS = 20
+SECONDS_TO_STOP = GRACE_SECONDS + 5  # of a group that holds others, with guards of their own
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -98,6 +99,17 @@ def _guard(reading: int, writing: int) -> NoReturn:
     finally:
         os.killpg(0, signal.SIGKILL)
     os._exit(0)
+
+
+def stop_group(group: int) -> None:
+    """End a group of dvc: that at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    while any(living(group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def living(group: int) -> Iterator[int]:

@@ -2,8 +2,10 @@
 
 from rlhf.tracking.runs import Tracker, of_flow, of_stage, run_of, run_of_flow, send_waiting, waiting
 from rlhf.tracking.store import client, initialise, own_uri, page, tracking_uri
+from rlhf.tracking.sweeps import SweepRuns
 
 __all__ = [
+    "SweepRuns",
     "Tracker",
     "client",
     "initialise",

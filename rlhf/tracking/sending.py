@@ -37,7 +37,7 @@ class Sender:
         parent = run_of_flow(values["parent"], root, client, experiment) if values["parent"] else None
         self._above = {"mlflow.parentRunId": parent} if parent else {}
         if values["run"] is None or not self._exists(values["run"]):
-            record.update(run=_open(values, root, client, experiment), steps={})
+            record.update(run=open_run(values, root, client, experiment), steps={})
         elif values["status"] == "RUNNING":
             self._client.update_run(values["run"], status="RUNNING")
         self._describe()
@@ -122,10 +122,10 @@ def run_of_flow(flow_run_id: str, root: Path, client: MlflowClient, experiment: 
     """The id of a flow run's own run; None where there is none."""
     # a stage may be the first to reach MLflow: it opens the flow's run, which the flow finds then
     values = read(root / FLOWS / flow_run_id)
-    return _open(values, root, client, experiment) if values else _find(flow_run_id, client, experiment)
+    return open_run(values, root, client, experiment) if values else _find(flow_run_id, client, experiment)
 
 
-def _open(values: Mapping[str, Any], root: Path, client: MlflowClient, experiment: str) -> str:
+def open_run(values: Mapping[str, Any], root: Path, client: MlflowClient, experiment: str) -> str:
     """The run of a record: one that was made for it already, or a new one."""
     with lock(root, "mlflow"):
         found = _find(values["record"], client, experiment)

@@ -41,7 +41,15 @@ def read_graph(root: Path) -> dict[str, Node]:
         UserError: dvc.yaml is missing, holds no stages, or names a path outside its folder.
     """
     path = root / "dvc.yaml"
-    content = text.read(path, remedy="run in the folder of the project")
+    return nodes(text.read(path, remedy="run in the folder of the project"), path)
+
+
+def nodes(content: Any, path: Path) -> dict[str, Node]:
+    """The stages of the content of a dvc.yaml; `path` names it in errors.
+
+    Raises:
+        UserError: it holds no stages, or names a path outside its folder.
+    """
     stages = content.get("stages") if isinstance(content, dict) else None
     try:
         if not isinstance(stages, dict):

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -65,14 +65,7 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
     config.read(path)  # that it is there, and YAML
     text = path.read_text(encoding="utf-8")
     raw, editor = _open(text, origin)
-    done, changed = [], bool(overrides)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
-        done.append(_set(raw, key, _parse(value), origin))
-        if key == "algorithm":
-            done += _set_all(raw, "grpo", value, origin)
+    done, changed = _override(raw, overrides, origin), bool(overrides)
     if _at(raw, "launch.precision") == precision.AUTO:
         found, why = precision.best(built=_at(raw, "base.source") == "build")
         done.append(f"{_set(raw, 'launch.precision', found, origin)} ({why})")
@@ -95,6 +88,36 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
         done.append(f"wrote dvc.yaml for algorithm {params.algorithm}")
     _write(root / "params.yaml", _text(raw, editor) if changed else text)
     return [*done, f"wrote params.yaml from {origin}"]
+
+
+def with_values(text: str, overrides: Sequence[str], origin: str) -> tuple[str, config.Params]:
+    """The text of a params.yaml with `key=value` overrides, and what it says; nothing is written, no data is brought.
+
+    Args:
+        text: of the params.yaml.
+        overrides: the changes.
+        origin: names the values in errors.
+
+    Raises:
+        UserError: unknown key, or a value out of bounds.
+    """
+    raw, editor = _open(text, origin)
+    _override(raw, overrides, origin)
+    changed = _text(raw, editor) if overrides else text
+    return changed, config.validate(config.text.parse(changed, origin), origin)
+
+
+def _override(raw: Any, overrides: Sequence[str], origin: str) -> list[str]:
+    """Set `key=value` overrides; the changes, for people."""
+    done = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is not of the form section.key=value", remedy="for example `seed=7` or `ppo.kl.coefficient=0.1`")
+        done.append(_set(raw, key, _parse(value), origin))
+        if key == "algorithm":
+            done += _set_all(raw, "grpo", value, origin)
+    return done
 
 
 def graph(root: Path, params: config.Params) -> str:

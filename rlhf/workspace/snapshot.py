@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +48,40 @@ def commit(root: Path, message: str) -> str | None:
     if not _git(root, "rev-parse", "--git-dir", check=False):
         return None
     parent = head(root)
+    found = tree(root)
+    known = [parent] if parent else []
+    known += _git(root, "for-each-ref", "--format=%(objectname)", BRANCHES).split()
+    for revision in known:
+        if _git(root, "rev-parse", f"{revision}^{{tree}}") == found:
+            return revision
+    made = _commit(root, found, parent, message)
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{made[:8]}"
+    _git(root, "update-ref", f"{BRANCHES}{name}", made)
+    return made
+
+
+def keep(root: Path, reference: str, message: str) -> str:
+    """Commit the workspace as it stands, held by a reference of that name alone: no branch, no tag. The revision."""
+    parent = head(root)
+    made = _commit(root, tree(root), parent, message)
+    _git(root, "update-ref", reference, made)
+    return made
+
+
+def publish(folder: Path, parent: str, message: str, root: Path, reference: str) -> str:
+    """Commit a checkout as it stands, as a child of `parent`, and hold it by a reference in the repository of `root`. The revision."""
+    made = _commit(folder, tree(folder), parent, message)
+    _git(folder, "push", "--quiet", "--force", _git(root, "rev-parse", "--show-toplevel"), f"{made}:{reference}")
+    return made
+
+
+def _commit(root: Path, content: str, parent: str | None, message: str) -> str:
+    return _git(root, "commit-tree", content, *(["-p", parent] if parent else []), "-m", message, environment=AUTHOR)
+
+
+def tree(root: Path) -> str:
+    """The workspace as it stands, as git's tree, by an index of its own: tracked files, and others that the graph reads or writes."""
+    parent = head(root)
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         if parent:
@@ -58,16 +92,7 @@ def commit(root: Path, message: str) -> str | None:
         there = [path for path in sorted({*ALWAYS, *used}) if (root / path).exists()]
         new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", *there, environment=index)
         _git(root, "update-index", "--add", "-z", "--stdin", stdin=new, environment=index)
-        tree = _git(root, "write-tree", environment=index)
-    known = [parent] if parent else []
-    known += _git(root, "for-each-ref", "--format=%(objectname)", BRANCHES).split()
-    for revision in known:
-        if _git(root, "rev-parse", f"{revision}^{{tree}}") == tree:
-            return revision
-    made = _git(root, "commit-tree", tree, *(["-p", parent] if parent else []), "-m", message, environment=AUTHOR)
-    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{made[:8]}"
-    _git(root, "update-ref", f"{BRANCHES}{name}", made)
-    return made
+        return _git(root, "write-tree", environment=index)
 
 
 def tag(root: Path, name: str, revision: str) -> None:
@@ -127,11 +152,28 @@ def checkout(root: Path, revision: str, folder: Path) -> Path:
     """
     if not has(root, revision):
         raise UserError(f"git revision {revision} is not in {root}", remedy="bring it with `git fetch`, then repeat this")
-    top, prefix = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "--show-prefix")
+    top = _git(root, "rev-parse", "--show-toplevel")
     # shares the objects and copies none; nothing is entered in the user's repository, as it would be for a worktree
     _git(root, "clone", "--quiet", "--shared", "--no-checkout", top, str(folder))
     _git(folder, "checkout", "--quiet", "--detach", revision)
-    return folder / prefix
+    return folder / prefix(root)
+
+
+def prefix(root: Path) -> str:
+    """Where in its repository a workspace lies; empty, and its top, where it is all of it."""
+    return _git(root, "rev-parse", "--show-prefix")
+
+
+def restore(root: Path, revision: str, kept: Sequence[str]) -> None:
+    """Have a checkout as a revision has it, all files that are not of it deleted, but for `kept`, whatever a kill has left there."""
+    Path(_git(root, "rev-parse", "--absolute-git-dir"), "index.lock").unlink(missing_ok=True)
+    _git(root, "reset", "--quiet", "--hard", revision)
+    _git(root, "clean", "--quiet", "-dfx", *(f"--exclude=/{prefix(root)}{path}" for path in kept))
+
+
+def forget(root: Path, reference: str) -> None:
+    """Delete a reference, where it is there."""
+    _git(root, "update-ref", "-d", reference)
 
 
 def _git(root: Path, *words: str, check: bool = True, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
