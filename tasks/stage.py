@@ -168,7 +168,7 @@ def _start(command: list[str], root: Path, environment: dict[str, str]) -> subpr
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    processes.stop_group(process.pid)
+    processes.stop_groups([process.pid])
     process.wait()
 
 

@@ -101,15 +101,17 @@ def _guard(reading: int, writing: int) -> NoReturn:
     os._exit(0)
 
 
-def stop_group(group: int) -> None:
-    """End a group of dvc: that at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
+def stop_groups(groups: Sequence[int]) -> None:
+    """End groups of dvc: that at once, the stage's launcher, whose lock the next run needs, when the step under way is in a checkpoint."""
+    for group in groups:  # all of them first: side by side, two take no longer than one
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_STOP
-    while any(living(group)) and time.monotonic() < deadline:
+    while any(any(living(group)) for group in groups) and time.monotonic() < deadline:
         time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def living(group: int) -> Iterator[int]:

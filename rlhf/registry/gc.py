@@ -66,6 +66,8 @@ def alone(root: Path, params: Params) -> Iterator[None]:
         held.enter_context(lock(root, "flow", refuse=None if waits else f"{root}: a retraining flow is running in this workspace"))
         for name in (*STAGES, "compare", "verify"):
             held.enter_context(lock(root, name, refuse=f"{name} is running in this workspace"))
+        for folder in sorted((root / "runs/sweeps").glob("*")):  # what they share is in DVC's cache alone
+            held.enter_context(lock(root, f"sweep-{folder.name}", refuse=f"sweep {folder.name} is running in this workspace"))
         held.enter_context(lock(root, "registry"))
         yield
 

@@ -67,11 +67,17 @@ class Place:
 
     def stop(self) -> None:
         """Stop what a sweep that was killed has left at work here."""
-        with suppress(FileNotFoundError, ValueError, psutil.Error):
-            pid = int(self._pid.read_text(encoding="utf-8"))
-            if Path(psutil.Process(pid).cwd()).is_relative_to(self.folder):
-                processes.stop_group(pid)
+        with suppress(FileNotFoundError, ValueError):
+            group = int(self._pid.read_text(encoding="utf-8"))
+            # the number may be that of others by now; and dvc may be gone, and the stage that it had started not
+            if any(self._is_at_work(pid) for pid in processes.living(group)):
+                processes.stop_groups([group])
         self._pid.unlink(missing_ok=True)
+
+    def _is_at_work(self, pid: int) -> bool:
+        with suppress(psutil.Error):
+            return Path(psutil.Process(pid).cwd()).is_relative_to(self.folder)
+        return False
 
     @property
     def _pid(self) -> Path:

@@ -49,6 +49,7 @@ class Runner:
         self._began = state.begin()
         self._cache: Path | None = None
         self._running: list[Task] = []
+        self._shared: set[str] = set()  # keys of shared stages that are done; DVC knows of earlier runs
 
     def run(self, points: Sequence[tuple[Point, Result]]) -> None:
         """Bring open points to their ends; a failed one does not end the others.
@@ -61,7 +62,7 @@ class Runner:
             return
         self._runs.begin()
         self._cache = self._cache or cache_of(self._root)
-        waiting = tasks.of(points, self._root, self._name, self._began["revision"], self._state.shared())
+        waiting = tasks.of(points, self._root, self._name, self._began["revision"], self._shared)
         try:
             while waiting or self._running:
                 open_keys = {task.key for task in (*waiting, *self._running) if task.stage}
@@ -73,10 +74,7 @@ class Runner:
                 for task in [task for task in self._running if task.process and task.process.poll() is not None]:
                     self._look(task, waiting)
         finally:
-            for task in self._running:
-                if task.process:
-                    processes.stop_group(task.process.pid)
-                    task.process.wait()
+            processes.stop_groups([task.process.pid for task in self._running if task.process])
 
     def _start(self, task: Task) -> None:
         if not task.stage:
@@ -115,7 +113,8 @@ class Runner:
                 self._fail(task, f"its numbers could not be kept: {error}", waiting)
             return
         why, lasting = tasks.failure(self._state.log(task.place.folder.name))
-        if not lasting and task.tries < TRIES:
+        was_killed = task.process.returncode < 0  # dvc itself was
+        if (was_killed or not lasting) and task.tries < TRIES:
             self._say(f"{task.name}: {why}: tried again")
             waiting.insert(0, task)
             return
@@ -125,7 +124,7 @@ class Runner:
         seconds = task.seconds(self._state, self._root)
         took = f"{time.monotonic() - task.began:.0f} s"
         if task.stage:
-            self._state.share(task.key)
+            self._shared.add(task.key)
             self._say(f"{task.name}: done in {took}")
         else:
             _, result = task.results[0]

@@ -102,13 +102,6 @@ class State:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def shared(self) -> set[str]:
-        """Keys of the shared stages that are done."""
-        return set(self._read("shared") or ())
-
-    def share(self, key: str) -> None:
-        self._write("shared", sorted({*self.shared(), key}))
-
     def proposals(self) -> list[list[Values]]:
         """The batches that were proposed for this space so far."""
         return list((self._read("proposals") or {}).get(self._asked, []))
