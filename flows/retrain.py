@@ -33,13 +33,15 @@ from tasks.stage import StageError, announce, run_stage, stop_all
 
 FIRST_TRAINED = "base"  # every stage but prepare depends on it
 LONGEST_REASON = 1500  # characters; more is entered with it in the history, which takes 2000
-Until = Literal["prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "evaluate"]  # a form offers these
+Until = Literal[
+    "prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "answers", "best_of_n", "rrhf", "round", "iterative", "evaluate",
+]  # a form offers these  # fmt: skip
 REMEDY = "the stage's log has the whole story; a new run goes on from the last checkpoint"
 
 
 @flow(name="retrain", log_prints=True, task_runner=ThreadPoolTaskRunner(max_workers=8))  # type: ignore[arg-type]  # Prefect names a narrower type than it takes
 def retrain(
-    root: Path | None = None, values: list[str] | None = None, reason: str | None = None, until: Until | None = None
+    root: Path | None = None, values: list[str] | None = None, reason: str | None = None, until: Until | str | None = None
 ) -> dict[str, Any]:
     """Retrain, register and decide. The run's final state is named for what came of it: promoted, refused, champion already, …
 
@@ -47,7 +49,7 @@ def retrain(
         root: the workspace; None: the current folder.
         values: changes to params.yaml for this run, each KEY=VALUE, for example ppo.steps=100; it is put back afterwards.
         reason: why it is run; kept with the version, and in the history if it is promoted.
-        until: the last stage to run, with those that it needs; nothing is registered then. None: all stages.
+        until: the last stage to run, with those that it needs (for example round-2); nothing is registered then. None: all.
 
     Returns:
         What happened: `stages` (name → "up to date" or "done"), `version`, `champion`, `promoted`, `failed` (a line per
@@ -128,7 +130,7 @@ def run_stages(root: Path, params: config.Params, until: str | None = None) -> d
     stages = [stage for stage in graph.read(root, until) if not (stage.is_data and stage.current)]
     if any(stage.name == "base" and stage.current for stage in stages):
         pinned.check(root, params)
-    if to_do := [stage.name for stage in stages if not stage.current and stage.name in config.STAGES]:
+    if to_do := [stage.name for stage in stages if not stage.current and config.kind(stage.name) in config.STAGES]:
         tasks.plan.check(root, params, to_do)
     announce(stages)
     environment = {"RLHF_FLOW_RUN_ID": str(runtime.flow_run.id)}

@@ -47,7 +47,7 @@ class Job:
             raise UserError(f"{missing} is not set", remedy=f"start the stage with `rlhf launch {stage}`") from None
         ranks = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))}
         return cls(
-            stage,
+            os.environ.get("RLHF_STAGE", stage),  # of a round it has the number
             config.load(Path(params)),
             Path(root),
             Path(folder),
@@ -62,6 +62,11 @@ class Job:
     def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes files."""
         return self.rank == 0
+
+    @property
+    def number(self) -> int:
+        """Which round the stage belongs to: 2 for answers-2; 1 where there are none."""
+        return int(self.stage.partition("-")[2] or 1)
 
     def input(self, path: str) -> Path:
         """An input, by its path in dvc.yaml."""

@@ -89,7 +89,7 @@ def start(root: Path, *words: str, rank: int, ranks: int, port: int) -> Rank:
 @cache
 def _server() -> Any:
     """Where ranks are forked from: a process that has loaded torch, transformers and DeepSpeed once, which takes seconds."""
-    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "awac", "grpo", "dpo", "evaluate")])
+    forkserver.set_forkserver_preload([f"rlhf.stages.{stage}" for stage in (*TRAINED, "awac", "grpo", "dpo", "iterative", "evaluate")])
     with patch.dict(os.environ, {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
@@ -151,6 +151,9 @@ def tiny_params() -> dict[str, Any]:
     raw["ppo"]["kl"] |= {"controller": "adaptive", "target": 1.0, "horizon": 100}
     raw["grpo"] |= {name: raw["ppo"][name] for name in ("steps", "rollout_batch_size", "mini_batch_size", "epochs", "max_answer_tokens")}
     raw["grpo"] |= {"answers_per_prompt": 2, "mixture_batch_size": 2, "checkpoint_every": 2, "max_approx_kl": 100.0}
+    raw["answers"] |= {"prompts": 12, "heldout_prompts": 6, "answers_per_temperature": 2, "max_answer_tokens": 8, "batch_size": 8}
+    for section in (raw["best_of_n"], raw["rrhf"], raw["iterative"]["dpo"]):
+        section |= {"batch_size": 4, "checkpoint_every": 2}
     return raw
 
 
@@ -191,7 +194,7 @@ def main(words: Sequence[str]) -> None:
         device = os.environ["DS_ACCELERATOR"]
         job = Job(stage, config.load(root / "params.yaml"), root, root / "runs" / stage, device, rank, ranks, rank)
         job.folder.mkdir(parents=True, exist_ok=True)
-        import_module(f"rlhf.stages.{stage}").main(job)
+        import_module(f"rlhf.stages.{config.kind(stage)}").main(job)
         if dist.is_initialized():
             dist.barrier()
         if job.is_main:

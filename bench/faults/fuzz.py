@@ -259,7 +259,7 @@ def of_graph(root: Path, chance: random.Random) -> str:
 def _params() -> list[config.Params]:
     """The sandbox's, with each algorithm that has a graph of its own."""
     raw = config.read(REPOSITORY / "presets/sandbox.yaml")
-    return [config.validate(raw | {"algorithm": algorithm}, "params.yaml") for algorithm in config.STAGES_OF]
+    return [config.validate(raw | {"algorithm": algorithm}, "params.yaml") for algorithm in config.ONE_OF_EACH]
 
 
 def _paths(entries: list[Any]) -> list[str]:

@@ -1,15 +1,18 @@
 """What each algorithm makes of the same models, data and number of answers: the stages before it once a seed, then its own and evaluate.
 
 python bench/learning/algorithms.py                            ppo, and four without a critic, with seeds 1 to 3
-python bench/learning/algorithms.py all --seeds 1              every algorithm that learns from its own answers
+python bench/learning/algorithms.py all --seeds 1              every algorithm
+python bench/learning/algorithms.py ppo dpo best-of-n rrhf iterative one-round --answers 3840   at equal answers; gold by round
 python bench/learning/algorithms.py gspo --clones DIR grpo.kl.coefficient=0.01   with changed values, in the clones of a run before
 
-Each has the values that `rlhf use sandbox algorithm=NAME` writes. Seconds are those of `dvc repro` of its stage alone, start and end
-included; memory as in seeds.py. Exit code 1: one of BOUNDED has a mean gold score that falls further than NEAR below ppo's.
+Each has the values that `rlhf use sandbox algorithm=NAME` writes; one-round is iterative with as many answers in one round. Seconds are
+those of `dvc repro` of its own stages alone, start and end included; memory as in seeds.py. Exit code 1: one of BOUNDED has a mean gold
+score that falls further than NEAR below ppo's.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import resource
 import shutil
@@ -27,39 +30,65 @@ from rich.table import Table
 from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
 from bench.learning.seeds import ARITHMETICS, numbers_of
 from rlhf import config
-from rlhf.config.algorithms import NAMES, policy_stage
+from rlhf.config.algorithms import NAMES
 from rlhf.registry import gates
 
 BOUNDED = ("rloo", "grpo", "dr-grpo", "reinforce++-baseline")
 NEAR = 0.03
-KNOWN = tuple(name for name in NAMES if name != "dpo")  # which learns from pairs, not from answers
+ONE_ROUND = "one-round"
+KNOWN = (*NAMES, ONE_ROUND)
+BEFORE = ("prepare", "base", "sft", "reward")
 MEASURED = ("gold_sft", "gold", "ci95_low", "ci95_high", "win_rate", "kl", "answer_tokens", "eos_rate", "perplexity_ratio")
 
 Row = dict[str, Any]
 
 
-def measure(clone: Clone, algorithm: str, seed: int, own: list[str], values: list[str]) -> Row:
-    """Train by an algorithm, and evaluate; what came of it, and what its stage cost."""
-    stage = policy_stage(algorithm)
-    clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, f"algorithm={algorithm}", *values)
-    clone.run("dvc", "repro", "sft", "reward")
+def measure(clone: Clone, algorithm: str, seed: int, own: list[str], values: list[str], count: int | None) -> Row:
+    """Train by an algorithm, and evaluate; what came of it, and what its stages cost.
+
+    Args:
+        count: how many answers it is to learn from; None: as many as its values say.
+    """
+    chosen = ["algorithm=iterative", "iterative.rounds=1"] if algorithm == ONE_ROUND else [f"algorithm={algorithm}"]
+    clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, *chosen, *values)
+    if count:
+        clone.run("rlhf", "use", "params.yaml", *at_equal_answers(config.load(clone.root / "params.yaml"), count))
+    params = config.load(clone.root / "params.yaml")
+    stages = [stage for stage in params.stages if stage not in (*BEFORE, "evaluate")]
+    clone.run("dvc", "repro", *(stage for stage in params.stages if stage in BEFORE))
     before = processor_seconds()
-    seconds, peak = clone.run("dvc", "repro", "--force", "--single-item", stage)
+    seconds, peak = clone.run("dvc", "repro", "--force", "--single-item", *stages)
     used = processor_seconds() - before
     clone.run("dvc", "repro", "evaluate")
-    found = evaluation(clone.root, stage)
-    params = config.load(clone.root / "params.yaml")
+    found = evaluation(clone.root, params.policy)
     checked = gates.check(gates.read_metrics(clone.root), params, None)
     return {
         "algorithm": algorithm,
         "seed": seed,
-        "answers": answers(clone.root, params),
+        "answers": sampled(clone.root, params),
         **{name: found[name] for name in MEASURED},
         "failed": ", ".join(gate.name for gate in checked if not gate.passed) or "none",
         "seconds": seconds,
         "processor_seconds": used,
         "peak_gib": peak,
+        "gold_by_round": by_round(clone.root) if params.policy == "iterative" else "",
     }
+
+
+def at_equal_answers(params: config.Params, count: int) -> list[str]:
+    """Values by which an algorithm learns from so many answers of its own, as nearly as its batches allow."""
+    each = params.answers.answers_per_temperature * len(params.answers.temperatures)
+    return [
+        f"ppo.steps={round(count / params.ppo.rollout_batch_size)}",
+        f"grpo.steps={round(count / params.grpo.rollout_batch_size)}",
+        f"answers.prompts={round(count / each / params.rounds)}",
+    ]
+
+
+def by_round(root: Path) -> str:
+    """Mean gold score of each round's policy on the prompts kept apart, sft's first."""
+    with (root / "plots" / "gold_against_kl.csv").open(encoding="utf-8", newline="") as file:
+        return " ".join(f"{float(row['gold']):.3f}" for row in csv.DictReader(file))
 
 
 def processor_seconds() -> float:
@@ -68,10 +97,15 @@ def processor_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def answers(root: Path, params: config.Params) -> int:
+def sampled(root: Path, params: config.Params) -> int:
     """How many answers were sampled: those of groups that were replaced, and the likeliest ones, as well."""
     if params.policy == "ppo":
         return params.ppo.steps * params.ppo.rollout_batch_size
+    if params.policy == "dpo":  # it learns from the data's pairs
+        return 0
+    if params.policy not in ("ppo", "grpo"):
+        names = [stage for stage in params.stages if config.kind(stage) == "answers"]
+        return sum(json.loads((root / "metrics" / f"{name}.json").read_text(encoding="utf-8"))["answers"] for name in names)
     groups = json.loads((root / "metrics" / "grpo.json").read_text(encoding="utf-8"))["groups"]
     return groups * (params.grpo.answers_per_prompt + (params.grpo.baseline == "greedy"))
 
@@ -115,6 +149,7 @@ def misses(rows: list[Row], algorithm: str) -> bool:
 def main(
     words: Annotated[list[str] | None, typer.Argument(metavar="[NAME | KEY=VALUE]…", help=f"all, or some of {', '.join(KNOWN)}.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them, or a range: 1,2,5-7.")] = "1-3",
+    answers: Annotated[int | None, typer.Option(min=64, help="Have each learn from so many answers of its own.")] = None,
     arithmetic: Annotated[str, typer.Option(help=f"One of: {', '.join(ARITHMETICS)}.")] = "1 thread",
     clones: Annotated[
         Path | None, typer.Option(help="Where the clones are, or are to be left: stages that are there need not run again.")
@@ -140,12 +175,14 @@ def main(
             clone = Clone(place / str(seed))
             clone.environment |= environment
             for name in names:
-                rows.append(measure(clone, name, seed, own, values))
+                rows.append(measure(clone, name, seed, own, values, answers))
                 found = rows[-1]
                 console.print(f"{name}, seed {seed}: {found['seconds']:.0f} s, gold {found['gold_sft']:.3f} → {found['gold']:.3f}")
     console.print(table(rows))
     console.print(means(rows))
-    output.write_text(json.dumps({"machine": machine(), "arithmetic": arithmetic, "values": values, "rows": rows}, indent=2) + "\n")
+    output.write_text(
+        json.dumps({"machine": machine(), "arithmetic": arithmetic, "values": values, "answers": answers, "rows": rows}, indent=2) + "\n"
+    )
     if any(misses(rows, name) for name in names):
         raise typer.Exit(1)
 

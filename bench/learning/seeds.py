@@ -55,7 +55,7 @@ BOUNDS: dict[str, Bounds] = {  # by preset
 }
 MEDIAN_REWARD_ACCURACY = 0.91
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {"≥": operator.ge, "≤": operator.le, "is": operator.eq}
-TRAINING = ("base", "sft", "reward", "awac", "ppo", "grpo", "evaluate")
+TRAINING = ("base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "answers", "best_of_n", "rrhf", "round", "iterative", "evaluate")
 # name → values of params.yaml, and environment
 ARITHMETICS: dict[str, tuple[list[str], dict[str, str]]] = {
     "as it is": ([], {}),

@@ -274,7 +274,7 @@ def launch(
 
     `dvc repro STAGE` is what you want by hand: it brings the stages before it up to date first.
     """
-    if stage not in config.STAGES:
+    if config.kind(stage) not in config.STAGES:
         raise UserError(f"unknown stage '{stage}'", remedy=f"one of {', '.join(config.STAGES)}")
     if rollouts is not None:
         from rlhf.launcher.replay import replay

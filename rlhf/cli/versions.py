@@ -118,9 +118,9 @@ def lineage(version: Named) -> None:
     for path, md5 in parts.items() or {"none: all rows are made from the seed": ""}.items():
         print(f"raw data  {path} {md5}".rstrip())
     table = Table("stage", "MLflow run", "fingerprint", box=None)
-    for stage in config.STAGES:
-        if f"fingerprint.{stage}" in tags:
-            table.add_row(stage, tags.get(f"run.{stage}", "—"), tags[f"fingerprint.{stage}"])
+    made = [key.removeprefix("fingerprint.") for key in tags if key.startswith("fingerprint.")]
+    for stage in sorted(made, key=lambda name: (config.STAGES.index(config.kind(name)), name)):
+        table.add_row(stage, tags.get(f"run.{stage}", "—"), tags[f"fingerprint.{stage}"])
     Console(width=120).print(table)
     outputs = {key.removeprefix("md5."): md5 for key, md5 in tags.items() if key.startswith("md5.")}
     for path, md5 in outputs.items():

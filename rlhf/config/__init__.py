@@ -20,18 +20,29 @@ from rlhf.config.operations import Launch, Operations, Promote, Tracking
 from rlhf.config.rewards import RewardEntry, check_rewards
 from rlhf.config.section import Section
 from rlhf.config.serving import Serving
+from rlhf.config.stored import Answers, BestOfN, Iterative, Rrhf
 from rlhf.config.training import Answering, Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
 
-STAGES = ("prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "evaluate")
-# The stages of a run, by the one that makes the policy (`Params.policy`); before that one awac, where it is asked for.
+STAGES = (
+    "prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "answers", "best_of_n", "rrhf", "round", "iterative", "evaluate",
+)  # fmt: skip
+# The stages of a run, by the one that makes the policy (`Params.policy`); before that one awac, where it is asked for. Of iterative, answers
+# and round come once for each round.
 STAGES_OF = {
     "ppo": ("prepare", "base", "sft", "reward", "ppo", "evaluate"),
     "grpo": ("prepare", "base", "sft", "reward", "grpo", "evaluate"),
     "dpo": ("prepare", "base", "sft", "dpo", "evaluate"),
+    "best_of_n": ("prepare", "base", "sft", "reward", "answers", "best_of_n", "evaluate"),
+    "rrhf": ("prepare", "base", "sft", "reward", "answers", "rrhf", "evaluate"),
+    "iterative": ("prepare", "base", "sft", "reward", "answers", "round", "iterative", "evaluate"),
 }
+ONE_OF_EACH = tuple(stage.replace("_", "-") for stage in STAGES_OF)  # an algorithm of each stage that makes the policy
+STORED = ("best_of_n", "rrhf", "iterative")  # policies that learn from answers which stage answers has sampled and scored
+SCORING = ("awac", "ppo", "grpo", "answers", "iterative", "evaluate")  # stages that call section rewards; all but awac sample answers
+COURSE = ("ppo", "grpo", "iterative")  # policies whose stage leaves data/rollouts.jsonl, the answers in the course of training
 
-# What each stage's result depends on; the graphs say the same, and a test holds them together.
+# What each stage's result depends on; the graphs say the same, and a test holds them together. No round depends on how many there will be.
 PARAMS_OF_STAGE = {
     "prepare": ("seed", "data", "prepare"),
     "base": ("seed", "base", "launch.precision"),
@@ -41,6 +52,11 @@ PARAMS_OF_STAGE = {
     "ppo": ("seed", "ppo", "rewards", "launch.precision"),
     "grpo": ("seed", "grpo", "rewards", "launch.precision"),
     "dpo": ("seed", "dpo", "launch.precision"),
+    "answers": ("seed", "answers", "rewards", "launch.precision"),
+    "best_of_n": ("seed", "best_of_n", "launch.precision"),
+    "rrhf": ("seed", "rrhf", "launch.precision"),
+    "round": ("seed", "iterative.pairs", "iterative.dpo", "launch.precision"),
+    "iterative": ("seed", "answers", "rewards", "iterative.rounds", "launch.precision"),
     "evaluate": ("seed", "algorithm", "data", "evaluate", "rewards", "launch.precision"),
 }
 # What evaluate reads besides, by the stage that makes the policy.
@@ -48,7 +64,13 @@ PARAMS_OF_EVALUATION = {
     "ppo": ("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "reward.max_tokens"),
     "grpo": ("grpo.max_prompt_tokens", "grpo.max_answer_tokens", "reward.max_tokens"),
     "dpo": ("ppo.max_prompt_tokens", "ppo.max_answer_tokens", "dpo.max_tokens", "dpo.reference"),
+    **dict.fromkeys(STORED, ("answers.max_prompt_tokens", "answers.max_answer_tokens", "reward.max_tokens")),
 }
+
+
+def kind(stage: str) -> str:
+    """What a stage is, which its module, its layout in launch.jobs and its params are named by: round for round-2."""
+    return stage.partition("-")[0]
 
 
 class Params(Section):
@@ -58,7 +80,8 @@ class Params(Section):
     algorithm: algorithms.Algorithm = Field(
         description="ppo: reward model, then PPO against it; dpo: DPO on the pairs; rloo, grpo, dr-grpo, dapo, gspo, cispo, reinforce++, "
         "reinforce++-baseline, remax, opo: reward model, then stage grpo by the values of its section, into which `rlhf use PRESET "
-        "algorithm=NAME` writes what the name stands for; `rlhf use` sets dvc.yaml to it"
+        "algorithm=NAME` writes what the name stands for; best-of-n, rrhf: reward model, then training on answers sampled beforehand; "
+        "iterative: the same in rounds; `rlhf use` sets dvc.yaml to it"
     )
     data: Data
     prepare: Prepare
@@ -70,6 +93,10 @@ class Params(Section):
     ppo: Ppo
     grpo: Grpo
     dpo: Dpo
+    answers: Answers
+    best_of_n: BestOfN
+    rrhf: Rrhf
+    iterative: Iterative
     evaluate: Evaluate
     promote: Promote
     operations: Operations
@@ -99,7 +126,22 @@ class Params(Section):
         found = [stage for stage in STAGES_OF[self.policy] if stage != "reward" or self.trains_reward]
         if self.warm_starts:
             found.insert(found.index(self.policy), "awac")
+        if self.policy == "iterative":
+            at = found.index("answers")
+            found[at : at + 2] = [f"{stage}-{number}" for number in range(1, self.rounds + 1) for stage in ("answers", "round")]
         return tuple(found)
+
+    @property
+    def rounds(self) -> int:
+        """How often answers are sampled before training on them."""
+        return self.iterative.rounds if self.policy == "iterative" else 1
+
+    @property
+    def prompts_needed(self) -> int:
+        """How many prompts there must be: a round takes none that another one has, or that is kept apart."""
+        if self.policy not in STORED:
+            return 1
+        return self.rounds * self.answers.prompts + (self.answers.heldout_prompts if self.policy == "iterative" else 0)
 
     @property
     def warm_starts(self) -> bool:
@@ -109,7 +151,7 @@ class Params(Section):
     @property
     def tunes(self) -> bool:
         """Whether the policy's stage chooses values while it learns."""
-        return self.policy in ("ppo", "grpo") and self.answering.ultho is not None
+        return isinstance(self.answering, Answering) and self.policy != "dpo" and self.answering.ultho is not None
 
     @property
     def start(self) -> str:
@@ -145,6 +187,8 @@ class Params(Section):
         needs = {"sft": "sft needs demonstrations"}
         if self.reads_pairs:
             needs["reward"] = f"{'reward' if self.trains_reward else 'dpo'} needs preference pairs"
+        elif self.policy in STORED and self.answers.pairs:
+            needs["reward"] = f"answers.pairs is {self.answers.pairs}, which needs preference pairs"
         if answers:
             needs["ppo"] = f"{self.policy} needs prompts"
         if self.base.source == "build":
@@ -184,22 +228,23 @@ class Params(Section):
 
     @property
     def policy(self) -> str:
-        """The stage that makes the policy: ppo, grpo or dpo."""
+        """The stage that makes the policy: ppo, grpo, dpo, best_of_n, rrhf or iterative."""
         return algorithms.policy_stage(self.algorithm)
 
     @property
-    def answering(self) -> Answering:
+    def answering(self) -> Answering | Answers:
         """How prompts are answered: what the policy's stage says of it, and ppo after dpo."""
-        return self.grpo if self.policy == "grpo" else self.ppo
+        found: Answering | Answers = getattr(self, self.answering_key)
+        return found
 
     @property
     def answering_key(self) -> str:
         """The name of that section."""
-        return "grpo" if self.policy == "grpo" else "ppo"
+        return "answers" if self.policy in STORED else "grpo" if self.policy == "grpo" else "ppo"
 
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The values that determine a stage's result, by dotted key: what its graph lists under its params."""
-        keys = PARAMS_OF_STAGE[stage] + (PARAMS_OF_EVALUATION[self.policy] if stage == "evaluate" else ())
+        keys = PARAMS_OF_STAGE[kind(stage)] + (PARAMS_OF_EVALUATION[self.policy] if stage == "evaluate" else ())
         keys = tuple(key for key in keys if key != "reward.max_tokens" or self.trains_reward)
         return {key: _at(self.model_dump(mode="json"), key) for key in keys}
 

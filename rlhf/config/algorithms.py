@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Algorithm = Literal["ppo", "dpo", "rloo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "reinforce++", "reinforce++-baseline", "remax", "opo"]
+Algorithm = Literal[
+    "ppo", "dpo", "rloo", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "reinforce++", "reinforce++-baseline", "remax", "opo",
+    "best-of-n", "rrhf", "iterative",
+]  # fmt: skip
 NAMES: tuple[Algorithm, ...] = get_args(Algorithm)
 WHOLE_ROLLOUT = "rollout_batch_size"  # in the place of a value: that of this key
 
@@ -89,10 +92,10 @@ VALUES: dict[str, dict[str, Any]] = {
 
 def policy_stage(algorithm: str) -> str:
     """The stage that makes the policy; so are its section, its graph and its model named."""
-    return "grpo" if algorithm in VALUES else algorithm
+    return "grpo" if algorithm in VALUES else algorithm.replace("-", "_")
 
 
 def values(algorithm: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """By dotted key what an algorithm's name stands for, given the rest of section grpo; nothing for ppo and dpo."""
+    """By dotted key what an algorithm's name stands for, given the rest of section grpo; nothing for those of other sections."""
     found = VALUES.get(algorithm, {})
     return {key: section[value] if value == WHOLE_ROLLOUT else value for key, value in found.items()}

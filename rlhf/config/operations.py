@@ -94,6 +94,11 @@ class Jobs(Section):
     ppo: JobLayout
     grpo: JobLayout
     dpo: JobLayout
+    answers: JobLayout = Field(description="stages answers and answers-1, answers-2, …")
+    best_of_n: JobLayout
+    rrhf: JobLayout
+    round: JobLayout = Field(description="stages round-1, round-2, … of iterative")
+    iterative: JobLayout
     evaluate: JobLayout
 
 
@@ -139,14 +144,14 @@ class Engine(Section):
 class Engines(Section):
     """DeepSpeed's settings of each model."""
 
-    policy: Engine = Field(description="the model that base, sft and dpo train, and the actor of ppo and grpo")
+    policy: Engine = Field(description="the model that base, sft, dpo, best_of_n, rrhf and round train, and the actor of ppo and grpo")
     critic: Engine = Field(description="the reward model while it is trained (stage reward, the judge), and ppo's critic")
-    reference: FrozenEngine = Field(description="the frozen policy that ppo and grpo keep near to")
-    reward: FrozenEngine = Field(description="the frozen reward model of ppo and grpo")
+    reference: FrozenEngine = Field(description="the frozen policy that ppo, grpo and dpo keep near to, and the one that only samples")
+    reward: FrozenEngine = Field(description="the frozen reward model of the stages that score answers")
 
 
 class Rollout(Section):
-    """How each rank samples answers (ppo, grpo, evaluate)."""
+    """How each rank samples answers (ppo, grpo, answers, iterative, evaluate)."""
 
     slots: PositiveInt = Field(description="answers that a rank writes at a time; one that ends makes room for the next prompt")
     gather: Literal["whole", "layers"] = Field(

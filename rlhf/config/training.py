@@ -129,15 +129,25 @@ class Stop(Section):
     score: Positive = Field(description="mean score of the reward model in standard deviations of its held-out scores, up or down")
 
 
-class Answering(Section):
+class Lengths(Section):
+    """How long prompts and answers may be."""
+
+    max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out and counted")
+    max_answer_tokens: PositiveInt = Field(description="an answer is cut off here if it has not ended by itself")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with the longest answer."""
+        return self.max_prompt_tokens + self.max_answer_tokens
+
+
+class Answering(Lengths):
     """What a policy is trained with on its own answers, whatever the algorithm."""
 
     steps: PositiveInt = Field(description="rollout batches, each followed by `epochs` passes of updates")
     rollout_batch_size: PositiveInt = Field(description="answers per rollout, over all processes")
     mini_batch_size: PositiveInt = Field(description="answers per optimiser step, over all processes; divides rollout_batch_size")
     epochs: PositiveInt = Field(description="passes over each rollout batch")
-    max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out and counted")
-    max_answer_tokens: PositiveInt = Field(description="an answer is cut off here if it has not ended by itself")
     temperature: Positive = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
@@ -165,11 +175,6 @@ class Answering(Section):
     stop: Stop
     ultho: Ultho | None = Field(description="values that are chosen while the stage learns; null: all stay as they stand here")
     checkpoint_every: PositiveInt = Field(description="steps between checkpoints")
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with the longest answer."""
-        return self.max_prompt_tokens + self.max_answer_tokens
 
     @property
     def updates_per_step(self) -> int:
@@ -201,30 +206,35 @@ class Ppo(Answering):
     critic_lora: Lora | None = Field(description="adapters of the critic; null: all weights are trained")
 
 
-class Dpo(Section):
-    """Direct preference optimisation of sft's policy (arXiv 2305.18290), where `algorithm` is dpo."""
+class Preference(Section):
+    """Direct preference optimisation on pairs, wherever they come from."""
 
     epochs: Positive = Field(description="passes over the pairs, each in a fresh order")
     batch_size: PositiveInt = Field(description="pairs per optimiser step, over all processes")
-    max_tokens: PositiveInt = Field(description="pairs with a longer side are left out and counted")
     loss: Literal["sigmoid", "ipo"] = Field(description="sigmoid: DPO; ipo: a squared distance from 1 / (2·beta), arXiv 2310.12036")
     beta: Positive = Field(description="strength of the pull towards the reference policy")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         description="share of labels taken to be wrong (conservative DPO, sigmoid only); 0: off"
-    )
-    reference: Literal["live", "precomputed", "none"] = Field(
-        description="log-probabilities of sft's policy: live, by a frozen copy (with lora: adapters off) at each step; precomputed, once "
-        "before training; none, taken as 0 (reference-free)"
     )
     lora: Lora | None = Field(description="adapters; null: all weights are trained")
     optimizer: Optimizer
     checkpoint_every: PositiveInt = Field(description="optimiser steps between checkpoints")
 
     @model_validator(mode="after")
-    def _smoothing(self) -> Dpo:
+    def _smoothing(self) -> Self:
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(f"label_smoothing is {self.label_smoothing}, but loss ipo has none: set it to 0")
         return self
+
+
+class Dpo(Preference):
+    """Direct preference optimisation of sft's policy (arXiv 2305.18290), where `algorithm` is dpo."""
+
+    max_tokens: PositiveInt = Field(description="pairs with a longer side are left out and counted")
+    reference: Literal["live", "precomputed", "none"] = Field(
+        description="log-probabilities of sft's policy: live, by a frozen copy (with lora: adapters off) at each step; precomputed, once "
+        "before training; none, taken as 0 (reference-free)"
+    )
 
 
 class Evaluate(Section):

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from rlhf import config
 from rlhf.config.operations import JobLayout
 from rlhf.errors import UserError
 from rlhf.job import Job
@@ -76,7 +77,7 @@ def check_even(size: int, job: Job, name: str) -> None:
     if size % job.world_size:
         raise UserError(
             f"{name}: a batch of {size} rows cannot be dealt evenly to {job.world_size} processes",
-            remedy=f"make it a multiple of {job.world_size}, or change launch.jobs.{job.stage}.processes",
+            remedy=f"make it a multiple of {job.world_size}, or change launch.jobs.{config.kind(job.stage)}.processes",
         )
 
 
@@ -129,7 +130,7 @@ def equal_micro_batches(rows: Sequence[T], size: Callable[[T], int], job: Job) -
 
 
 def layout(job: Job) -> JobLayout:
-    return getattr(job.params.launch.jobs, job.stage)
+    return getattr(job.params.launch.jobs, config.kind(job.stage))
 
 
 def sharing_micro_batches(rows: Sequence[T], prompt: Callable[[T], Sequence[int]], answer: Callable[[T], int], job: Job) -> list[list[T]]:

@@ -63,7 +63,7 @@ def hold_gpus(root: Path, stage: str, gpus: list[int], wanted: int) -> Iterator[
     """
     if wanted > len(gpus):
         raise UserError(
-            f"params.yaml: launch.jobs.{stage}.processes is {wanted}, but there are {len(gpus)} GPUs here",
+            f"params.yaml: launch.jobs.{config.kind(stage)}.processes is {wanted}, but there are {len(gpus)} GPUs here",
             remedy=f"set it to at most {len(gpus)}",
         )
     said = False
@@ -115,7 +115,7 @@ def command(stage: str, module: str, params: config.Params, gpus: list[int]) -> 
     hostfile = settings.hostfile
     if hostfile and not Path(hostfile).is_file():
         raise UserError(f"params.yaml: launch.hostfile {hostfile}: no such file", remedy="write it, or set launch.hostfile to null")
-    processes = getattr(settings.jobs, stage).processes
+    processes = getattr(settings.jobs, config.kind(stage)).processes
     port = choose_port(settings.port)
     if hostfile:
         start = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", hostfile, "--num_gpus", str(processes)]
@@ -159,11 +159,12 @@ HIDDEN = "import gc, sys\n\nsys.modules.update(mlflow=None, sklearn=None, scipy=
 
 def environment(stage: str, params: config.Params, root: Path, folder: Path, device: str) -> dict[str, str]:
     """The environment of the stage's processes."""
-    threads = "1" if stage == "prepare" else str(getattr(params.launch.jobs, stage).threads)
-    processes = 1 if stage == "prepare" else getattr(params.launch.jobs, stage).processes
+    threads = "1" if stage == "prepare" else str(getattr(params.launch.jobs, config.kind(stage)).threads)
+    processes = 1 if stage == "prepare" else getattr(params.launch.jobs, config.kind(stage)).processes
     own = {
         **PRIVATE,
         **waiting(stage, processes * int(threads), os.environ),
+        "RLHF_STAGE": stage,
         "RLHF_JOB_DIR": str(folder),
         "RLHF_ROOT": str(root),
         "RLHF_DEVICE": device,

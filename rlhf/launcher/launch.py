@@ -61,7 +61,7 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
                 space.check(root, stage, params, run.folder)
             with tracking.of_stage(root, params, run.node, run.fingerprint, run.folder):
                 if not run.done.exists():
-                    train(run, f"{package}.{stage}")
+                    train(run, f"{package}.{config.kind(stage)}")
                     seal(run)
                 publish(run)
             clean(run)
@@ -215,7 +215,7 @@ def held(root: Path, stage: str, params: config.Params, gpus: list[int]) -> Abst
     # a hostfile says itself which devices it means
     if not gpus or params.launch.hostfile:
         return nullcontext(gpus)
-    return command.hold_gpus(home(root), stage, gpus, getattr(params.launch.jobs, stage).processes)
+    return command.hold_gpus(home(root), stage, gpus, getattr(params.launch.jobs, config.kind(stage)).processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- after

@@ -6,8 +6,8 @@ The estimate, in bytes:
                   weights and Adam's two moments; in half precision the fp32 weights besides; with adapters the weights alone
     models        weights of each model that the stage writes, a given one that base pins among them; DVC's cache and the registry link
                   to them
-    records       4 bytes for each token of the rollouts of ppo or grpo; for prepare the raw files, ten times those that are compressed,
-                  and as much again for what it packs for as long as it runs
+    records       4 bytes for each token of the rollouts of ppo or grpo, 10 for one that answers writes with its number; for
+                  prepare the raw files, ten times those that are compressed, and as much again for what it packs for as long as it runs
 
 Logs, metrics and what an estimate misses have operations.spare_gib. What the stage has on the disk already is not needed again.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from rlhf.config import Params
+from rlhf.config import Params, kind
 from rlhf.config.data import FileSource
 from rlhf.config.training import BuiltBase, Lora, PretrainedBase
 from rlhf.errors import UserError
@@ -31,6 +31,7 @@ WEIGHT = {"fp32": 4, "bf16": 2, "fp16": 2}
 MOMENTS = {"fp32": 8, "bf16": 12, "fp16": 12}  # in half precision the optimiser holds fp32 weights, too
 AVERAGE = 4
 TOKEN = 4
+ANSWER = 10  # a token with its number
 COMPRESSED = dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".parquet"), 10)
 
 
@@ -96,6 +97,12 @@ def estimate(root: Path, stage: str, params: Params, base: int | None = None) ->
         records = own.steps * own.rollout_batch_size * own.longest * TOKEN
         averages = (own.ema_decay is not None) + (stage == "grpo" and params.grpo.reference_every is not None)
         checkpoint += averages * AVERAGE * models[0]
+    if kind(stage) in ("answers", "iterative"):
+        said = params.answers
+        asked = said.heldout_prompts + (said.prompts + said.pairs) * len(said.temperatures) * said.answers_per_temperature
+        records = asked * said.longest * ANSWER
+    if stage == "iterative":  # the best round's
+        models = [weights(root / "models" / "sft") if base is None else base]
     if stage == "prepare":
         records = sum(_raw(root, source) for source in params.data.sources if isinstance(source, FileSource))
     return Estimate(params.launch.checkpoints.keep + 2, checkpoint, sum(models) * WEIGHT[precision], records)
@@ -119,8 +126,11 @@ def _trained(root: Path, stage: str, params: Params, base: int | None) -> list[t
         "ppo": [("sft", params.ppo.actor_lora), ("reward", params.ppo.critic_lora)],
         "grpo": [("sft", params.grpo.actor_lora)],
         "dpo": [("sft", params.dpo.lora)],
+        "best_of_n": [("sft", params.best_of_n.lora)],
+        "rrhf": [("sft", params.rrhf.lora)],
+        "round": [("sft", params.iterative.dpo.lora)],
     }
-    return [(of(name), lora) for name, lora in starts.get(stage, [])]
+    return [(of(name), lora) for name, lora in starts.get(kind(stage), [])]
 
 
 def built_weights(base: BuiltBase) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from rlhf.config import Params
+from rlhf.config import Params, kind
 from rlhf.config.training import BuiltBase, Lora
 from rlhf.errors import UserError
 from rlhf.plan.findings import Findings
@@ -34,7 +34,10 @@ def check(stages: Sequence[str], params: Params, model: str, layers: Collection[
 
 def _given(params: Params, stages: Sequence[str]) -> dict[str, Lora | None]:
     """The adapters of the stages, by their keys in params.yaml."""
-    adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in ("sft", "reward", "awac", "dpo") if stage in stages}
+    own = ("sft", "reward", "awac", "dpo", "best_of_n", "rrhf")
+    adapters = {f"{stage}.lora": getattr(params, stage).lora for stage in own if stage in stages}
+    if any(kind(stage) == "round" for stage in stages):
+        adapters["iterative.dpo.lora"] = params.iterative.dpo.lora
     if "ppo" in stages:
         adapters |= {"ppo.actor_lora": params.ppo.actor_lora, "ppo.critic_lora": params.ppo.critic_lora}
     if "grpo" in stages:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config import Params
+from rlhf.config import Params, kind
 from rlhf.errors import UserError
 from rlhf.launcher import command, space
 from rlhf.launcher.space import GIB, text
@@ -22,6 +22,9 @@ BATCHES = {
     "ppo": ("ppo.rollout_batch_size", "ppo.mini_batch_size", "ppo.mixture_batch_size"),
     "grpo": ("grpo.rollout_batch_size", "grpo.mini_batch_size", "grpo.mixture_batch_size"),
     "dpo": ("dpo.batch_size",),
+    "best_of_n": ("best_of_n.batch_size",),
+    "rrhf": ("rrhf.batch_size",),
+    "round": ("iterative.dpo.batch_size",),
     "evaluate": ("evaluate.judge.batch_size",),
 }
 SIDE_BY_SIDE = ("sft", "reward")
@@ -40,11 +43,11 @@ def check(root: Path, stages: Sequence[str], params: Params, findings: Findings)
         gpus = sizes(command.find_gpus(launch.accelerator))
     if launch.hostfile:
         with findings.collecting():
-            nodes = len(hosts(root / launch.hostfile, max((getattr(launch.jobs, stage).processes for stage in trained), default=0)))
+            nodes = len(hosts(root / launch.hostfile, max((getattr(launch.jobs, kind(stage)).processes for stage in trained), default=0)))
     for stage in trained:
-        processes = getattr(launch.jobs, stage).processes
+        processes = getattr(launch.jobs, kind(stage)).processes
         if gpus and not launch.hostfile and processes > len(gpus):
-            what = f"params.yaml: launch.jobs.{stage}.processes is {processes}, but there are {len(gpus)} GPUs here"
+            what = f"params.yaml: launch.jobs.{kind(stage)}.processes is {processes}, but there are {len(gpus)} GPUs here"
             findings.problems.append(UserError(what, remedy=f"set it to at most {len(gpus)}"))
         findings.problems += _uneven(stage, params, processes * nodes)
     if launch.port:
@@ -107,14 +110,14 @@ def hosts(path: Path, processes: int) -> dict[str, int]:
 def _uneven(stage: str, params: Params, processes: int) -> list[UserError]:
     """Batches that cannot be dealt to the processes without a rest."""
     found = []
-    for key in BATCHES[stage]:
+    for key in BATCHES.get(kind(stage), ()):
         size: object = params
         for part in key.split("."):
             size = getattr(size, part, None)  # a given base has no batches
         idle = (stage == "evaluate" and not params.trains_judge) or ("mixture" in key and not params.answering.mixture_coefficient)
         if isinstance(size, int) and size % processes and not idle:
             what = f"{key}: a batch of {size} rows cannot be dealt evenly to {processes} processes"
-            found.append(UserError(what, remedy=f"make it a multiple of {processes}, or change launch.jobs.{stage}.processes"))
+            found.append(UserError(what, remedy=f"make it a multiple of {processes}, or change launch.jobs.{kind(stage)}.processes"))
     return found
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.config import Params
+from rlhf.config import SCORING, Params, kind
 from rlhf.config.training import BuiltBase, Lora
 from rlhf.errors import UserError
 from rlhf.launcher.space import MOMENTS, WEIGHT, built_weights, text
@@ -100,6 +100,13 @@ def models(stage: str, params: Params) -> list[Held]:
         return [Held("policy", True, params.sft.lora)]
     if stage == "reward":
         return [Held("critic", True, params.reward.lora)]
+    if stage in ("best_of_n", "rrhf"):
+        return [Held("policy", True, getattr(params, stage).lora)]
+    if kind(stage) == "round":
+        dpo = params.iterative.dpo
+        return [Held("policy", True, dpo.lora), *(frozen if dpo.lora is None or dpo.reference == "sft" else [])]
+    if kind(stage) in ("answers", "iterative"):
+        return [*frozen, *(frozen if stage != "answers" else []), *rewards]
     if stage == "dpo":
         reference = frozen if params.dpo.reference == "live" and params.dpo.lora is None else []
         return [Held("policy", True, params.dpo.lora), *reference]
@@ -118,7 +125,7 @@ def models(stage: str, params: Params) -> list[Held]:
 
 def need(stage: str, params: Params, shape: Shape, nodes: int = 1) -> Need:
     """What each process of a stage holds at most."""
-    processes = getattr(params.launch.jobs, stage).processes * nodes
+    processes = getattr(params.launch.jobs, kind(stage)).processes * nodes
     total = Need(activations=_activations(stage, params, shape))
     for model in models(stage, params):
         total = _added(total, _held(model, params, shape, processes))
@@ -154,19 +161,19 @@ def _added(one: Need, other: Need) -> Need:
 
 def _activations(stage: str, params: Params, shape: Shape) -> float:
     width = WEIGHT[params.launch.precision]
-    tokens = max(getattr(params.launch.jobs, stage).micro_batch_tokens, _longest_row(stage, params))
+    tokens = max(getattr(params.launch.jobs, kind(stage)).micro_batch_tokens, _longest_row(stage, params))
     layer = width * (12 * shape.width + 4 * shape.feed_forward)
     layers = shape.layers * width * shape.width + layer if params.launch.gradient_checkpointing else shape.layers * layer
     training = any(model.trained for model in models(stage, params))
     logits = LOGITS * shape.vocabulary if stage != "reward" else 0
     answers = params.launch.rollout.slots * params.answering.longest
-    cache = answers * shape.layers * shape.key_values * width if stage in (params.policy, "evaluate") and stage != "dpo" else 0
+    cache = answers * shape.layers * shape.key_values * width if kind(stage) in SCORING else 0
     return max(tokens * ((layers if training else layer) + logits), cache)
 
 
 def _longest_row(stage: str, params: Params) -> int:
-    longest = {name: getattr(params, name).max_tokens for name in ("sft", "reward", "awac", "dpo")}
-    return longest.get(stage, params.answering.longest if stage in ("ppo", "grpo", "evaluate") else 0)
+    longest = {"base": 0, **{name: getattr(params, name).max_tokens for name in ("sft", "reward", "awac", "dpo")}}
+    return longest.get(stage, params.answering.longest)
 
 
 # -------------------------------------------------------------------------------------------------------------- machine
@@ -195,7 +202,7 @@ def check(stages: Sequence[str], params: Params, shape: Shape, gpus: Sequence[in
     for stage in stages:
         if stage == "prepare":
             continue
-        processes, one = getattr(params.launch.jobs, stage).processes, need(stage, params, shape, nodes)
+        processes, one = getattr(params.launch.jobs, kind(stage)).processes, need(stage, params, shape, nodes)
         parts = (one.weights, one.gradients, one.optimiser, one.activations, one.total)
         findings.memory.append((stage, str(processes), *(text(int(part)) for part in parts)))
         held, total = (one.states, one.total) if gpus else ((one.states + one.offloaded) * processes, one.total * processes)

@@ -146,6 +146,8 @@ def of_prepared(root: Path, params: Params, findings: Findings) -> list[Example]
             lines = read_lines(path) if path.is_file() else []
             chosen = random.Random(params.seed).sample(range(len(lines)), min(RENDERED, len(lines)))
             found += [Example(f"data/prepared/{name}.jsonl:{number + 1}", limit, _dialogues(lines[number])) for number in sorted(chosen)]
+    with findings.collecting():
+        slices.check_prepared(root, params, findings)
     return found
 
 

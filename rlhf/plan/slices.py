@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ from rlhf.config import Params
 from rlhf.data.examine import entered
 from rlhf.data.formats import Row, Seen
 from rlhf.data.table import Table
-from rlhf.job import Job
+from rlhf.job import Job, read_lines
 from rlhf.plan.findings import Findings
-from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files
+from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files, too_few_prompts
 
 FEW = 10
 _SPREAD = ": {policy}, which takes the spread of rewards from them, may stop as diverged"
@@ -21,6 +22,14 @@ _SPREAD = ": {policy}, which takes the spread of rewards from them, may stop as 
 def job(root: Path, params: Params) -> Job:
     """Stage prepare's, for what it draws."""
     return Job("prepare", params, root, root, "cpu", 0, 1, 0)
+
+
+def check_prepared(root: Path, params: Params, findings: Findings) -> None:
+    """Look for too few prompts where stage prepare is up to date."""
+    path = root / "data" / "prepared" / "ppo.jsonl"
+    if params.prompts_needed > 1 and path.is_file():
+        prompts = len({json.dumps(row["prompt"]) for row in read_lines(path)})
+        findings.problems += [error for error in [too_few_prompts(params, prompts)] if error]
 
 
 def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findings: Findings) -> None:

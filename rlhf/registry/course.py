@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rlhf import tracking
-from rlhf.config import STAGES, Params
+from rlhf.config import Params
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def of_flow(own: str, tags: Mapping[str, str], by: str, root: Path, params: Para
     client = tracking.client(root, params)
     flow = client.get_run(own)
     stages = []
-    for name in STAGES:
+    for name in params.stages:
         if made := tags.get(f"run.{name}"):
             run = client.get_run(made)
             now = run.data.tags.get("mlflow.parentRunId") == own

@@ -26,7 +26,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 from rlhf import tracking
-from rlhf.config import STAGES, Params
+from rlhf.config import STAGES, Params, kind
 from rlhf.documents import load_yaml
 from rlhf.errors import UserError
 from rlhf.locks import lock
@@ -217,8 +217,8 @@ def _lineage(root: Path, params: Params) -> dict[str, str]:
         for part in load_yaml(place.read_text(encoding="utf-8"))["outs"]:
             tags[f"data.{(place.parent / part['path']).relative_to(root).as_posix()}"] = part["md5"]
     tags |= {f"md5.{output['path']}": output["md5"] for name in graph if name in locked for output in locked[name].get("outs", [])}
-    for stage in STAGES:
-        if stage in graph:
+    for stage in graph:
+        if kind(stage) in STAGES:
             tags[f"fingerprint.{stage}"] = made = _fingerprint(root, params, graph[stage])
             if run_id := tracking.run_of(made, root, params):
                 tags[f"run.{stage}"] = run_id

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-SECTIONS = {"ppo": "ppo", "grpo": "grpo", "dpo": "ppo"}  # which one says how prompts are answered
+# by the stage that makes the policy: which section says how prompts are answered; those that learn from stored answers
+SECTIONS = {"ppo": "ppo", "grpo": "grpo", "dpo": "ppo", "best_of_n": "answers", "rrhf": "answers", "iterative": "answers"}
+SECTION_OF_STORED = {"best_of_n": "best_of_n", "rrhf": "rrhf", "iterative": "iterative.dpo"}
 LEARN_MORE = {
     "ppo": "It learned too little. If gold against KL still rises: more `ppo.steps`, a higher `ppo.actor.learning_rate` or a lower "
     "`ppo.kl.coefficient`. If not, the reward model is at fault: see its held-out accuracy.",
     "grpo": "It learned too little. If gold against KL still rises: more `grpo.steps`, a higher `grpo.actor.learning_rate` or a lower "
     "`grpo.kl.coefficient`. If not, the reward model is at fault: see its held-out accuracy.",
     "dpo": "It learned too little: more `dpo.epochs`, a higher `dpo.optimizer.learning_rate` or a lower `dpo.beta`.",
+    **{
+        policy: f"It learned too little: more `answers.prompts` or answers to each, or a higher `{section}.optimizer.learning_rate`"
+        + (", or more `iterative.rounds`." if policy == "iterative" else ".")
+        for policy, section in SECTION_OF_STORED.items()
+    },
 }
 STAY_NEAR = {
     "ppo": "It went far from sft: raise `ppo.kl.coefficient`, or lower `ppo.steps` to where gold against KL is highest.",
     "grpo": "It went far from sft: raise `grpo.kl.coefficient`, or lower `grpo.steps` to where gold against KL is highest.",
     "dpo": "It went far from sft: raise `dpo.beta`, or lower `dpo.epochs`.",
+    "iterative": "It went far from sft: raise `iterative.dpo.beta`, or lower `iterative.rounds`.",
+    **{policy: f"It went far from sft: lower `{policy}.optimizer.learning_rate` or `{policy}.epochs`." for policy in ("best_of_n", "rrhf")},
 }
 RETRAIN = (
     "The reward model tells good from bad too rarely: more or cleaner pairs, or other `reward.epochs` and "
@@ -22,12 +31,17 @@ RETRAIN = (
 JUDGE_BETTER = {
     "ppo": RETRAIN,
     "grpo": RETRAIN,
+    **dict.fromkeys(SECTION_OF_STORED, RETRAIN),
     "dpo": "Its own preference is wrong too often: more or cleaner pairs, or other `dpo.epochs` and `dpo.beta`.",
 }
 FOOLED = {
     policy: f"The reward model is pleased and the judge is not: lower `{section}.steps` to where gold against KL turns, raise "
     f"`{section}.kl.coefficient`, or give the reward model more pairs."
     for policy, section in SECTIONS.items()
+} | {
+    policy: f"The reward model is pleased and the judge is not: lower `{section}.optimizer.learning_rate`, or give the reward model "
+    "more pairs."
+    for policy, section in SECTION_OF_STORED.items()
 }
 LEARN_TO_BE_RIGHT = (
     "It is not surely right more often. If accuracy still rises with the steps: more of them, or a higher learning rate. If every answer "
@@ -43,6 +57,10 @@ OF_GATES: dict[str, dict[str, str] | str] = {
         "ppo": "It forgets plain text: raise `ppo.mixture_coefficient` or `ppo.kl.coefficient`.",
         "grpo": "It forgets plain text: raise `grpo.mixture_coefficient` or `grpo.kl.coefficient`.",
         "dpo": "It forgets plain text: raise `dpo.beta`, or lower `dpo.epochs`.",
+        **{
+            policy: f"It forgets plain text: lower `{section}.optimizer.learning_rate` or `{section}.epochs`."
+            for policy, section in SECTION_OF_STORED.items()
+        },
     },
     "min_eos_rate": {
         policy: f"Answers are cut off: raise `{section}.max_answer_tokens`, and see that the demonstrations end within `sft.max_tokens`."

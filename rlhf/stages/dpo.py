@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.algorithms.dpo import dpo_loss
-from rlhf.config.training import Dpo, peak
+from rlhf.config.training import Dpo, Preference, peak
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import add, equal_micro_batches, gather, micro_batches, share, start, sum_over_ranks
 from rlhf.engine.order import Order
@@ -41,7 +41,7 @@ def main(job: Job) -> None:
     check_length(policy, params.max_tokens, "dpo.max_tokens")
     adapters = lora.attach(policy, params.lora, "models/sft", "dpo.lora", job)
     reference = lora.reference(adapters, job, job.input("models/sft"), device) if params.reference == "live" else None
-    history = fit(job, policy, reference, pairs)
+    history = fit(job, policy, reference, pairs, params, "dpo")
     saving.save(job, policy, tokenizer, job.output("models/dpo"), adapters)
     if job.is_main:
         counts = {"steps": len(history), "pairs": len(pairs), "too_long": too_long}
@@ -78,20 +78,25 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, answers: Iterable[tuple[l
     return sides
 
 
-def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair]) -> list[dict[str, float]]:
-    """Train the policy in place; returns a row per step for the plot."""
-    params = job.params.dpo
+def fit(
+    job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pairs: Sequence[Pair], params: Preference, key: str
+) -> list[dict[str, float]]:
+    """Train the policy in place; returns a row per step for the plot.
+
+    Args:
+        key: where `params` stand in params.yaml.
+    """
     order = Order(len(pairs), params.batch_size, job.seed("order"))
     total = order.steps(params.epochs)
     engine = train_engine(policy, peak(params.optimizer, params.lora), job, "policy", total)
-    before = torch.tensor(reference_before_training(job, engine, pairs), device=engine.device)  # (pairs, 2)
+    before = torch.tensor(reference_before_training(job, engine, pairs, params), device=engine.device)  # (pairs, 2)
     state = checkpoints.load(job, {"model": engine})
     history: list[dict[str, float]] = state.get("history", [])
     steps = Steps(job, state["step"], total, params.checkpoint_every)
     for number in steps:
         started = time.perf_counter()
         batch = order.batch(number)
-        mine = share(batch, job, "dpo.batch_size")
+        mine = share(batch, job, f"{key}.batch_size")
         sums: dict[str, Tensor] = {}
         parts = equal_micro_batches(mine, lambda row: tokens_of_pair(pairs[row]), job)
         for number_of_part, rows in enumerate(parts, start=1):
@@ -114,12 +119,12 @@ def fit(job: Job, policy: PreTrainedModel, reference: lora.Reference | None, pai
     return history
 
 
-def reference_before_training(job: Job, engine: Any, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+def reference_before_training(job: Job, engine: Any, pairs: Sequence[Pair], params: Preference) -> list[tuple[float, float]]:
     """The reference's log-probabilities of all pairs, chosen and rejected, where they are not computed as they are needed.
 
     The policy itself gives them, before its first step: it is still sft's. The ranks share the pairs.
     """
-    if job.params.dpo.reference != "precomputed":
+    if not (isinstance(params, Dpo) and params.reference == "precomputed"):
         return [(0.0, 0.0)] * len(pairs)
     even = [*pairs, *pairs[: -len(pairs) % job.world_size]]  # as many on each rank
     mine = range(len(even))[job.rank :: job.world_size]

@@ -1,4 +1,4 @@
-"""Stage evaluate: the new policy (of ppo, grpo or dpo) against sft on held-out data, judged by something that training did not optimise.
+"""Stage evaluate: the new policy against sft on held-out data, judged by something that training did not optimise.
 
 Where every held-out prompt has a gold score (the sandbox), that is the judge. Elsewhere a second reward model is trained here, on pairs of
 the judge slice that no other stage saw, and decides which answer wins.
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import COURSE
 from rlhf.data import sandbox
 from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.engine.partition import born
@@ -84,7 +85,8 @@ def main(job: Job) -> None:
     if checking.checkers_of(job):
         several = {name: several_answers(job, policies[name], tokenizer, prompts, answers[name]) for name in policies}
         metrics["accuracy"], right = checking.measure(job, prompts, several, new, partial(bootstrap, job))
-    judged = course(job, judge.score) if new != "dpo" else []
+    has_course = new in COURSE
+    judged = course(job, judge.score) if has_course else []
     # 4. outputs
     fingerprint = judge.save(job, tokenizer)
     if job.is_main:
@@ -92,7 +94,7 @@ def main(job: Job) -> None:
         job.write_metrics(shown.summary(metrics, new), "summary")
         write_lines(job.output(ANSWERS), shown.all_answers(prompts, answers, scores, rewards, right))
         write_lines(job.output("data/samples.jsonl"), shown.samples(prompts, answers, scores)[: params.shown])
-        if new != "dpo":
+        if has_course:
             job.write_plot("plots/gold_against_kl.csv", judged)
         for line in shown.table(prompts, answers, scores, params.shown):
             job.say(line)

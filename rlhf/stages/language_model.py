@@ -1,4 +1,4 @@
-"""The loop that base and sft share: next-token loss on rows of tokens, and perplexity."""
+"""The loop that base, sft and best_of_n share: next-token loss on rows of tokens, and perplexity."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.algorithms.language_model import next_token_loss
+from rlhf.config.stored import BestOfN
 from rlhf.config.training import BuiltBase, Sft, peak
 from rlhf.engine import checkpoints, divergence
 from rlhf.engine.distributed import add, equal_micro_batches, micro_batches, share, sum_over_ranks
@@ -25,7 +26,7 @@ Row = tuple[list[int], list[int]]  # token ids and loss mask
 MOST = 700.0  # whose exponential is a number
 
 
-def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase | Sft) -> list[dict[str, float]]:
+def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase | Sft | BestOfN) -> list[dict[str, float]]:
     """Train `model` in place; returns a row per step for the plot."""
     by_length = isinstance(params, Sft) and params.group_by_length
     order = Order(len(rows), params.batch_size, job.seed("order"), [len(ids) for ids, _ in rows] if by_length else None)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.config import Params
+from rlhf.config import STORED, Params
 from rlhf.config.data import WEIGHTED, Source
 from rlhf.data.cores import Cores
 from rlhf.data.examine import batches, examine
@@ -166,6 +166,8 @@ def lacking(
         needed["ppo"] = params.policy
     if params.base.source == "build" or (params.policy != "dpo" and params.answering.mixture_coefficient > 0):
         needed["text"] = "text"
+    if params.policy in STORED and params.answers.pairs:
+        needed["reward"] = "reward"
     if params.trains_judge:
         needed["judge"] = "judge"
     found = []
@@ -178,7 +180,21 @@ def lacking(
             what += f"after quarantine and removal of held-out prompts (different prompts: {prompts}; all rows of one go to one slice)"
             remedy = f"give {names} rows with more prompts, or a larger split.{slice_name} in params.yaml"
             found.append((feeding, UserError(what, remedy=remedy)))
+    prompts = len(np.unique(table.prompt[files["ppo"]]))
+    if prompts and (error := too_few_prompts(params, prompts)):
+        found.append((params.data.feeding("ppo"), error))
     return found
+
+
+def too_few_prompts(params: Params, prompts: int) -> UserError | None:
+    """What is wrong where there are too few different prompts for all rounds."""
+    if prompts >= params.prompts_needed:
+        return None
+    many = f"{params.rounds} rounds with answers.prompts {params.answers.prompts} each, and answers.heldout_prompts"
+    asked = f"{many} {params.answers.heldout_prompts} kept apart," if params.policy == "iterative" else "answers.prompts"
+    what = f"ppo.jsonl has {prompts} different prompts, but {asked} ask for {params.prompts_needed}"
+    fewer = ", or fewer iterative.rounds" if params.policy == "iterative" else ""
+    return UserError(what, remedy=f"give more prompts (split.ppo), lower answers.prompts{fewer}")
 
 
 def write_quarantine(path: Path, cores: Cores, table: Table, bad: Mapping[str, Numbers]) -> None:

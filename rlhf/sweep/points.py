@@ -113,7 +113,7 @@ def _keys(nodes: dict[str, fingerprint.Node], after: dict[str, tuple[str, ...]],
     def find(name: str) -> str:
         if name not in keys:
             before = {other: find(other) for other in after[name]}
-            values = params.of_stage(name) if name in config.STAGES else params.model_dump(mode="json")
+            values = params.of_stage(name) if config.kind(name) in config.STAGES else params.model_dump(mode="json")
             keys[name] = _hash([name, values, before, nodes[name].inputs, nodes[name].written])
         return keys[name]
 

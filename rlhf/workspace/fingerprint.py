@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import STAGES, Params, text
+from rlhf.config import SCORING, STAGES, Params, kind, text
 from rlhf.documents import YAMLError, load_yaml
 from rlhf.errors import UserError
 from rlhf.paths import inside
@@ -66,10 +66,13 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
     Raises:
         UserError: it has.
     """
-    others = [stage for stage in graph if stage in STAGES and stage not in params.stages]
-    if others:
+    others = [stage for stage in graph if kind(stage) in STAGES and stage not in params.stages]
+    rounds = [stage for stage in params.stages if "-" in stage and stage not in graph and params.policy in graph]
+    if others or rounds:
+        said = f"has stage {' and '.join(others)}" if others else f"lacks stage {' and '.join(rounds)}"
+        asked = f"algorithm: {params.algorithm}" + (f" and iterative.rounds: {params.rounds}" if params.policy == "iterative" else "")
         raise UserError(
-            f"dvc.yaml has stage {' and '.join(others)}, but params.yaml says algorithm: {params.algorithm}",
+            f"dvc.yaml {said}, but params.yaml says {asked}",
             remedy=f"`rlhf use params.yaml algorithm={params.algorithm}` sets dvc.yaml to it",
         )
     if params.warm_starts and params.policy in graph and params.start not in graph[params.policy].inputs:
@@ -85,7 +88,7 @@ def check_algorithm(graph: Mapping[str, Node], params: Params) -> None:
 
 def _inputs_of_rewards(graph: Mapping[str, Node], params: Params) -> list[str]:
     """What dvc.yaml lacks of what section rewards asks for."""
-    calling = [graph[stage] for stage in ("awac", params.policy, "evaluate") if stage in graph]
+    calling = [graph[stage] for stage in params.stages if kind(stage) in SCORING and stage in graph]
     files = [f"input {file} of stage {node.name}" for node in calling for file in params.reward_files if file not in node.inputs]
     # a graph that has no sft begins elsewhere: who wrote it has a reward model already
     return [*files, *(["stage reward"] if params.trains_reward and calling and "sft" in graph and "reward" not in graph else [])]

@@ -130,9 +130,13 @@ def graph(root: Path, params: config.Params) -> str:
     Raises:
         UserError: a part of it is missing.
     """
-    parts = ["common", *(["reward"] if params.trains_reward else []), *(["awac"] if params.warm_starts else []), params.policy]
+    parts = ["common", *(["reward"] if params.trains_reward else []), *(["awac"] if params.warm_starts else [])]
+    parts += ["answers"] if params.policy in ("best_of_n", "rrhf") else []
     try:
         text = "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in parts)
+        if params.policy == "iterative":
+            text += _rounds((root / "graphs" / "round.yaml").read_text(encoding="utf-8"), params.rounds)
+        text += _of_rounds((root / "graphs" / f"{params.policy}.yaml").read_text(encoding="utf-8"), params.rounds)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
     if params.warm_starts:
@@ -142,6 +146,26 @@ def graph(root: Path, params: config.Params) -> str:
     if not params.reads_pairs:
         text = re.sub(r"models/reward, |, reward\.max_tokens|^.*plots/reward\.csv.*\n", "", text, flags=re.MULTILINE)
     return text.replace("rlhf/rewards,", ", ".join(["rlhf/rewards", *map(json.dumps, params.reward_files)]) + ",")
+
+
+def _rounds(text: str, rounds: int) -> str:
+    """The stages of all rounds. Each reads what those before it made, and nothing that says how many there will be."""
+    parts = []
+    for number in range(1, rounds + 1):
+        before = f"models/round-{number - 1}, metrics/answers-{number - 1}.json, " if number > 1 else ""
+        last = f"models/round-{number - 1}, " if number > 1 else ""
+        part = text.replace("<round>", str(number)).replace("<before>, ", before).replace("<last>, ", last)
+        parts.append(_of_rounds(part, number - 1))
+    return "".join(parts)
+
+
+def _of_rounds(text: str, rounds: int) -> str:
+    """A text in which `<each round's PATH>, ` stands for that path of each round, N being its number."""
+
+    def listed(match: re.Match[str]) -> str:
+        return "".join(f"{match[1].replace('N', str(number))}, " for number in range(1, rounds + 1))
+
+    return re.sub(r"<each round's (\S+)>, ", listed, text)
 
 
 def _open(text: str, origin: str) -> tuple[Any, YAML]:

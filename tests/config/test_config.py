@@ -232,11 +232,11 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_stage_depends_on_its_own_sections_alone() -> None:
     assert presets.graph(ROOT, config.validate(SANDBOX, "params.yaml")) == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    for algorithm, stages in config.STAGES_OF.items():  # a stage's name is also that of an algorithm
+    for algorithm in config.ONE_OF_EACH:
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
         graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
-        assert tuple(graph) == stages
-        for stage in stages:
+        assert tuple(graph) == params.stages
+        for stage in params.stages:
             assert list(params.of_stage(stage)) == graph[stage]["params"]
     for preset in ("sandbox", "sandbox-function"):
         params = config.load(ROOT / f"presets/{preset}.yaml")
@@ -249,7 +249,7 @@ def test_stage_depends_on_its_own_sections_alone() -> None:
 
 
 def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path) -> None:
-    for algorithm, stages in config.STAGES_OF.items():
+    for algorithm in config.ONE_OF_EACH:
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
         (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params), encoding="utf-8")
         listed = yaml.safe_load((tmp_path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -257,7 +257,7 @@ def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path
             "evaluate": [{"metrics/summary.json": {"cache": False}}]
         }
         nodes = read_graph(tmp_path)
-        assert all(f"metrics/{stage}.json" in nodes[stage].metrics for stage in stages)
+        assert all(f"metrics/{stage}.json" in nodes[stage].metrics for stage in params.stages)
         assert not any(path.startswith("metrics/") for node in nodes.values() for path in node.outputs)
 
 

@@ -269,5 +269,5 @@ def test_what_comes_after_a_name_goes_first(workspace: Path) -> None:
 
 
 def test_the_table_of_names_is_the_schemas() -> None:
-    assert ("ppo", "dpo", *algorithms.VALUES) == algorithms.NAMES
+    assert ("ppo", "dpo", *algorithms.VALUES, "best-of-n", "rrhf", "iterative") == algorithms.NAMES
     assert {algorithms.policy_stage(name) for name in algorithms.NAMES} == config.STAGES_OF.keys()

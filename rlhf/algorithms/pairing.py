@@ -1,0 +1,19 @@
+"""Which two of a prompt's answers make a pair: the best one, against the worst or one two standard deviations below the mean."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+
+def pair(rewards: Sequence[float], rejected: str) -> tuple[int, int] | None:
+    """Numbers of the answers that win and lose, of equal ones the first; None where they are equally good.
+
+    Args:
+        rewards: of each answer.
+        rejected: worst; or two-sigma: the one nearest to μ − 2σ, as of many answers the worst is one of a kind (arXiv 2502.16825).
+    """
+    wanted = min(rewards) if rejected == "worst" else statistics.fmean(rewards) - 2 * statistics.pstdev(rewards)
+    winner = max(range(len(rewards)), key=rewards.__getitem__)
+    loser = min(range(len(rewards)), key=lambda i: abs(rewards[i] - wanted))
+    return None if rewards[winner] == rewards[loser] else (winner, loser)
