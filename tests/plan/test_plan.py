@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from rlhf import config, plan
 from rlhf.cli import plan as cli_plan
 from rlhf.errors import UserError
+from rlhf.job import write_lines
 from rlhf.plan import launching, memory, pinned
 from rlhf.plan.findings import Findings
 from rlhf.workspace import fingerprint
@@ -147,6 +148,13 @@ def test_a_bound_that_nothing_is_measured_for_is_told(root: Path) -> None:
     for coefficient, count in ((0.04, 0), (0.0, 1)):
         params = change(root, algorithm="grpo", grpo__kl__coefficient=coefficient)
         assert sum("grpo.stop.kl holds nothing back" in note for note in plan.check(root, params, ["grpo"]).notes) == count
+
+
+def test_a_warm_start_without_answers_is_told_before_anything_trains(root: Path) -> None:
+    params = change(root, awac__versions=1)
+    assert f"{root}/data/raw/earlier: no answers of earlier versions" in said(plan.check(root, params, ["awac"]))
+    write_lines(root / "data/raw/earlier/v1.jsonl", [{"prompt": [{"role": "user", "content": "Hot?"}], "answer": "Cold."}])
+    assert any("of 1 answers no two are to one prompt" in what for what in said(plan.check(root, params, ["awac"])))
 
 
 def test_a_graph_that_dvc_refuses_is_told(root: Path) -> None:

@@ -8,15 +8,17 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
 from rlhf.config.training import Optimizer
 from rlhf.engine.distributed import micro_batches, share
-from rlhf.engine.setup import learning_rate_factor, parameter_groups
+from rlhf.engine.setup import learning_rate_factor, move_schedule, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, write_lines
 from rlhf.models.dialogues import encode_prompt
@@ -242,6 +244,18 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert cosine[4] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + 2**-0.5))
     assert course(warmup_ratio=0.0)[0] == 1.0
     assert learning_rate_factor(optimizer(warmup_ratio=1.0), 1, 1) == pytest.approx(1.0)
+
+
+def test_a_schedule_can_be_moved_to_another_step_and_peak() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    stepped = torch.optim.AdamW([{"params": [weight]}], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(stepped, lambda step: learning_rate_factor(optimizer(), step, 10))
+    engine: Any = SimpleNamespace(lr_scheduler=scheduler)
+    move_schedule(engine, 4, 0.5)
+    assert stepped.param_groups[0]["lr"] == pytest.approx(0.5 * 0.8)
+    stepped.step()
+    scheduler.step()
+    assert stepped.param_groups[0]["lr"] == pytest.approx(0.5 * 0.7)
 
 
 def test_weight_decay_is_for_matrices_only(llama: LlamaForCausalLM) -> None:
