@@ -55,8 +55,8 @@ def verify(version: Version, root: Path, params: Params, *, retrain: bool, say: 
             if repo.config["core"].get("remote"):
                 repo.fetch()
             files = _check_cache(Path(repo.cache.local_cache_dir), cached)
-            _refuse([f"{path} is not the file that the run wrote" for path, md5 in plain.items() if _md5(fresh / path) != md5], version)
             repo.checkout()
+            _refuse([f"{path} is not the file that the run wrote" for path, md5 in plain.items() if _md5(fresh / path) != md5], version)
             say(f"{len(files)} files of {len(cached)} outputs have the hashes that dvc.lock names")
             _refuse([f"{stage} is not up to date: {json.dumps(why)}" for stage, why in repo.status().items()], version)
         would = [line for line in _repro(fresh, Path(scratch), "--dry").splitlines() if line.startswith("Running")]
@@ -111,7 +111,7 @@ def _repro(fresh: Path, scratch: Path, *options: str) -> str:
 
 
 def _outputs(folder: Path) -> tuple[Files, Files]:
-    """What the revision names, by path: outputs and raw data in the DVC cache; metrics and plots, which are in git."""
+    """What the revision names, by path: outputs and raw data in the DVC cache; metrics and plots, some of which are in git."""
     graph = fingerprint.read_graph(folder)
     locked = load_yaml((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     entries = {out["path"]: out["md5"] for name in graph if name in locked for out in locked[name].get("outs", [])}
