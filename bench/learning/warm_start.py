@@ -63,7 +63,7 @@ def gold(root: Path) -> list[float]:
 
 def answers_until(root: Path, score: float) -> int:
     """Answers that were sampled until the gold score was reached; all of them where it was not."""
-    params = config.load(root / "params.yaml").answering
+    params = config.load(root / "params.yaml").grpo
     steps = next((step for step, found in enumerate(gold(root), start=1) if step >= WINDOW and found >= score), params.steps)
     return steps * params.rollout_batch_size
 

@@ -27,8 +27,8 @@ from rlhf.errors import UserError
 STAGES = (
     "prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "answers", "best_of_n", "rrhf", "round", "iterative", "evaluate",
 )  # fmt: skip
-# The stages of a run, by the one that makes the policy (`Params.policy`); before that one awac, where it is asked for. Of iterative, answers
-# and round come once for each round.
+# The stages of a run, by the one that makes the policy (`Params.policy`); before that one awac, where it is asked for. Of iterative,
+# answers and round come once for each round.
 STAGES_OF = {
     "ppo": ("prepare", "base", "sft", "reward", "ppo", "evaluate"),
     "grpo": ("prepare", "base", "sft", "reward", "grpo", "evaluate"),

@@ -37,8 +37,8 @@ def test_any_cut_has_the_same_loss_and_gradient_and_padding_none() -> None:
         log_probs = LOG_PROBS.clone().requires_grad_()
         total = torch.zeros(())
         for part in parts:
-            wide = [torch.nn.functional.pad(one[part], (0, padding)) for one in (log_probs, LENGTHS, REWARDS, THERE)]
-            loss, _ = rrhf_loss(*wide, 1.0, 2.0, 1, 5)
+            a, b, c, d = (torch.nn.functional.pad(one[part], (0, padding)) for one in (log_probs, LENGTHS, REWARDS, THERE))
+            loss, _ = rrhf_loss(a, b, c, d, 1.0, 2.0, 1, 5)
             total = total + loss
         total.backward()
         assert log_probs.grad is not None
@@ -52,9 +52,11 @@ def test_any_cut_has_the_same_loss_and_gradient_and_padding_none() -> None:
 
 
 def test_more_answers_alike_do_not_change_the_scale() -> None:
-    twice = [torch.cat([one[:1], one[:1]], dim=1) for one in (LOG_PROBS, LENGTHS, REWARDS, THERE)]
-    once = [one[:1] for one in (LOG_PROBS, LENGTHS, REWARDS, THERE)]
-    assert rrhf_loss(*twice, 1.0, 1.0, 1, 2)[0].item() == pytest.approx(rrhf_loss(*once, 1.0, 1.0, 1, 2)[0].item())
+    def loss(times: int) -> float:
+        a, b, c, d = (torch.cat([one[:1]] * times, dim=1) for one in (LOG_PROBS, LENGTHS, REWARDS, THERE))
+        return rrhf_loss(a, b, c, d, 1.0, 1.0, 1, 2)[0].item()
+
+    assert loss(2) == pytest.approx(loss(1))
 
 
 def released(token_log_probs: Tensor, mask: Tensor, rewards: Tensor) -> tuple[float, float]:
