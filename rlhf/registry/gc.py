@@ -25,7 +25,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from rlhf import tracking
-from rlhf.config import STAGES, Params
+from rlhf.config import STAGES, Params, kind
 from rlhf.launcher import launch
 from rlhf.locks import lock
 from rlhf.registry import comparison, unused
@@ -64,7 +64,7 @@ def alone(root: Path, params: Params) -> Iterator[None]:
     with ExitStack() as held:
         waits = params.operations.when_busy == "queue"
         held.enter_context(lock(root, "flow", refuse=None if waits else f"{root}: a retraining flow is running in this workspace"))
-        for name in (*STAGES, "compare", "verify"):
+        for name in (*_stages(root), "compare", "verify"):
             held.enter_context(lock(root, name, refuse=f"{name} is running in this workspace"))
         for folder in sorted((root / "runs/sweeps").glob("*")):  # what they share is in DVC's cache alone
             held.enter_context(lock(root, f"sweep-{folder.name}", refuse=f"sweep {folder.name} is running in this workspace"))
@@ -130,10 +130,15 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------------ scratch
 
 
+def _stages(root: Path) -> list[str]:
+    """All stages, and those of the rounds that have run."""
+    return [*STAGES, *sorted(folder.name for folder in (root / "runs").glob("*-*") if kind(folder.name) in STAGES)]
+
+
 def _scratch(root: Path, params: Params, versions: Sequence[Version]) -> Iterator[Leftover]:
     runs = root / "runs"
     graph = fingerprint.read_graph(root)
-    for stage in STAGES:
+    for stage in _stages(root):
         folders = [folder for folder in sorted((runs / stage).glob("*")) if folder.is_dir()]
         now = _fingerprint(root, params, graph[stage]) if folders and stage in graph else ""
         unsent = tracking.waiting(root, stage)

@@ -75,14 +75,14 @@ def test_each_round_answers_prompts_of_its_own_and_learns_from_all_pairs(places:
     first, second = (read_lines(root / f"data/rounds/{number}/answers.jsonl") for number in (1, 2))
     heldout = read_lines(root / "data/rollouts.jsonl")
     prompts = [{json.dumps(row["prompt"]) for row in rows} for rows in (first, second, heldout)]
-    assert [len(own) for own in prompts] == [12, 12, 6]
+    assert [len(own) for own in prompts] == [8, 8, 6]
     assert not prompts[0] & prompts[1] | prompts[1] & prompts[2] | prompts[0] & prompts[2]
     assert {len(row["answers"]) for row in first + second} == {4}
     temperatures = [one["temperature"] for one in first[0]["answers"]]
     assert temperatures == [1.0, 1.0, 0.7, 0.7]
     assert [row["step"] for row in heldout] == [0] * 6 + [1] * 6 + [2] * 6
     one, two = (read(root / f"metrics/round-{number}.json") for number in (1, 2))
-    assert one["pairs"] == one["new_pairs"] == len(read_lines(root / "data/rounds/1/pairs.jsonl")) == 12 - one["ties"]
+    assert one["pairs"] == one["new_pairs"] == len(read_lines(root / "data/rounds/1/pairs.jsonl")) == 8 - one["ties"]
     assert two["pairs"] == one["pairs"] + two["new_pairs"]
     assert (root / "models/round-1/model.safetensors").read_bytes() != (root / "models/round-2/model.safetensors").read_bytes()
 
@@ -91,12 +91,11 @@ def test_the_best_round_is_handed_on_and_evaluated(places: Path) -> None:
     root = places / "on"
     found = read(root / "metrics/iterative.json")
     rewards = {number: row["heldout_reward"] for number, row in found["rounds"].items()}
-    rewards["0"] = -1e9  # as found_before says
     assert found["rounds"].keys() == {"0", "1", "2"}
     assert rewards[str(found["best"])] == max(rewards.values())
     handed, made = (root / f"models/{name}/model.safetensors" for name in ("iterative", f"round-{found['best']}"))
     assert handed.read_bytes() == made.read_bytes()
-    assert "iterative" in read(root / "metrics/evaluate.json")["gold" if read(root / "metrics/evaluate.json")["gold"] else "eos_rate"]
+    assert read(root / "metrics/evaluate.json")["eos_rate"].keys() == {"sft", "iterative"}
     assert [row["step"] for row in table(root / "plots/gold_against_kl.csv")] == ["0", "1", "2"]
 
 
@@ -115,15 +114,15 @@ def test_a_worse_round_ends_the_iteration_and_the_policy_before_goes_on(places: 
 
 def test_rrhf_ranks_the_given_answers_too_and_best_of_n_learns_the_best(places: Path) -> None:
     rows = read_lines(places / "rrhf/data/rounds/1/answers.jsonl")
-    assert len(rows) == 12 + 4
-    assert {one["by"] for row in rows[12:] for one in row["answers"]} == {"policy", "chosen", "rejected"}
-    assert {one["by"] for row in rows[:12] for one in row["answers"]} == {"policy"}
+    assert len(rows) == 8 + 4
+    assert {one["by"] for row in rows[8:] for one in row["answers"]} == {"policy", "chosen", "rejected"}
+    assert {one["by"] for row in rows[:8] for one in row["answers"]} == {"policy"}
     own = read_lines(places / "best/data/rounds/1/answers.jsonl")
     # both ask the same prompts the same way, whatever algorithm will learn from that
-    assert [row["answers"] for row in own] == [row["answers"] for row in rows[:12]]
-    assert read(places / "best/metrics/best_of_n.json")["rows"] == 12
+    assert [row["answers"] for row in own] == [row["answers"] for row in rows[:8]]
+    assert read(places / "best/metrics/best_of_n.json")["rows"] == 8
     losses = [float(row["loss"]) for row in table(places / "rrhf/plots/rrhf.csv")]
-    assert len(losses) == 4
+    assert len(losses) == 3
     for name in ("rrhf", "best"):
         weights = [
             (places / name / f"models/{model}/model.safetensors").read_bytes() for model in ("sft", {"best": "best_of_n"}.get(name, name))
