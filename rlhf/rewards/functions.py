@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def load(root: Path, function: str, kept: Path | None = None) -> Function:
     if function in BUILT_IN:
         return BUILT_IN[function]
     file, _, name = function.rpartition(":")
-    specification = importlib.util.spec_from_file_location("reward_function", root / file)
+    specification = importlib.util.spec_from_file_location(f"reward functions of {file}", root / file)
     assert specification
     module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look there for the types of their fields
     content = source(root, file, kept).read_bytes()
-    exec(compile(content, root / file, "exec"), module.__dict__)
+    exec(compile(content, root / file, "exec", dont_inherit=True), module.__dict__)
     found = getattr(module, name, None)
     if not callable(found):
         raise AttributeError(f"{file} has no function {name}")

@@ -22,7 +22,14 @@ from rlhf.errors import UserError
 from rlhf.rewards.scoring import Checkers, check_failures, first_failures
 
 FUNCTIONS = """
-import os, random, signal, subprocess, sys, time
+import dataclasses, os, random, signal, subprocess, sys, time
+
+@dataclasses.dataclass
+class Weights:
+    each: float = 2.0
+
+def weighs(answer):
+    return Weights().each * len(answer) * (Weights.__annotations__["each"] is float)
 
 def letters(answer):
     return len(answer)
@@ -131,6 +138,13 @@ def test_what_a_function_prints_and_forks_disturbs_nothing(root: Path, name: str
     with opened(root, function(name)) as checkers:
         assert [outcome.score for outcome in checkers.score(asked(6), list("abcdef"))["it"]] == [score] * 6
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_may_have_classes_of_its_own(root: Path) -> None:
+    (root / "later.py").write_text("from __future__ import annotations\n" + FUNCTIONS.replace(" is float", ' == "float"'))
+    with opened(root, function("weighs"), function("weighs", name="later", function="later.py:weighs")) as checkers:
+        found = checkers.score(asked(1), ["abc"])
+    assert (found["it"][0].score, found["later"][0].score) == (6, 6)
 
 
 def test_a_function_may_start_processes(root: Path) -> None:
