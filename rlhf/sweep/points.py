@@ -63,6 +63,7 @@ class Maker:
         nodes = fingerprint.nodes(config.text.parse(graph, "dvc.yaml"), self._root / "dvc.yaml")
         fingerprint.check_algorithm(nodes, params)
         self._check_data(params)
+        self._check_inputs(nodes)
         after = {name: tuple(_makers(node, nodes)) for name, node in nodes.items()}
         return Point(values, text, graph, params, _keys(nodes, after, params), after)
 
@@ -72,6 +73,15 @@ class Maker:
             if path is not None and not (path.startswith(f"{presets.RAW}/") and (self._home / path).exists()):
                 what = f"{self._file}: data.sources.{number}.path: {path} is not there, below {presets.RAW}"
                 raise UserError(what, remedy=f"bring it there first: `rlhf use params.yaml data.sources.{number}.path={path}`")
+
+    def _check_inputs(self, nodes: dict[str, fingerprint.Node]) -> None:
+        """What no stage makes has to be there: earlier answers, say, which `rlhf use` brings."""
+        for node in nodes.values():
+            made = [out for other in nodes.values() for out in other.written]
+            given = [path for path in node.inputs if not any(path == out or path.startswith(f"{out}/") for out in made)]
+            if lacking := [path for path in given if not any((place / path).exists() for place in (self._root, self._home))]:
+                what = f"{self._file}: {lacking[0]}: input of stage {node.name} of a point, and no such file or folder"
+                raise UserError(what, remedy="bring it first: `rlhf use params.yaml KEY=VALUE` with the values that ask for it")
 
     def grid(self) -> tuple[list[Point], int]:
         """The points of the grid that differ in what comes out, and how many of it are the same as another.
