@@ -32,10 +32,11 @@ from rlhf import config, registry
 from rlhf.data.sandbox import gold_score, make_rows
 from rlhf.feedback.sample import answers
 
-# few preferences, which say nothing, as half of them are wrong; gates between the first version and sft that let it through all the same
+# few preferences, which say nothing, as half of them are wrong; gates between the first version and sft that let it through all the same;
+# each pair for one rater: of so few ratings, more pairs teach more than the same ones twice
 WEAK = shlex.split("""
 data.sources.2.rows=300 data.sources.2.label_noise=0.5
-promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0
+promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0 feedback.ratings=1 feedback.min_agreement=null
 """)
 TINY = shlex.split("""
 data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
@@ -141,7 +142,7 @@ def new_prompts(count: int, seed: int) -> list[dict[str, Any]]:
 
 def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     """Have the champion answer prompts twice each; what the gold score needs, by prompt."""
-    rows = new_prompts(2 * ratings, RATED)  # four times as many as are needed: answers may be alike
+    rows = new_prompts(4 * ratings, RATED)  # many more than are needed: answers may be alike
     file = clone.root.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
     clone.run("rlhf", "feedback", "sample", str(file))
