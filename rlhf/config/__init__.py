@@ -39,7 +39,8 @@ STAGES_OF = {
 }
 ONE_OF_EACH = tuple(stage.replace("_", "-") for stage in STAGES_OF)  # an algorithm of each stage that makes the policy
 STORED = ("best_of_n", "rrhf", "iterative")  # policies that learn from answers which stage answers has sampled and scored
-SCORING = ("awac", "ppo", "grpo", "answers", "iterative", "evaluate")  # stages that call section rewards; all but awac sample answers
+SAMPLING = ("ppo", "grpo", "answers", "iterative", "evaluate")  # stages that sample answers
+SCORING = ("awac", *SAMPLING)  # stages that call section rewards
 COURSE = ("ppo", "grpo", "iterative")  # policies whose stage leaves data/rollouts.jsonl, the answers in the course of training
 
 # What each stage's result depends on; the graphs say the same, and a test holds them together. No round depends on how many there will be.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.config import SCORING, Params, kind
+from rlhf.config import SAMPLING, SCORING, Params, kind
 from rlhf.config.training import BuiltBase
 from rlhf.data import earlier
 from rlhf.errors import UserError
@@ -93,7 +93,7 @@ def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     """The longest sequences of the stages, by what in params.yaml sets them."""
     longest = {name: getattr(params, name).max_tokens for name in ("sft", "reward", "awac", "dpo")}
     lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
-    if any(kind(stage) in SCORING for stage in stages):
+    if params.policy in stages or any(kind(stage) in SAMPLING for stage in stages):
         key = params.answering_key
         lengths[f"{key}.max_prompt_tokens + {key}.max_answer_tokens"] = params.answering.longest
     if "evaluate" in stages and params.trains_judge:

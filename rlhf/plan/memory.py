@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.config import SCORING, Params, kind
+from rlhf.config import SAMPLING, Params, kind
 from rlhf.config.training import BuiltBase, Lora
 from rlhf.errors import UserError
 from rlhf.launcher.space import MOMENTS, WEIGHT, built_weights, text
@@ -167,7 +167,7 @@ def _activations(stage: str, params: Params, shape: Shape) -> float:
     training = any(model.trained for model in models(stage, params))
     logits = LOGITS * shape.vocabulary if stage != "reward" else 0
     answers = params.launch.rollout.slots * params.answering.longest
-    cache = answers * shape.layers * shape.key_values * width if kind(stage) in SCORING else 0
+    cache = answers * shape.layers * shape.key_values * width if kind(stage) in SAMPLING else 0
     return max(tokens * ((layers if training else layer) + logits), cache)
 
 
