@@ -37,15 +37,17 @@ def baselines(rewards: Tensor, lengths: Tensor, greedy: Tensor, kind: str) -> Te
     Args:
         greedy: reward of each prompt's greedy answer; read by kind greedy alone.
     """
-    if kind == "mean":
-        return rewards.mean(1, keepdim=True).expand_as(rewards)
-    if kind == "leave-one-out":
-        return (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    if kind == "length-weighted":
-        return ((lengths * rewards).sum(1, keepdim=True) / lengths.sum(1, keepdim=True)).expand_as(rewards)
     if kind == "greedy":
         return greedy[:, None].expand_as(rewards)
-    return torch.zeros_like(rewards)
+    if kind == "none":
+        return torch.zeros_like(rewards)
+    if kind == "leave-one-out":
+        found = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    else:
+        weights = lengths if kind == "length-weighted" else torch.ones_like(rewards)
+        found = (weights * rewards).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    # equal rewards: what rounding leaves of their distance from the mean would be scaled up to an advantage
+    return torch.where(equal(rewards)[:, None], rewards, found)
 
 
 def equal(rewards: Tensor) -> Tensor:

@@ -39,6 +39,16 @@ def test_baselines(kind: str, expected: list[list[float]]) -> None:
     near(baselines(REWARDS, MASK.sum(1).view(2, 2), GREEDY, kind), expected)
 
 
+@pytest.mark.parametrize("baseline", ["mean", "leave-one-out", "length-weighted"])
+@pytest.mark.parametrize(("scale", "epsilon"), [("none", 1e-4), ("group", 1e-9), ("batch", 1e-4)])
+def test_equal_rewards_teach_nothing_whatever_their_mean_is_rounded_to(baseline: str, scale: str, epsilon: float) -> None:
+    rewards = torch.tensor([0.1, 0.3, 0.7, -0.9, 2.3]).repeat_interleave(7).view(5, 7)
+    mask = torch.ones(35, 3)
+    how = {"baseline": baseline, "scale": scale, "epsilon": epsilon, "gamma": 1.0, "kl_where": "none", "beta": 0.0}
+    found = advantages(rewards, rewards[:, 0], torch.zeros_like(mask), mask, **how)  # type: ignore[arg-type]  # of any kind
+    assert not found.any()
+
+
 def test_leaving_one_out_is_the_mean_scaled() -> None:
     rewards = torch.tensor([[1.0, 4.0, -2.0, 0.5]])
     near(rewards - baselines(rewards, rewards, rewards[:, 0], "leave-one-out"), 4 / 3 * (rewards - rewards.mean()))
