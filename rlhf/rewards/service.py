@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -30,7 +31,8 @@ class Refused(Exception):  # noqa: N818 - it becomes a counted score
 
 def scores(entry: HttpReward, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the service says of each answer, in their order: `score`, or `error`, why it gave none."""
-    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if TOKEN in os.environ else {}
+    token = os.environ.get(TOKEN, "").strip()  # a mounted secret often ends with a newline
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     batches = [asked[first : first + entry.batch_size] for first in range(0, len(asked), entry.batch_size)]
     with httpx.Client(headers=headers, timeout=entry.seconds) as client, ThreadPoolExecutor(AT_A_TIME) as threads:
         return [row for rows in threads.map(lambda batch: _batch(client, entry, batch), batches) for row in rows]
@@ -51,10 +53,11 @@ def _batch(client: httpx.Client, entry: HttpReward, asked: Sequence[Mapping[str,
 
 def _post(client: httpx.Client, entry: HttpReward, asked: Sequence[Mapping[str, Any]]) -> bytes:
     """The body of a reply; the time limit is that of all of it, however slowly it comes."""
+    content = json.dumps({"rows": list(asked)}).encode()  # a column may hold NaN, of which httpx's own encoder makes an error
     deadline = time.monotonic() + entry.seconds
     body = bytearray()
     try:
-        with client.stream("POST", entry.url, json={"rows": list(asked)}) as reply:
+        with client.stream("POST", entry.url, content=content) as reply:
             if reply.status_code != httpx.codes.OK:
                 again = reply.status_code == httpx.codes.TOO_MANY_REQUESTS or reply.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
                 raise Refused(f"{entry.url} answered with status {reply.status_code}", again=again)
@@ -85,6 +88,7 @@ def _numbers(body: bytes, count: int) -> list[Any]:
 
 
 def _score(value: Any) -> dict[str, Any]:
-    if isinstance(value, int | float) and math.isfinite(value):
-        return {"score": float(value)}
+    with suppress(OverflowError):  # JSON has integers of any length
+        if isinstance(value, int | float) and math.isfinite(value):
+            return {"score": float(value)}
     return {"error": f"it gave {value!r:.200}, and is to give a number"}

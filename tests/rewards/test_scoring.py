@@ -263,13 +263,20 @@ def lengths(content: dict[str, Any], _number: int) -> tuple[int, Any]:
 
 
 def test_a_service_scores_in_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLHF_REWARD_TOKEN", "secret")
+    monkeypatch.setenv("RLHF_REWARD_TOKEN", "secret\n")
     with serving(lengths) as (url, requests), opened(root, service(url)) as checkers:
         found = checkers.score(asked(10), ["x" * number for number in range(10)])["it"]
     assert [outcome.score for outcome in found] == list(range(10))
     assert sorted(len(request["rows"]) for request in requests) == [2, 4, 4]
     assert requests[0]["token"] == "Bearer secret"
     assert requests[0]["rows"][0].keys() == {"prompt", "answer", "reference", "columns"}
+
+
+def test_a_column_that_holds_no_number_reaches_the_service(root: Path) -> None:
+    row = asked(1)[0] | {"columns": {"level": float("nan")}}
+    with serving(lengths) as (url, requests), opened(root, service(url)) as checkers:
+        assert checkers.score([row], ["abc"])["it"][0].score == 3
+    assert requests[0]["rows"][0]["columns"]["level"] != requests[0]["rows"][0]["columns"]["level"]
 
 
 def slowly() -> Iterator[bytes]:
@@ -304,8 +311,9 @@ def test_a_service_that_does_wrong_gets_the_stated_score(root: Path, reply: Any,
 
 
 def test_a_number_that_is_none_fails_by_itself(root: Path) -> None:
-    with serving(lambda *_: (200, b'{"scores": [1, NaN, "2", 4]}')) as (url, _), opened(root, service(url)) as checkers:
-        assert [outcome.score for outcome in checkers.score(asked(4), list("abcd"))["it"]] == [1, -3, -3, 4]
+    reply = b'{"scores": [1, NaN, "2", 4, 1%s]}' % (b"0" * 400)
+    with serving(lambda *_: (200, reply)) as (url, _), opened(root, service(url, batch_size=5)) as checkers:
+        assert [outcome.score for outcome in checkers.score(asked(5), list("abcde"))["it"]] == [1, -3, -3, 4, -3]
 
 
 def test_a_service_that_comes_back_is_asked_again(root: Path) -> None:
