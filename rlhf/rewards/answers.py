@@ -12,6 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 import jsonschema
+import referencing.jsonschema
 
 _CHOICE = (
     r"\\boxed\{{\s*\(?({0})\)?\s*\}}",
@@ -149,9 +150,11 @@ def json_answer(answer: str, reference: Any = None, schema: dict[str, Any] | Non
     content = loaded(answer)
     if content is NOTHING:
         return 0.0
-    validator = jsonschema.validators.validator_for(wanted or {})
-    validator.check_schema(wanted or {})
-    return float(validator(wanted or {}).is_valid(content))
+    schema = {} if wanted is None else wanted
+    validator = jsonschema.validators.validator_for(schema)
+    validator.check_schema(schema)
+    # with a registry of its own it fetches no $ref from elsewhere: the schema may come from the data
+    return float(validator(schema, registry=referencing.jsonschema.EMPTY_REGISTRY).is_valid(content))
 
 
 NOTHING = object()  # null is JSON

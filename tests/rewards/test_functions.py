@@ -123,6 +123,14 @@ def test_json_by_a_schema() -> None:
         answers.json_answer("{}", schema={"type": "nothing"})
 
 
+def test_a_schema_fetches_nothing(tmp_path: Path) -> None:
+    (tmp_path / "any.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(Exception, match="any.json"):
+        answers.json_answer("{}", {"$ref": (tmp_path / "any.json").as_uri()})
+    inside = {"$defs": {"city": {"type": "string"}}, "$ref": "#/$defs/city"}
+    assert (answers.json_answer('"Oslo"', inside), answers.json_answer("3", inside)) == (1, 0)
+
+
 def test_penalties() -> None:
     assert penalties.length("one two three", most=3, over=2) == 0
     assert penalties.length("one two three four", most=3, over=2) == -0.5
