@@ -114,8 +114,9 @@ def choice(answer: str, reference: Any, letters: str = string.ascii_uppercase[:1
         reference: the letter, or its number from 0.
         letters: that there are to pick from.
     """
-    rights = [letters[int(right)] if right.isdecimal() else right.strip(" ().").upper() for right in references(reference)]
-    return float(picked(answer, letters) in rights)
+    rights = [right.strip(" ().") for right in references(reference)]
+    rights = [letters[int(right)] if right.isdecimal() and right not in letters else right for right in rights]
+    return float(picked(answer, letters).upper() in [right.upper() for right in rights])
 
 
 def picked(answer: str, letters: str = string.ascii_uppercase[:10]) -> str:

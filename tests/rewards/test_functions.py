@@ -103,6 +103,9 @@ def test_the_letter_that_an_answer_picks(answer: str, letter: str) -> None:
 def test_a_choice_by_letter_or_number() -> None:
     assert answers.choice("The answer is B", "(b)") == answers.choice("B", 1) == 1
     assert answers.choice("The answer is B", "C") == 0
+    assert answers.choice("The answer is b", "b", letters="abcd") == answers.choice("The answer is b", 1, letters="abcd") == 1
+    assert answers.choice("The answer is 2", "2", letters="1234") == 1
+    assert answers.choice("The answer is 3", "2", letters="1234") == 0
 
 
 def test_pattern() -> None:
@@ -125,7 +128,7 @@ def test_json_by_a_schema() -> None:
 
 def test_a_schema_fetches_nothing(tmp_path: Path) -> None:
     (tmp_path / "any.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(Exception, match="any.json"):
+    with pytest.raises(Exception, match=r"any\.json"):
         answers.json_answer("{}", {"$ref": (tmp_path / "any.json").as_uri()})
     inside = {"$defs": {"city": {"type": "string"}}, "$ref": "#/$defs/city"}
     assert (answers.json_answer('"Oslo"', inside), answers.json_answer("3", inside)) == (1, 0)
