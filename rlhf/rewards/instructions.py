@@ -1,6 +1,7 @@
 """Built-in function `instructions`: checkable instructions, with the names and arguments of IFEval (arXiv 2311.07911).
 
-Known difference: sentences are cut at their end marks, where IFEval asks nltk's tokenizer; the language is told by py3langid.
+Known differences: sentences are cut at their end marks, where IFEval asks nltk's tokenizer; the language is told by py3langid; keywords are
+whole words; an answer in capital or small letters may be in any language.
 """
 
 from __future__ import annotations
@@ -83,10 +84,15 @@ def _number_sentences(answer: str, num_sentences: int, relation: str = "at least
 
 
 def _number_paragraphs(answer: str, num_paragraphs: int) -> bool:
-    """Paragraphs that *** divides."""
-    parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", answer)]
+    """Paragraphs that *** divides, or * * *, as the prompts of open-instruct's sets have it."""
+    return _between(r"\s?\* ?\* ?\*\s?", answer, num_paragraphs) is not None
+
+
+def _between(divider: str, answer: str, count: int) -> list[str] | None:
+    """The parts of an answer, one of which may be missing before the first divider and behind the last; None where they are not so many."""
+    parts = [part.strip() for part in re.split(divider, answer)]
     inner = parts[1 if not parts[0] else 0 : -1 if not parts[-1] else None]
-    return all(inner) and len(inner) == num_paragraphs
+    return inner if all(inner) and len(inner) == count else None
 
 
 def _first_word(answer: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
@@ -170,8 +176,8 @@ def _constrained(answer: str, options: list[str] | None = None) -> bool:
 
 
 def _two_responses(answer: str) -> bool:
-    parts = [part.strip() for part in answer.split("******")]
-    return len(parts) == 2 and all(parts) and parts[0] != parts[1]
+    parts = _between(r"\*{6}", answer, 2)
+    return parts is not None and parts[0] != parts[1]
 
 
 def _language(answer: str, language: str) -> bool:

@@ -151,6 +151,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [
     ("language:response_language", {"language": "de"}, "Das ist ein schöner Tag, wir gehen im Wald spazieren.", "This is a fine day."),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "less than"}, "It is 3.5 m.", "One. Two! Three?"),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "One.\n***\nTwo.", "One.\n\nTwo."),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "One.\n* * *\nTwo.", "One.\n* * *\n* * *\nTwo."),
     ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "One two three.", "One two."),
     (
         "length_constraints:nth_paragraph_first_word",
@@ -167,6 +168,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [
     ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "a: 1"),
     ("detectable_format:title", {}, "<<Poem>>\nsea", "<< >>\nsea"),
     ("combination:two_responses", {}, "One.******Two.", "One.******One."),
+    ("combination:two_responses", {}, "******\nOne.\n******\nTwo.\n******", "One.******Two.******Three."),
     ("combination:repeat_prompt", {"prompt_to_repeat": "Say it."}, "say it. It.", "It."),
     ("startend:end_checker", {"end_phrase": "The end."}, "So. the end.", "The end. So."),
     ("startend:start_checker", {"start_phrase": "Once"}, "Once more.", "More, once."),
@@ -179,7 +181,7 @@ FOLLOWED: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 def test_every_instruction_has_a_case() -> None:
-    assert [case[0] for case in FOLLOWED] == list(CHECKS)
+    assert list(dict.fromkeys(case[0] for case in FOLLOWED)) == list(CHECKS)
 
 
 @pytest.mark.parametrize(("name", "arguments", "followed", "broken"), FOLLOWED, ids=[case[0] for case in FOLLOWED])
