@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from rlhf.data.fields import BadRow, Fields, Record, Records, string, value_at
@@ -104,8 +105,11 @@ def boxed(text: str) -> str:
 def of_verl(record: Record) -> Fields:
     """The layout of verl: a list of turns, and the reference in reward_model.ground_truth, which may be JSON in a text."""
     reference = value_at(record, "reward_model", "ground_truth")
-    if isinstance(reference, str) and reference.startswith(('["', "[[", "{")):
+    if isinstance(reference, str) and reference.startswith(('["', "[[")):
         reference = parsed(reference, "reward_model.ground_truth")
+    elif isinstance(reference, str) and reference.startswith("{"):
+        with suppress(BadRow):  # a set, in LaTeX
+            reference = parsed(reference, "reward_model.ground_truth")
     return made(turns(record, "prompt"), reference, columns(record, ("data_source", "extra_info"), ("ability",)))
 
 

@@ -133,6 +133,11 @@ def test_a_bad_row(form: str, change: dict[str, Any], reason: str, tmp_path: Pat
     assert row.reason == reason
 
 
+def test_a_reference_in_braces_is_json_or_a_set(tmp_path: Path) -> None:
+    given = [VERL | {"reward_model": {"ground_truth": text}} for text in ('{"a": [1]}', "{1, 2}")]
+    assert [row.reference for row in rows("verl", given, tmp_path) if isinstance(row, Row)] == [{"a": [1]}, "{1, 2}"]
+
+
 def test_a_set_that_repeats_its_rows_is_read_once(tmp_path: Path) -> None:
     other = VERL | {"prompt": [{"role": "user", "content": "And 2 + 2?"}]}
     found = rows("dapo-math", [VERL, other, VERL, VERL], tmp_path)
