@@ -137,7 +137,7 @@ def corrections(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor, 
     if kind == "tis":
         return weights.clamp(low, high)
     if kind == "icepop":
-        return weights * ((weights >= low) & (weights <= high))
+        return torch.where((weights >= low) & (weights <= high), weights, 0.0)  # w may be infinite, and 0·∞ is no number
     if kind == "sequence":
         mean = (log_weights.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
         return ((mean >= low) & (mean <= high)).float().expand_as(mask)

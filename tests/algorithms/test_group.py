@@ -228,3 +228,8 @@ def test_corrections_of_another_sampler() -> None:
         near(corrections(OLD, rollout, BOTH, kind, 0.5, 2.0), expected)
     near(corrections(OLD, rollout, BOTH, "icepop", 0.3, 5.0), [[4.0, 0.0], [0.4, 1.0]])
     near(loss_of(OLD, torch.ones(2, 2), given=corrections(OLD, rollout, BOTH, "tis", 0.5, 2.0)), -(2.0 + 0.5 + 0.5))
+
+
+def test_a_token_that_the_sampler_thought_next_to_impossible_is_left_out() -> None:
+    found = corrections(torch.tensor([[-0.1, -0.5]]), torch.tensor([[-100.0, -0.5]]), torch.ones(1, 2), "icepop", 0.5, 5.0)
+    near(found, [[0.0, 1.0]])
