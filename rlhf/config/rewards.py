@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from rlhf.config.data import Data
 from rlhf.config.section import Fraction, Positive, Section, Slug
@@ -42,6 +42,17 @@ class _Checked(Section):
     seconds: Positive = Field(description="time limit: function, of one call; http, of one request")
     failure_score: float = Field(description="score of an answer for which it fails, or gives no number in time")
     max_failed_share: Fraction = Field(description="a step in which it fails on a larger share of the answers ends the stage")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.sources == []:
+            raise ValueError(f"entry '{self.name}': sources is empty, so that it scores nothing: name one, or set it to null for all")
+        if self.right_from is not None and self.failure_score >= self.right_from:
+            raise ValueError(
+                f"entry '{self.name}': failure_score {self.failure_score:g} is not below right_from {self.right_from:g}, so that an answer "
+                "for which it fails would be right: lower failure_score"
+            )
+        return self
 
 
 class FunctionReward(_Checked):

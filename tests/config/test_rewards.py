@@ -35,6 +35,8 @@ def params(*rewards: dict[str, Any], **changes: Any) -> config.Params:
         ([MODEL, FUNCTION, FUNCTION], "two entries are named 'mine'"),
         ([MODEL | {"weight": 0.0}, FUNCTION | {"weight": 0.0}], "every weight is 0"),
         ([MODEL, FUNCTION | {"sources": ["prompts"]}], "entry 'mine' names source 'prompts', which is none of kind verifiable"),
+        ([MODEL, FUNCTION | {"sources": []}], "entry 'mine': sources is empty"),
+        ([MODEL, FUNCTION | {"right_from": 0.0}], "failure_score 0 is not below right_from 0"),
         ([MODEL, FUNCTION | {"function": "maths"}], "give FILE.py:NAME"),
         ([MODEL, FUNCTION | {"function": "../my.py:score"}], "give FILE.py:NAME"),
         ([MODEL, FUNCTION | {"function": "/my.py:score"}], "give FILE.py:NAME"),
