@@ -41,14 +41,25 @@ def load(job: Job, path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = torch.load(path, weights_only=True)
-        stage, prompts = content["stage"], list(content["prompts"])
+        stage, step, prompts = content["stage"], content["step"], list(content["prompts"])
+        for prompt in prompts:
+            if not (prompt["row"]["prompt"] and prompt["ids"] and prompt["answers"] and all(map(_is_answer, prompt["answers"]))):
+                raise ValueError("a prompt or an answer of it is empty")
+        if not prompts:
+            raise ValueError("there is no prompt")
     except Exception as error:  # torch raises what it stumbles over
         what = f"{path} holds no stored answers: {type(error).__name__}"
         raise UserError(what, remedy=f"give runs/{job.stage}/FINGERPRINT/{FILE}, which the stage writes in each step") from None
     if stage != job.stage:
         raise UserError(f"{path} holds answers of stage {stage}, not of {job.stage}", remedy=f"`rlhf launch {stage} --from {path}`")
-    job.say(f"trains from the answers of step {content['step']} alone, {len(prompts)} prompts of {path}; nothing is sampled or published")
+    job.say(f"trains from the answers of step {step} alone, {len(prompts)} prompts of {path}; nothing is sampled or published")
     return prompts
+
+
+def _is_answer(stored: Sequence[Any]) -> bool:
+    """Whether an answer has tokens, and a number for each."""
+    ids, _, log_probs = stored
+    return len(ids) == len(log_probs) > 0
 
 
 def replay(prompts: Sequence[Mapping[str, Any]], numbers: Sequence[int], step: int) -> Rollouts:

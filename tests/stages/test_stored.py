@@ -91,6 +91,13 @@ def test_what_cannot_be_trained_from_is_refused(root: Path, tmp_path: Path) -> N
     job = Job("ppo", config.load(root / "params.yaml"), root, tmp_path, "cpu", 0, 1, 0)
     with pytest.raises(UserError, match="holds no stored answers"):
         stored.load(job, tmp_path / "x")
+    whole = torch.load(root / "runs/grpo" / stored.FILE, weights_only=True)
+    (prompt, *_) = whole["prompts"]
+    ids, ended, log_probs = prompt["answers"][0]
+    for damaged in ([], [7], [prompt | {"answers": []}], [prompt | {"answers": [[ids, ended, log_probs[1:]]]}], [prompt | {"row": {}}]):
+        torch.save(whole | {"prompts": damaged}, tmp_path / "x")
+        with pytest.raises(UserError, match="holds no stored answers"):
+            stored.load(job, tmp_path / "x")
     with pytest.raises(UserError, match="holds answers of stage grpo, not of ppo"):
         stored.load(job, root / "runs/grpo" / stored.FILE)
 
