@@ -132,7 +132,12 @@ def pattern(answer: str, reference: Any = None, pattern: str | None = None) -> f
 
     Args:
         pattern: the expression; None: the row's reference is it.
+
+    Raises:
+        ValueError: there is no expression.
     """
+    if pattern is None and reference is None:
+        raise ValueError("there is neither an option pattern, nor a reference in the row")
     found = re.search(str(reference) if pattern is None else pattern, answer, re.DOTALL)
     if found is None or pattern is None or "answer" not in found.groupdict():
         return float(found is not None)

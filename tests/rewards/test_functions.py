@@ -115,6 +115,11 @@ def test_pattern() -> None:
     assert answers.pattern("<answer>Five</answer>", "four", r"<answer>(?P<answer>.*)</answer>") == 0
 
 
+def test_no_pattern_is_not_the_pattern_none() -> None:
+    with pytest.raises(ValueError, match="neither an option pattern, nor a reference"):
+        answers.pattern("None of them.")
+
+
 def test_json_by_a_schema() -> None:
     schema = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
     assert answers.json_answer('{"city": "Oslo"}', schema=schema) == 1
