@@ -26,7 +26,7 @@ LONGEST_ERROR = 4000  # characters
 def main() -> None:
     """Serve the process that started this one, until it closes the pipe."""
     _end_with(int(sys.argv[1]))
-    own = os.getpid()
+    own, root = os.getpid(), Path.cwd()
     reading, writing = _private(0), _private(1)
     for pipe in (reading, writing):
         os.register_at_fork(after_in_child=partial(os.close, pipe.fileno()))
@@ -43,6 +43,7 @@ def main() -> None:
         loaded[name] = entry["function"], function, entry["options"]
     _say(writing, {})
     for line in reading:
+        os.chdir(root)  # wherever the last one went: the next may be another entry's
         reply = _reply(*loaded[json.loads(line)["entry"]], line)
         if os.getpid() != own:  # the function forked, and its child has come back
             os._exit(0)

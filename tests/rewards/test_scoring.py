@@ -31,6 +31,9 @@ class Weights:
 def weighs(answer):
     return Weights().each * len(answer) * (Weights.__annotations__["each"] is float)
 
+def goes_away(answer): return os.chdir("/") or 1
+def is_here(answer): return os.path.exists("my.py")
+
 def letters(answer):
     return len(answer)
 
@@ -145,6 +148,12 @@ def test_a_file_may_have_classes_of_its_own(root: Path) -> None:
     with opened(root, function("weighs"), function("weighs", name="later", function="later.py:weighs")) as checkers:
         found = checkers.score(asked(1), ["abc"])
     assert (found["it"][0].score, found["later"][0].score) == (6, 6)
+
+
+def test_a_function_that_changes_its_folder_disturbs_no_other(root: Path) -> None:
+    with opened(root, function("goes_away"), function("is_here", name="other")) as checkers:
+        checkers.functions.processes = 1
+        assert [outcome.score for outcome in checkers.score(asked(2), ["a", "b"])["other"]] == [1, 1]
 
 
 def test_a_function_may_start_processes(root: Path) -> None:
