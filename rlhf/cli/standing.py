@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # what the gates look at, of metrics/evaluate.json
 DECIDING = re.compile(
-    r"gold\.(difference|ci95)|accuracy\.(difference|ci95|(?!sft)\w+\.value)|win_rate\.(value|ci95)|"
+    r"gold\.(difference|ci95)|accuracy\.(difference|ci95|(?!sft)\w+\.value)|win_rate\.(length_controlled\.)?(value|ci95)|"
     r"reward_model\.accuracy|kl|perplexity\.ratio|(eos_rate|answer_tokens)\.(?!sft)\w+"
 )
 

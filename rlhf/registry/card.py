@@ -22,13 +22,17 @@ SCORES = {
     "gold.{policy}": "gold score",
     "gold.difference": "gold score, difference to sft",
     "win_rate.value": "win rate against sft",
+    "win_rate.length_controlled.value": "win rate against sft, answers as long as its own",
     "accuracy.{policy}.value": "accuracy",
     "accuracy.difference": "accuracy, difference to sft",
     "reward_model.accuracy": "accuracy of the reward model on held-out pairs",
+    "reward_model.calibration.error": "calibration error of the reward model",
     "kl": "KL divergence from sft",
     "perplexity.ratio": "perplexity on held-out texts, ratio to before",
     "eos_rate.{policy}": "answers that end by themselves",
     "answer_tokens.{policy}": "tokens of an answer",
+    "refusals.{policy}": "answers that refuse",
+    "repetitions.{policy}": "answers that repeat themselves",
 }
 
 

@@ -38,7 +38,10 @@ from rlhf.workspace.find import refuse_experiment
 
 ANSWERS = Path("data/answers.jsonl")
 # Parts of metrics/evaluate.json that become tags of the version.
-EVALUATED = ("gold", "win_rate", "accuracy", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens", "heldout", "judge")
+EVALUATED = (
+    *("gold", "win_rate", "accuracy", "reward_model", "kl", "perplexity", "eos_rate", "answer_tokens"),
+    *("refusals", "repetitions", "heldout", "judge"),
+)
 MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
 OPTIONS = {"max_tokens": DataType.long, "temperature": DataType.double, "top_p": DataType.double}
 ASKED = Schema([ColSpec(Array(MESSAGE), "messages"), *(ColSpec(kind, name, required=False) for name, kind in OPTIONS.items())])

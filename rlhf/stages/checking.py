@@ -165,8 +165,8 @@ def numbers(rows: Sequence[Row], found: Mapping[str, Checked], new: str, interva
         "answers": count,
         "pass_at": shares,
         **({"majority": by_majority} if by_majority else {}),
-        "by_source": divided([row.get("source") for row in rows], means),
-        "by_kind": divided([kind_of(row) for row in rows], means),
+        "by_source": divided([row.get("source") for row in rows], means, rise, interval),
+        "by_kind": divided([kind_of(row) for row in rows], means, rise, interval),
     }
 
 
@@ -176,14 +176,18 @@ def kind_of(row: Row) -> str | None:
     return None if kind is None else str(kind)
 
 
-def divided(parts: Sequence[str | None], means: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """The means of each part of the prompts, and how many there are."""
+def divided(
+    parts: Sequence[str | None], means: Mapping[str, np.ndarray], rise: np.ndarray, interval: Interval
+) -> dict[str, dict[str, Any]]:
+    """The means of each part of the prompts, how many there are, and how much accuracy rose there, with its 95% interval."""
     names = np.array([str(part) for part in parts])
-    known = sorted({part for part in parts if part is not None})
-    return {
-        part: {"n": int((names == part).sum()), **{name: float(values[names == part].mean()) for name, values in means.items()}}
-        for part in known
-    }
+    found = {}
+    for part in sorted({part for part in parts if part is not None}):
+        inside = names == part
+        values = {name: float(of_all[inside].mean()) for name, of_all in means.items()}
+        risen = {"difference": float(rise[inside].mean()), "ci95": interval(rise[inside])}
+        found[part] = {"n": int(inside.sum()), **values, **risen}
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- identity

@@ -162,14 +162,17 @@ def side_log_probs(model: Any, sides: Sequence[Side]) -> Tensor:
     return torch.zeros(len(sides), device=model.device).index_add(0, wanted.rows, log_probs)
 
 
-def implicit_accuracy(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, tokens: int) -> float:
-    """Share of pairs whose chosen answer has the higher implicit reward; so many tokens to a forward pass."""
-    higher = 0
-    for part in micro_batches(pairs, tokens_of_pair, tokens):
-        after = log_probs_of(policy, part)
-        before = log_probs_of(reference, part) if params.reference != "none" else [(0.0, 0.0)] * len(part)
-        higher += sum(c - known_c > r - known_r for (c, r), (known_c, known_r) in zip(after, before, strict=True))
-    return higher / len(pairs)
+def implicit_margins(policy: PreTrainedModel, reference: PreTrainedModel, pairs: Sequence[Pair], params: Dpo, tokens: int) -> list[float]:
+    """By how much the implicit reward of each pair's chosen answer is higher; so many tokens to a forward pass."""
+    found = {}
+    numbered = list(enumerate(pairs))
+    for part in micro_batches(numbered, lambda one: tokens_of_pair(one[1]), tokens):
+        those = [pair for _, pair in part]
+        after = log_probs_of(policy, those)
+        before = log_probs_of(reference, those) if params.reference != "none" else [(0.0, 0.0)] * len(part)
+        for (number, _), (c, r), (known_c, known_r) in zip(part, after, before, strict=True):
+            found[number] = params.beta * ((c - known_c) - (r - known_r))
+    return [found[number] for number in range(len(pairs))]
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
-from rlhf.stages import checking, dpo, reward, shown
+from rlhf.stages import checking, dpo, measures, reward, shown
 from rlhf.stages.language_model import perplexity
 from rlhf.tensors import token_log_probs
 
@@ -71,12 +71,13 @@ def main(job: Job) -> None:
         reward_model = measure_implicit_reward(job, tokenizer, policies)
     metrics = {
         "gold": gold_summary(job, prompts, scores) if job.params.data.has_gold else None,
-        "win_rate": {**win_rate(job, scores), "judge": judge.name},
+        "win_rate": {**win_rate(job, scores, rollouts), "judge": judge.name},
         "reward_model": reward_model,
         "kl": kl(job, policies, rollouts[new]),
         "perplexity": perplexities(job, policies, tokenizer),
         "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
+        **measures.shares(answers),
         "prompts": len(prompts),
         "temperature": params.temperature,
         "heldout": heldout(job, prompts),
@@ -222,7 +223,7 @@ def reward_scores(
 def measure_reward_model(
     job: Job, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]], answers: dict[str, list[str]], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Accuracy of stage reward's model on held-out pairs, the mean score that it gives each policy's answers and how much it rose from
+    """What stage reward's model knows of held-out pairs, the mean score that it gives each policy's answers and how much it rose from
     sft, with its 95% interval; and all its scores."""
     model = frozen_scalar(job, "models/reward", tokenizer, device)
     pairs, _ = reward.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl", job.params.reward.max_tokens)
@@ -231,15 +232,26 @@ def measure_reward_model(
     given = {name: reward_scores(model, tokenizer, prompts, answers[name], job) for name in answers}
     means = {name: statistics.fmean(values) for name, values in given.items()}
     rise = bootstrap(job, np.array(given[job.params.policy]) - np.array(given["sft"]))
-    return {"accuracy": reward.accuracy(*scores), "n": len(pairs), **means, "ci95": rise}, given
+    return {**of_pairs(job, np.subtract(*scores)), **means, "ci95": rise}, given
 
 
 def measure_implicit_reward(job: Job, tokenizer: PreTrainedTokenizerBase, policies: dict[str, PreTrainedModel]) -> dict[str, Any]:
-    """Accuracy of DPO's implicit reward on held-out pairs."""
+    """What DPO's implicit reward knows of held-out pairs."""
     pairs, _ = dpo.read_pairs(job, tokenizer, "data/prepared/heldout_pairs.jsonl")
     pairs = pairs[: job.params.evaluate.pairs]
     tokens = layout(job).micro_batch_tokens
-    return {"accuracy": dpo.implicit_accuracy(policies["dpo"], policies["sft"], pairs, job.params.dpo, tokens), "n": len(pairs)}
+    return of_pairs(job, np.array(dpo.implicit_margins(policies["dpo"], policies["sft"], pairs, job.params.dpo, tokens)))
+
+
+def of_pairs(job: Job, margins: np.ndarray) -> dict[str, Any]:
+    """Accuracy with its 95% interval, and calibration, of a reward by which the chosen answers score so much higher (N,)."""
+    right = margins > 0
+    return {
+        "accuracy": float(right.mean()),
+        "accuracy_ci95": bootstrap(job, right),
+        "calibration": measures.calibration(margins.tolist()),
+        "n": len(margins),
+    }
 
 
 def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, list[float]]) -> dict[str, Any]:
@@ -257,18 +269,25 @@ def gold_summary(job: Job, prompts: Sequence[dict[str, Any]], scores: dict[str, 
     return {**means, "difference": float(differences.mean()), "ci95": bootstrap(job, differences), "by_kind": by_kind}
 
 
-def win_rate(job: Job, scores: dict[str, list[float]]) -> dict[str, Any]:
-    """Share of prompts on which the new policy's answer scores higher than sft's; a tie counts one half."""
+def win_rate(job: Job, scores: dict[str, list[float]], rollouts: dict[str, Rollouts]) -> dict[str, Any]:
+    """Share of prompts on which the new policy's answer scores higher than sft's (a tie counts one half); and without length's part."""
     new, sft = np.array(scores[job.params.policy]), np.array(scores["sft"])
     wins = np.where(new == sft, 0.5, new > sft)
-    return {"value": float(wins.mean()), "ci95": bootstrap(job, wins)}
+    lengths = {name: np.array([len(ids) for ids in rollouts[name].answers]) for name in rollouts}
+    longer = lengths[job.params.policy] - lengths["sft"]
+    controlled = measures.length_controlled(wins, longer, resampled(job, len(wins)))
+    return {"value": float(wins.mean()), "ci95": bootstrap(job, wins), "length_controlled": controlled}
 
 
 def bootstrap(job: Job, values: np.ndarray) -> list[float]:
     """95% percentile interval of the mean, prompts resampled with replacement (Efron 1979)."""
+    return [float(bound) for bound in np.percentile(values[resampled(job, len(values))].mean(axis=1), [2.5, 97.5])]
+
+
+def resampled(job: Job, count: int) -> np.ndarray:
+    """Numbers of prompts, of so many, drawn with replacement: a row for each sample."""
     generator = np.random.default_rng(job.seed("bootstrap"))
-    index = generator.integers(len(values), size=(job.params.evaluate.bootstrap_samples, len(values)))
-    return [float(bound) for bound in np.percentile(values[index].mean(axis=1), [2.5, 97.5])]
+    return generator.integers(count, size=(job.params.evaluate.bootstrap_samples, count))
 
 
 @torch.no_grad()

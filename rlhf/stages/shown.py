@@ -7,18 +7,21 @@ from typing import Any
 
 
 def summary(metrics: dict[str, Any], new: str) -> dict[str, float]:
-    """What decides, as `dvc metrics` and `dvc exp` show it: the numbers that the gates look at, on one level."""
-    gold, accuracy = metrics["gold"], metrics.get("accuracy")
+    """What decides, as `dvc metrics` and `dvc exp` show it: the numbers that the gates look at, and what may deceive them, on one level."""
+    gold, accuracy, reward = metrics["gold"], metrics.get("accuracy"), metrics["reward_model"]
     return {
         **({"accuracy": accuracy[new]["value"], "accuracy_difference_low": accuracy["ci95"][0]} if accuracy else {}),
         **({"gold": gold[new], "gold_difference": gold["difference"], "gold_difference_low": gold["ci95"][0]} if gold else {}),
         "win_rate": metrics["win_rate"]["value"],
         "win_rate_low": metrics["win_rate"]["ci95"][0],
-        **({"reward_accuracy": metrics["reward_model"]["accuracy"]} if metrics["reward_model"] else {}),
+        "win_rate_length_controlled": metrics["win_rate"]["length_controlled"]["value"],
+        **({"reward_accuracy": reward["accuracy"], "reward_calibration_error": reward["calibration"]["error"]} if reward else {}),
         "kl": metrics["kl"],
         "perplexity_ratio": metrics["perplexity"]["ratio"],
         "eos_rate": metrics["eos_rate"][new],
         "answer_tokens": metrics["answer_tokens"][new],
+        "refusals": metrics["refusals"][new],
+        "repetitions": metrics["repetitions"][new],
     }
 
 

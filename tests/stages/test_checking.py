@@ -50,8 +50,10 @@ def test_numbers_of_two_policies() -> None:
     assert (told["prompts"], told["answers"]) == (3, 2)
     assert told["pass_at"] == {"sft": {"1": pytest.approx(1 / 6), "2": pytest.approx(1 / 3)}, "grpo": {"1": pytest.approx(2 / 3), "2": 1}}
     assert told["majority"] == {"sft": pytest.approx(1 / 3), "grpo": pytest.approx(2 / 3)}
-    assert told["by_source"] == {"facts": {"n": 1, "sft": 0, "grpo": 0.5}, "sums": {"n": 2, "sft": 0.25, "grpo": 0.75}}
-    assert told["by_kind"] == {"minus": {"n": 1, "sft": 0.5, "grpo": 0.5}, "plus": {"n": 2, "sft": 0, "grpo": 0.75}}
+    facts = {"n": 1, "sft": 0, "grpo": 0.5, "difference": 0.5, "ci95": [0.5, 0.5]}
+    assert told["by_source"] == {"facts": facts, "sums": {"n": 2, "sft": 0.25, "grpo": 0.75, "difference": 0.5, "ci95": [0, 1]}}
+    minus = {"n": 1, "sft": 0.5, "grpo": 0.5, "difference": 0, "ci95": [0, 0]}
+    assert told["by_kind"] == {"minus": minus, "plus": {"n": 2, "sft": 0, "grpo": 0.75, "difference": 0.75, "ci95": [0.5, 1]}}
     assert isinstance(told["difference"], float)
     assert not isinstance(told["difference"], np.floating)
 

@@ -165,6 +165,7 @@ def test_the_evaluation_of_a_dpo_run(trained: Path) -> None:
     assert found["perplexity"]["ratio"] == pytest.approx(found["perplexity"]["dpo"] / found["perplexity"]["sft"])
     assert found["reward_model"]["n"] == len(read_lines(trained / "data/prepared/heldout_pairs.jsonl"))
     assert 0 <= found["reward_model"]["accuracy"] <= 1
+    assert sum(row["n"] for row in found["reward_model"]["calibration"]["pairs"].values()) == found["reward_model"]["n"]
     assert found["win_rate"]["judge"].startswith("second reward model")
     assert set(read_lines(trained / "data/samples.jsonl")[0]) == {"prompt", "sft", "dpo", "scores"}
     assert not (trained / "plots/gold_against_kl.csv").exists()

@@ -96,7 +96,14 @@ def test_data_without_a_gold_score_is_judged_by_a_second_reward_model(unbroken: 
     short = json.loads((unbroken / "metrics/summary.json").read_text(encoding="utf-8"))
     assert (short["win_rate_low"], short["kl"]) == (found["win_rate"]["ci95"][0], found["kl"])
     assert (short["eos_rate"], short["reward_accuracy"]) == (found["eos_rate"]["ppo"], found["reward_model"]["accuracy"])
-    assert len(short) == 7
+    assert len(short) == 11
+    assert short["win_rate_length_controlled"] == found["win_rate"]["length_controlled"]["value"]
+    # how sure the reward model is of held-out pairs, and how often right
+    low, high = found["reward_model"]["accuracy_ci95"]
+    assert low <= found["reward_model"]["accuracy"] <= high
+    calibrated = found["reward_model"]["calibration"]
+    assert sum(row["n"] for row in calibrated["pairs"].values()) == found["reward_model"]["n"]
+    assert short["reward_calibration_error"] == calibrated["error"]
     course = table(unbroken / "plots/gold_against_kl.csv")
     assert [row["step"] for row in course] == ["1", "2", "3", "4"]
 
