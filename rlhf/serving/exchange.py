@@ -26,10 +26,11 @@ logger = logging.getLogger(__name__)
 
 Left = Callable[[], Awaitable[bool]]
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
+# not the errors themselves: each time that one is raised it would hold on to one request more
 SPECIAL = {
-    "time": RefusedError(503, "the answer took longer than serving.seconds", "timeout"),
-    "error": RefusedError(500, "the answer could not be written", "engine_error"),
-    "cancelled": RefusedError(503, "the answer was cancelled", "cancelled"),
+    "time": (503, "the answer took longer than serving.seconds", "timeout"),
+    "error": (500, "the answer could not be written", "engine_error"),
+    "cancelled": (503, "the answer was cancelled", "cancelled"),
 }
 
 
@@ -126,7 +127,7 @@ class Exchange:
                     event = await asyncio.wait_for(self._events.get(), SECONDS_BETWEEN_LOOKS if left else None)
                 except TimeoutError:
                     if left and await left():
-                        raise SPECIAL["cancelled"] from None
+                        raise RefusedError(*SPECIAL["cancelled"]) from None
                     continue
                 self._note(event)
                 yield event
@@ -152,7 +153,7 @@ class Exchange:
             written.finish, written.tokens, written.seconds = event.finish, event.tokens, seconds
             self._finish = event.finish
             if event.finish in SPECIAL:
-                raise SPECIAL[event.finish]
+                raise RefusedError(*SPECIAL[event.finish])
 
     def _record(self) -> None:
         """Have the answers recorded, those as well that were broken off, and the first one shadowed; where the record takes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import registry
 from rlhf.serving.api import create
+from rlhf.serving.exchange import Exchange
 from rlhf.serving.service import Service
 from tests.registry.workspaces import load, train, workspace
 
@@ -287,7 +289,10 @@ def test_an_answer_that_takes_too_long_is_given_up_and_said_so(
     small(root, ("  seconds: 120.0", "  seconds: 1.0e-6"))
     with TestClient(create(Service(root, load(root))), base_url="http://localhost") as client:
         until(lambda: client.get("/health").status_code == 200, "it is not ready")
-        reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": ASKED, "stream": stream})
+        for _ in range(3):
+            reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": ASKED, "stream": stream})
+        gc.collect()
+        assert not [held for held in gc.get_objects() if type(held) is Exchange]  # what was asked is not held on to
     told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line.startswith(("data: {", "{"))][-1]
     assert (reply.status_code, told["error"]["code"]) == (200 if stream else 503, "timeout")
     assert "serving.seconds" in told["error"]["message"]
