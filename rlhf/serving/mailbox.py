@@ -34,7 +34,7 @@ class Mailbox:
             if not self._events:  # it may have come between the two
                 await self._came.wait()
         self._called = True
-        if self._next > self._loop.time() and not any(isinstance(event, End) for event in self._events):
+        if self._next > self._loop.time() and not any(isinstance(event, End) for event in self._events.copy()):
             self._came.clear()
             timer = self._loop.call_at(self._next, self._came.set)
             await self._came.wait()

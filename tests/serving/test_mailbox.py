@@ -64,3 +64,25 @@ def test_the_first_piece_and_the_end_wait_for_nothing(monkeypatch: pytest.Monkey
 def test_what_is_sent_goes_out_at_once() -> None:
     with listen("127.0.0.1", 0, asks=False) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # by which asyncio decides that TCP_NODELAY is to be set
+
+
+def test_pieces_may_come_while_it_looks_for_an_end() -> None:
+    async def main() -> None:
+        box = Mailbox()
+
+        class Sending(Piece):
+            @property  # type: ignore[misc]
+            def __class__(self) -> type[Piece]:
+                """Asked what it is, another one comes, as from the engine's thread."""
+                if len(box._events) < 4:
+                    box._events.append(Piece(0, "b", ()))
+                return Piece
+
+        box.put(Piece(0, "a", ()))
+        assert await box.get() == Piece(0, "a", ())
+        box.put(Sending(0, "a", ()))
+        event = await box.get()
+        assert isinstance(event, Piece)
+        assert event.text.startswith("a")
+
+    asyncio.run(main())
