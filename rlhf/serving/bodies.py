@@ -8,12 +8,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
+FIRST = Field(fail_fast=True)  # of a list: a body of half a million wrong elements must not become as many errors, which take gigabytes
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 
 
 def _whole(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("it holds half of a character (a lone surrogate)")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a character (a lone surrogate)") from None
     return text
 
 
@@ -32,7 +35,7 @@ class Part(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Words | list[Part]
+    content: Words | Annotated[list[Part], FIRST]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -57,7 +60,7 @@ class Asked(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4), FIRST] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -94,7 +97,7 @@ class Asked(Body):
 
 
 class ChatBody(Asked):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FIRST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -119,11 +122,13 @@ class ChatBody(Asked):
 
 Passage = Annotated[Words, Field(min_length=1)]
 Number = Annotated[int, Field(ge=0)]
-Tokens = Annotated[list[Number], Field(min_length=1)]
+Tokens = Annotated[list[Number], Field(min_length=1), FIRST]
+
+Several = Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)
 
 
 class CompletionBody(Asked):
-    prompt: Passage | Tokens | Annotated[list[Passage] | list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: Passage | Tokens | Annotated[list[Passage], Several] | Annotated[list[Tokens], Several]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None

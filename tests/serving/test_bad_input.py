@@ -18,10 +18,12 @@ import httpx
 import openai
 import pytest
 from prometheus_client import CollectorRegistry, Counter
+from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from bench.faults.interface import words
 from rlhf.serving import door
+from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from tests.registry.workspaces import small, workspace
 from tests.serving.test_api import ASKED, Server
 
@@ -96,6 +98,21 @@ def test_a_wrong_body_is_refused(server: Server, content: bytes, code: str | Non
     reply = answer(server, content)
     assert reply.status_code == 400
     assert error_of(server, reply)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (ChatBody, {"messages": [1] * 100_000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [1] * 100_000}]}),
+        (CompletionBody, {"prompt": [0.5] * 100_000}),
+        (CompletionBody, {"prompt": [[0.5] * 100_000]}),
+    ],
+)
+def test_many_wrong_elements_are_few_errors(kind: type[Asked], more: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate({"model": "assistant"} | more)
+    assert refused.value.error_count() < 5  # each holds what it is of: of a body of 1 MiB they took gigabytes, and seconds of all users
 
 
 def test_names_are_no_paths(server: Server) -> None:
