@@ -23,6 +23,7 @@ from rlhf.serving.replies import Json, RefusedError
 from rlhf.serving.schema import ERRORS, HEALTH, ChatReply, ModelsReply, TextReply, answered
 from rlhf.serving.service import Service
 
+INSIDE = re.compile(r"(function-\w+|list)\[")  # where a field takes one of several: how pydantic calls which of them it tried
 JSON = re.compile(r"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 
 
@@ -98,7 +99,7 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
         first: dict[str, Any] = dict(error.errors()[0])
         if call.method == "POST" and not JSON.match(call.headers.get("content-type", "")):
             return told(RefusedError(400, "the header content-type must be application/json", "invalid_content_type"))
-        place = [str(part) for part in first["loc"][1:]]
+        place = [str(part) for part in first["loc"][1:] if not INSIDE.match(str(part))]
         if first["type"] == "json_invalid":
             return told(RefusedError(400, "the body is no JSON", "invalid_json"))
         param = ".".join(place) or None

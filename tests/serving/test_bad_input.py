@@ -115,6 +115,12 @@ def test_many_wrong_elements_are_few_errors(kind: type[Asked], more: dict[str, A
     assert refused.value.error_count() < 5  # each holds what it is of: of a body of 1 MiB they took gigabytes, and seconds of all users
 
 
+def test_an_error_names_the_field_as_the_client_does(server: Server) -> None:
+    for more, param in (({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"), ({"stop": 5}, "stop")):
+        reply = answer(server, json.dumps(GOOD | more).encode())
+        assert (reply.status_code, error_of(server, reply)["param"]) == (400, param)
+
+
 def test_names_are_no_paths(server: Server) -> None:
     models = ("", "../../etc/passwd", "assistant/../1", "assistant/01", "assistant/\u0661", "assistant@../champion", "models:/assistant")
     for name in (*models, "x" * 900_000):
