@@ -96,16 +96,17 @@ class Rater:
             hidden = self._repeats()
         # those that others have begun are complete soonest
         fullest = [pair for pair, count in waiting if count == waiting[0][1]]
-        return self.shown(min(hidden or fullest, key=lambda pair: self._hash(pair.id)))
+        return self.shown(min(hidden or fullest, key=lambda pair: self._hash(pair.name)))
 
     def shown(self, pair: Pair) -> Shown:
         """A pair in the order that is drawn for this rater; a repeat has the sides exchanged."""
-        swapped = self._swapped(pair.id)
+        swapped = self._swapped(pair.name)
         if pair.repeat_of is not None:
             before = select(Rating.swapped).where(HELD, Rating.pair_id == pair.repeat_of, Rating.rater == self.name)
             swapped = not (self.session.scalar(before) or False)
         attempt = self._count(select(Rating.id).where(~HELD, Rating.pair_id == pair.id, Rating.rater == self.name))
-        return Shown(pair, swapped, self._hash(pair.id, "token", attempt))
+        # of the name: the number of a pair that was forgotten is given again, and a form of that one must not fit the new one
+        return Shown(pair, swapped, self._hash(pair.name, "token", attempt))
 
     def rate(self, given: Given) -> None:
         """Take a rating; the same one again changes nothing.
@@ -175,19 +176,19 @@ class Rater:
         query = select(Pair).join(Rating).where(HELD, Rating.rater == self.name, Rating.choice != "skip", ~repeated)
         query = query.where(Pair.gold.is_(None), Pair.repeat_of.is_(None)).order_by(Rating.id.desc()).offset(REPEAT_AFTER).limit(LOOKED_AT)
         found = self.session.scalars(query).all()
-        return [self._repeat(min(found, key=lambda pair: self._hash(pair.id, "repeat")))] if found else []
+        return [self._repeat(min(found, key=lambda pair: self._hash(pair.name, "repeat")))] if found else []
 
     def _repeat(self, pair: Pair) -> Pair:
         known = self.session.scalar(select(Pair).where(Pair.repeat_of == pair.id))
         if known is not None:
             return known
         kept = {column.key: getattr(pair, column.key) for column in Pair.__table__.columns if column.key not in ("id", "name", "at")}
-        repeat = Pair(**kept | {"name": f"repeat/{pair.id}", "repeat_of": pair.id})
+        repeat = Pair(**kept | {"name": f"repeat/{pair.name}", "repeat_of": pair.id})
         self.session.add(repeat)
         self.session.flush()
         return repeat
 
-    def _swapped(self, pair: int) -> bool:
+    def _swapped(self, pair: str) -> bool:
         return int(self._hash(pair, "order"), 16) % 2 == 1
 
     def _hash(self, *of: object) -> str:

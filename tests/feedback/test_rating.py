@@ -165,3 +165,19 @@ def test_shadow_answers_become_pairs_once(record: Database) -> None:
         assert (pair.first_text, pair.second_text, pair.source) == ("Ich. 🧪", "Er.", "shadow")
         assert (pair.first_version, pair.second_version, pair.second_answer) == ("assistant/1", "assistant/2", 2)
         assert session.get_one(Answer, pair.first_answer).user == "u"
+
+
+def test_a_form_of_a_pair_that_was_forgotten_fits_no_other_one(record: Database) -> None:
+    params = params_with(gold_share=0.0, repeat_share=0.0)
+    with record.writing() as session:
+        session.add_all([answer("one", correlation="c", user="u"), answer("two", correlation="c", shadow=True, user="u", text="Er.")])
+        session.flush()
+        session.scalars(select(Answer).where(Answer.shadow)).one().version = "assistant/2"
+        assert pairs.from_shadows(session) == 1
+    before = see(record, params, "Ada")
+    assert before
+    record.forget("u")
+    fill(record, 1)
+    with pytest.raises(StaleError):
+        press(record, params, "Ada", before, "a")
+    assert held(record) == []
