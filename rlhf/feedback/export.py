@@ -47,7 +47,7 @@ def export(session: Session, least: int = 1, *, new: bool = False) -> Exported:
     """
     ratings = held(session)
     pairs = [pair for pair in judged(ratings) if len(pair.ratings) >= least and not (new and _all_ingested(pair))]
-    edited = [rating for rating in ratings if rating.edit and rating.choice in ("a", "b") and not (new and rating.ingested)]
+    edited = [rating for rating in ratings if _corrects(rating) and not (new and rating.ingested)]
     opinions = _opinions(session, new=new)
     rows: dict[str, list[Row]] = {"pairs": [], "demonstrations": [], "undecided": [], "thumbs": [], "arena": []}
     for same in _alike(pairs):
@@ -70,6 +70,10 @@ def write(exported: Exported, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in exported.rows.items():
         write_lines(folder / f"{name}.jsonl", rows)
+
+
+def _corrects(rating: Rating) -> bool:
+    return bool(rating.edit) and rating.choice in ("a", "b") and rating.pair.gold is None
 
 
 def _all_ingested(pair: Judged) -> bool:

@@ -84,6 +84,7 @@ def rows_of(file: Path, form: Literal["pairs", "messages"]) -> list[Row]:
 
 def test_edits_are_demonstrations_and_better_than_what_they_mend(record: Database, tmp_path: Path) -> None:
     put(record, 0, "b", edit="two, mended")
+    put(record, 1, "a", gold="first", edit="gold, mended")  # hidden among the others, and never exported
     with record.writing() as session:
         session.add(answer())
         session.flush()
