@@ -21,6 +21,8 @@ from rlhf.job import read_lines
 
 MOST_AT_ONCE = 300  # pairs: others wait to write
 GIVEN = "given"  # in the place of a version: nobody's
+# what str.strip takes away: pairs that the query brings and `add` takes for none would come again and again, and hide those after them
+BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001))))
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def from_shadows(session: Session) -> int:
         select(Answer, shadow)
         .join(shadow, (shadow.correlation == Answer.correlation) & (shadow.choice == Answer.choice))
         .where(~Answer.shadow, shadow.shadow, Answer.messages.is_not(None), ~known)
-        .where(Answer.version != shadow.version, func.trim(Answer.text) != func.trim(shadow.text))
+        .where(Answer.version != shadow.version, func.trim(Answer.text, BLANKS) != func.trim(shadow.text, BLANKS))
         .order_by(shadow.id)
         .limit(MOST_AT_ONCE)
     ).all()

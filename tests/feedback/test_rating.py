@@ -181,3 +181,14 @@ def test_a_form_of_a_pair_that_was_forgotten_fits_no_other_one(record: Database)
     with pytest.raises(StaleError):
         press(record, params, "Ada", before, "a")
     assert held(record) == []
+
+
+def test_shadows_that_differ_in_blanks_alone_hide_no_others(record: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "MOST_AT_ONCE", 1)
+    with record.writing() as session:
+        for number, text in enumerate(("Ich. 🧪\n", "\u3000Ich. 🧪\t", "Er.")):
+            more = {"version": "assistant/2", "text": text, "shadow": True}
+            both = (answer(f"{number}", correlation=f"c{number}"), answer(f"s{number}", correlation=f"c{number}", **more))
+            session.add_all(both)
+            session.flush()
+        assert pairs.from_shadows(session) == 1
