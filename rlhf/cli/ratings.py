@@ -111,7 +111,7 @@ def _set_aside(root: Path, found: Exported) -> Ingested:
 def _note(record: Database, found: Exported) -> None:
     """Each rating becomes data once; after a kill before this, the rows are there already, and are passed over."""
     with record.writing() as session:
-        for rating in found.ratings:
-            session.get_one(Rating, rating.id).ingested = now()
-        for opinion in found.opinions:
-            session.get_one(Opinion, opinion.id).ingested = now()
+        for table, taken in ((Rating, found.ratings), (Opinion, found.opinions)):
+            for one in taken:
+                if still := session.get(table, one.id):  # else its user was forgotten meanwhile
+                    still.ingested = now()

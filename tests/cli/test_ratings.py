@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from rlhf import config
-from rlhf.cli.ratings import ingest
+from rlhf.cli.ratings import _note, ingest
 from rlhf.errors import UserError
 from rlhf.feedback import database, pairs
 from rlhf.feedback.database import Database
+from rlhf.feedback.export import export
 from rlhf.feedback.pairs import Written
 from rlhf.feedback.tables import Pair, Rating, now
 from rlhf.job import Job, read_lines
@@ -157,3 +158,13 @@ def test_held_out_prompts_do_not_enter_by_this_door(workspace: Workspace) -> Non
     assert still == heldout
     assert after["sources"]["ratings"]["leaked"] == 3
     assert after["sources"]["ratings"]["used"]["reward"] == 5 + 1
+
+
+def test_what_is_forgotten_while_it_is_ingested_fails_nothing(workspace: Workspace) -> None:
+    workspace.rate([asking("stays"), asking("goes")], "a", "a")
+    with workspace.record.reading() as session:
+        found = export(session, 2, new=True)
+    with workspace.record.writing() as session:
+        session.execute(delete(Pair).where(Pair.id == max(judged.pair.id for judged in found.pairs)))
+    _note(workspace.record, found)
+    assert ingest(workspace.root, workspace.params) == []
