@@ -12,7 +12,9 @@ from rlhf import config
 from rlhf.cli import ingest as adding
 from rlhf.cli.ingest import Ingested
 from rlhf.config import Params
-from rlhf.config.data import SLICES, Columns
+from rlhf.config.data import SLICES, Columns, ColumnSource, Split
+from rlhf.data.formats import Quarantined, read
+from rlhf.data.validate import text_problem
 from rlhf.errors import UserError
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
@@ -45,9 +47,8 @@ def ingest(root: Path, params: Params) -> list[Ingested]:
         done = []
         with tempfile.TemporaryDirectory() as scratch:
             for source, (kind, _, _) in SOURCES.items():
-                if found.rows[kind]:
-                    file = Path(scratch) / f"{source}.jsonl"
-                    write_lines(file, found.rows[kind])
+                file = Path(scratch) / f"{source}.jsonl"
+                if _written(found, kind, file, params):
                     done.append(_added(root, params, source, file))
                     params = config.load(root / "params.yaml")
         if found.rows["undecided"]:
@@ -73,6 +74,28 @@ def check_agreement(pairs: list[Judged], params: Params) -> None:
         said = f"Krippendorff's alpha of {found.pairs} pairs is {found.alpha:.3f} ({found.low:.3f} to {found.high:.3f})"
         what = f"raters agree too little: {said}, and feedback.min_agreement is {bound:g}; nothing was added"
         raise UserError(what, remedy="see each rater's figures (`rlhf feedback figures`) and what they were told, or lower the bound")
+
+
+def _written(found: Exported, kind: str, file: Path, params: Params) -> bool:
+    """Write the rows of a kind; whether there are any. Those that no stage takes go to what is no pair: they would hold up all others.
+
+    An application may send two turns of the user after each other, or an empty one, and a model may answer nothing.
+    """
+    rows, good = found.rows[kind], []
+    if rows:
+        write_lines(file, rows)
+        form: Any = next(form for own, form, _ in SOURCES.values() if own == kind)
+        place = {"path": str(file), "hub": None, "revision": None, "hub_split": None}
+        split = Split(**dict.fromkeys(SLICES, 1.0))
+        source = ColumnSource(name=kind, format=form, columns=Columns(**COLUMNS), split=split, weight=1.0, **place)
+        for row, said in zip(rows, read(source, kind, file.parent, params.seed), strict=True):
+            reason = said.reason if isinstance(said, Quarantined) else text_problem(said, params.prepare.max_characters)
+            if reason:
+                found.rows["undecided"].append(row | {"decision": f"not usable ({reason})"})
+            else:
+                good.append(row)
+        write_lines(file, good)
+    return bool(good)
 
 
 def _added(root: Path, params: Params, name: str, file: Path) -> Ingested:

@@ -168,3 +168,14 @@ def test_what_is_forgotten_while_it_is_ingested_fails_nothing(workspace: Workspa
         session.execute(delete(Pair).where(Pair.id == max(judged.pair.id for judged in found.pairs)))
     _note(workspace.record, found)
     assert ingest(workspace.root, workspace.params) == []
+
+
+def test_what_no_stage_takes_holds_up_no_others(workspace: Workspace) -> None:
+    workspace.rate([asking("good"), asking(""), [*asking("two"), *asking("turns")]], "a", "a", edit="Yes.")
+    workspace.rate([asking("said nothing")], "a", "a")
+    with workspace.record.writing() as session:
+        list(session.scalars(select(Pair).order_by(Pair.id)))[-1].second_text = ""
+    done = {one.source: one for one in ingest(workspace.root, workspace.params)}
+    assert (done["ratings"].rows, done["corrections"].rows) == (2, 1)
+    assert "1 not usable (empty: rejected)" in done["undecided"].lines[0]
+    assert "2 not usable (malformed: turn 2 is of role 'user'" in done["undecided"].lines[0]
