@@ -16,7 +16,7 @@ from sqlalchemy import Select, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from rlhf.config import Params
-from rlhf.feedback.tables import Choice, Pair, Rating, now
+from rlhf.feedback.tables import Choice, Pair, Rating, held, now
 
 HELD = Rating.revoked.is_(None)
 LOOKED_AT = 200  # pairs that one is drawn from
@@ -116,7 +116,7 @@ class Rater:
         """
         before = self.session.scalar(select(Rating).where(Rating.token == given.token))
         if before is not None:
-            if (before.rater, before.choice, before.edit) != (self.name, given.choice, given.edit):
+            if (before.rater, before.choice, before.edit) != (self.name, given.choice, held(given.edit)):
                 raise StaleError("this form was sent before, with another choice, which holds: undo it first")
             return
         pair = self.session.get(Pair, given.pair)

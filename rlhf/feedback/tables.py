@@ -35,13 +35,18 @@ class Moment(TypeDecorator[datetime]):
         return value and value.replace(tzinfo=UTC)
 
 
+def held(text: str | None) -> str | None:
+    """A text as the record holds it: what a database cannot hold of it (NUL in PostgreSQL, half of a character) is unknown."""
+    return text and text.replace("\0", "\ufffd").encode(errors="replace").decode()
+
+
 class Words(TypeDecorator[str]):
-    """A text; what a database cannot hold of it (NUL in PostgreSQL, half of a character) stands there as unknown."""
+    """A text, as `held` has it."""
 
     impl, cache_ok = Text, True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
-        return value and value.replace("\0", "\ufffd").encode(errors="replace").decode()
+        return held(value)
 
 
 def now() -> datetime:

@@ -21,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from rlhf.feedback import pairs
 from rlhf.feedback.database import Database
 from rlhf.feedback.rating import Given, Rater, Shown, StaleError
-from rlhf.feedback.tables import Answer, Choice, Opinion, Pair
+from rlhf.feedback.tables import Answer, Choice, Opinion, Pair, held
 from rlhf.serving.bodies import Body, Words
 from rlhf.serving.door import caller_of, needs
 from rlhf.serving.ingesting import Ratings
@@ -188,7 +188,7 @@ def _take_opinion(record: Database, body: OpinionBody, key: str | None) -> Json:
                 if answer is None or (key is not None and answer.key not in (None, key)):
                     raise RefusedError(404, "no such answer is recorded (serving.keep decides which are)", "not_found", "id")
                 before = session.scalar(select(Opinion).where(Opinion.token == token))
-                said = (answer.id, thumb, body.comment or None, (body.edit or "").strip() or None)
+                said = (answer.id, thumb, held(body.comment) or None, held((body.edit or "").strip()) or None)
                 if before is None:
                     session.add(Opinion(token=token, answer_id=said[0], key=key, thumb=thumb, comment=said[2], edit=said[3]))
                 elif (before.answer_id, before.thumb, before.comment, before.edit) != said:

@@ -192,3 +192,13 @@ def test_shadows_that_differ_in_blanks_alone_hide_no_others(record: Database, mo
             session.add_all(both)
             session.flush()
         assert pairs.from_shadows(session) == 1
+
+
+def test_an_edit_that_the_record_holds_otherwise_is_known_when_it_comes_again(record: Database) -> None:
+    params = params_with(gold_share=0.0, repeat_share=0.0)
+    fill(record, 1)
+    shown = see(record, params, "Ada")
+    assert shown
+    for _ in range(2):
+        press(record, params, "Ada", shown, "a", "one\0two")
+    assert [rating.edit for rating in held(record)] == ["one\ufffdtwo"]
