@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rlhf.config import Params
 from rlhf.errors import first_line
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
-from rlhf.feedback.tables import Rating, now
+from rlhf.feedback.tables import Opinion, Rating, now
 from rlhf.feedback.verdicts import waiting
 
 logger = logging.getLogger(__name__)
@@ -86,10 +86,13 @@ class Ratings:
             count = waiting(session, self._settings.ratings)
             if many and count >= many:
                 return True
-            if not hours or not count:
+            edits = session.scalar(select(func.count()).where(Opinion.edit.is_not(None), Opinion.ingested.is_(None)))
+            if not hours or not (count or edits):
                 return False
-            last: datetime | None = session.scalar(select(func.max(Rating.ingested))) or session.scalar(select(func.min(Rating.at)))
-            return last is not None and now() - last >= timedelta(hours=hours)
+            done = [session.scalar(select(func.max(table.ingested))) for table in (Rating, Opinion)]
+            came = [session.scalar(select(func.min(table.at))) for table in (Rating, Opinion)]
+            last = max(filter(None, done), default=None) or min(filter(None, came))
+            return now() - last >= timedelta(hours=hours)
 
     def _ingest(self) -> None:
         command = [sys.executable, "-m", "rlhf.cli", "ingest", "--feedback"]

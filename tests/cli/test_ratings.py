@@ -23,11 +23,13 @@ from rlhf.feedback import database, pairs
 from rlhf.feedback.database import Database
 from rlhf.feedback.export import export
 from rlhf.feedback.pairs import Written
-from rlhf.feedback.tables import Pair, Rating, now
+from rlhf.feedback.tables import Opinion, Pair, Rating, now
 from rlhf.job import Job, read_lines
 from rlhf.serving.ingesting import Ratings
 from rlhf.stages.prepare import main as prepare
 from rlhf.workspace import presets
+from tests.feedback.conftest import params_with
+from tests.feedback.test_tables import answer
 
 PROJECT = Path(__file__).parents[2]
 FEW = [f"data.sources.{number}.rows=60" for number in range(4)]
@@ -143,6 +145,17 @@ def test_what_waited_long_enough_is_due(workspace: Workspace) -> None:
         for rating in session.scalars(select(Rating).where(Rating.ingested.is_not(None))):
             rating.ingested = now() - timedelta(hours=3)
     assert ratings.due()
+    ratings.stop()
+
+
+def test_edits_of_an_application_alone_are_due_as_well(tmp_path: Path) -> None:
+    params = params_with(ingest_ratings=None, ingest_hours=2.0)
+    ratings = Ratings(tmp_path, params)
+    for hours, due in ((1, False), (3, True)):
+        with ratings.record.writing() as session:
+            own = answer(f"r{hours}")
+            session.add_all([own, Opinion(token=f"t{hours}", answer=own, edit="Wir.", at=now() - timedelta(hours=hours))])
+        assert ratings.due() is due
     ratings.stop()
 
 
