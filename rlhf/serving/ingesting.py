@@ -73,8 +73,11 @@ class Ratings:
         while not self._stopping.is_set():
             self._asked.clear()
             try:
-                if time.monotonic() >= self._not_before and self.due():
-                    self._ingest()
+                if time.monotonic() >= self._not_before:
+                    if self.due():
+                        self._ingest()
+                    else:
+                        self.problem = None  # somebody has done it by hand
             except Exception as error:  # of whatever kind: it looks again
                 self._refused(first_line(error))
             self._asked.wait(SECONDS_BETWEEN_LOOKS)

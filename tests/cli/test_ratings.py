@@ -159,6 +159,17 @@ def test_edits_of_an_application_alone_are_due_as_well(tmp_path: Path) -> None:
     ratings.stop()
 
 
+def test_a_refusal_is_no_problem_any_more_once_nothing_is_due(tmp_path: Path) -> None:
+    ratings = Ratings(tmp_path, params_with(ingest_ratings=1))
+    ratings.problem = "raters agree too little"
+    ratings.start()
+    deadline = time.monotonic() + 120
+    while ratings.problem:  # somebody may have ingested them by hand
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ratings.stop()
+
+
 def test_held_out_prompts_do_not_enter_by_this_door(workspace: Workspace) -> None:
     counted, heldout = workspace.prepared()
     assert counted["sources"]["ratings"]["leaked"] == 0
