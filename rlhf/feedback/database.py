@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import Connection, CursorResult, Engine, create_engine, delete, event, func, insert, select, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from rlhf.config import Params
@@ -146,11 +146,21 @@ def _prepare(engine: Engine) -> None:
     The driver's own transactions begin as ones that read, and one of them that goes on to write fails at once where another has written.
     """
 
+    def file() -> int | None:
+        place = Path(engine.url.database or "")
+        return place.stat().st_ino if place.is_file() else None
+
+    @event.listens_for(engine, "checkout")
+    def taken(_: Any, entry: Any, __: Any) -> None:
+        if file() != entry.info["file"]:  # it was deleted or replaced: what is written to it would be acknowledged, and gone
+            raise DisconnectionError("the file of the record is another one")
+
     @event.listens_for(engine, "connect")
-    def connected(connection: Any, _: Any) -> None:
+    def connected(connection: Any, entry: Any) -> None:
         connection.isolation_level = None
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
             connection.execute(f"PRAGMA {setting}").close()
+        entry.info["file"] = file()
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:

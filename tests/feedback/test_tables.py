@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from rlhf import config
 from rlhf.errors import UserError
@@ -187,3 +187,12 @@ def test_tables_of_another_layout_are_left_alone(tmp_path: Path) -> None:
     first.close()
     with pytest.raises(UserError, match=f"tables in layout {LAYOUT + 1}, and this code knows layout {LAYOUT}"):
         Database(place)
+
+
+def test_what_is_written_to_a_file_that_is_gone_is_not_acknowledged(record: Database, tmp_path: Path) -> None:
+    with record.writing() as session:
+        session.add(answer("before"))
+    for file in (tmp_path / "feedback").glob("feedback.db*"):
+        file.unlink()
+    with pytest.raises(OperationalError, match="no such table"), record.writing() as session:
+        session.add(answer("after"))
