@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
 from rlhf.errors import UserError, first_line
@@ -165,5 +165,6 @@ def _insert_into(session: Session) -> Any:
 
 def _will_pass(error: Exception) -> bool:
     """Whether the database, and not the row, is why."""
-    away = isinstance(error, UserError | OSError | OperationalError)
+    # sqlite3 has no kind of its own for a damaged file
+    away = isinstance(error, UserError | OSError | OperationalError) or type(error) is DatabaseError
     return away or (isinstance(error, DBAPIError) and error.connection_invalidated)

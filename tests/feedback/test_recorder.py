@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,24 @@ def test_a_database_that_is_not_there_is_waited_for(place: str, monkeypatch: pyt
     away.clear()
     found.stop()
     assert replies(place) == ["0"]
+
+
+def test_a_damaged_file_is_waited_for_and_told_of(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    found = Recorder(lambda: Database(place))
+    found.put(row("0"))
+    until(lambda: found.written)
+    with closing(sqlite3.connect(tmp_path / "feedback.db")) as other:  # so that all of it is in the file, and nothing in the log of writes
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = (tmp_path / "feedback.db").read_bytes()
+    with (tmp_path / "feedback.db").open("r+b") as file:
+        file.write(b"no database" * 1000)
+    found.put(row("1"))
+    until(lambda: found.problem or found.dropped)
+    assert "not a database" in str(found.problem) or "malformed" in str(found.problem)
+    with (tmp_path / "feedback.db").open("r+b") as file:
+        file.write(whole)
+    found.stop()
 
 
 def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
