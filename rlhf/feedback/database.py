@@ -97,6 +97,9 @@ class Database:
 
         Args:
             user: as recorded, a hash.
+
+        Raises:
+            UserError: it is deleted, but not overwritten.
         """
         asked = select(Answer.id).where(Answer.user == user)
         pairs = select(Pair.id).where(Pair.first_answer.in_(asked) | Pair.second_answer.in_(asked))
@@ -112,7 +115,10 @@ class Database:
             session.execute(delete(Answer).where(Answer.user == user))
         if self.engine.dialect.name == "sqlite":
             with closing(self.engine.raw_connection()) as connection:  # else the log of writes holds the texts on
-                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                busy, *_ = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                what = "it is deleted, but somebody who reads the record holds on to the file's log, where the texts stand until they end"
+                raise UserError(what, remedy="run it again")
         return counts
 
     def expire(self, before: datetime) -> int:

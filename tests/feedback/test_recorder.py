@@ -160,6 +160,23 @@ def test_a_user_is_forgotten_to_the_last_byte(place: str, tmp_path: Path) -> Non
     assert not [path for path in tmp_path.iterdir() if b"unforgettable" in path.read_bytes()]
 
 
+def test_who_reads_on_keeps_texts_from_being_overwritten_and_that_is_said(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.feedback.database.SECONDS_TO_WAIT", 0.1)
+    record = Database(place)
+    with record.writing() as session:
+        session.add(Answer(**row("0", user="u", text="unforgettable")))
+    reader = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM answers").fetchall()
+    with pytest.raises(UserError, match="until they end"):
+        record.forget("u")
+    reader.close()
+    assert record.forget("u")["answers"] == 0
+    assert not [path for path in tmp_path.iterdir() if b"unforgettable" in path.read_bytes()]
+
+
 def test_a_shadow_of_what_was_forgotten_is_not_recorded(place: str) -> None:
     record = Recorder(lambda: Database(place))
     record.put(row("one", correlation="one", user="u", shadow=False))
