@@ -13,6 +13,7 @@ import logging
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def differences(folder: Path, listed: str | None = None) -> list[str]:
     return [f"{folder / path} {what} after it was registered" for path, what in sorted(said.items())]
 
 
-class Answering:
+class Answering(ABC):
     """What is asked and given. Beside PythonModel: of a class below it MLflow would refuse all that is not the list of the type hint."""
 
     def predict(self, model_input: list[str | Message | list[Message]]) -> Any:
@@ -120,8 +121,9 @@ class Answering:
             raise _refused("a dialogue is a text, or a list of {role, content}")
         return messages
 
+    @abstractmethod
     def _answer(self, messages: list[Message], wanted: dict[str, Any]) -> tuple[str, int, int, str]:
-        raise NotImplementedError
+        """The answer, tokens of prompt and answer, and how it ended."""
 
 
 class Assistant(Answering, PythonModel):  # type: ignore[misc]  # the base class is untyped in its arguments

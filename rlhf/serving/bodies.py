@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -52,7 +53,7 @@ class Metadata(Body):
     conversation: Annotated[Words, Field(min_length=1, max_length=200)] | None = None
 
 
-class Asked(Body):
+class Asked(Body, ABC):
     """What chat and completions have in common."""
 
     model: Words
@@ -91,9 +92,9 @@ class Asked(Body):
         return self.metadata.conversation if self.metadata else None
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """Likeliest tokens to tell beside each one; None: no log-probabilities at all."""
-        raise NotImplementedError
 
 
 class ChatBody(Asked):
