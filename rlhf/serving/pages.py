@@ -6,6 +6,7 @@ script run.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Callable
 from importlib.resources import files
@@ -180,6 +181,8 @@ def _take_opinion(record: Database, body: OpinionBody, key: str | None) -> Json:
     if body.thumb is None and not (body.comment or body.edit):
         raise RefusedError(400, "give thumb, comment or edit", "invalid_value", "thumb")
     token = body.token or uuid.uuid4().hex
+    # two applications may both count 1, 2, 3
+    stored = token if key is None else hashlib.sha256(f"{key}\0{token}".encode()).hexdigest()
     thumb = {"up": 1, "down": -1, None: None}[body.thumb]
     for attempt in (1, 2):
         try:
@@ -187,10 +190,10 @@ def _take_opinion(record: Database, body: OpinionBody, key: str | None) -> Json:
                 answer = session.scalar(select(Answer).where(Answer.reply == body.id, Answer.choice == body.index, ~Answer.shadow))
                 if answer is None or (key is not None and answer.key not in (None, key)):
                     raise RefusedError(404, "no such answer is recorded (serving.keep decides which are)", "not_found", "id")
-                before = session.scalar(select(Opinion).where(Opinion.token == token))
+                before = session.scalar(select(Opinion).where(Opinion.token == stored))
                 said = (answer.id, thumb, held(body.comment) or None, held((body.edit or "").strip()) or None)
                 if before is None:
-                    session.add(Opinion(token=token, answer_id=said[0], key=key, thumb=thumb, comment=said[2], edit=said[3]))
+                    session.add(Opinion(token=stored, answer_id=said[0], key=key, thumb=thumb, comment=said[2], edit=said[3]))
                 elif (before.answer_id, before.thumb, before.comment, before.edit) != said:
                     raise RefusedError(409, "this token was used before, for something else", "stale", "token")
             return {"object": "feedback", "id": body.id, "index": body.index, "token": token}

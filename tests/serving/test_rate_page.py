@@ -127,7 +127,7 @@ def test_forms_and_opinions_that_are_wrong_stale_or_sent_again(site: Site) -> No
 def test_with_keys_a_page_is_for_all_and_what_it_shows_for_those_with_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = params_with(ratings=1)
     given = {"file": None, "requests_per_minute": None, "max_body_kib": None}
-    roles: dict[str, Role] = {"ada": "rate", "app": "ask"}
+    roles: dict[str, Role] = {"ada": "rate", "app": "ask", "bot": "ask"}
     keys = [Key(name=name, roles=[role], variable=f"KEY_{name}", **given) for name, role in roles.items()]
     for key in keys:
         monkeypatch.setenv(f"KEY_{key.name}", f"{key.name}-0123456789abcdef")
@@ -145,4 +145,13 @@ def test_with_keys_a_page_is_for_all_and_what_it_shows_for_those_with_the_role(t
     form = {"rater": "Eve", "token": shown["pair"]["token"], "pair": shown["pair"]["id"], "choice": "a"}
     assert site.client.post("/rate/vote", json=form, headers=rater).json()["done"] == 1
     assert [rating.rater for rating in site.ratings("ada")] == ["ada"]
+    with site.record.writing() as session:
+        session.add_all([answer("of-app", key="app"), answer("of-bot", key="bot")])
+    for name in ("app", "bot", "app"):  # both may count 1, 2, 3; neither speaks of the other's answers
+        own = {"authorization": f"Bearer {name}-0123456789abcdef"}
+        said = {"thumb": "up", "token": "1"}
+        found = site.client.post("/v1/feedback", json=said | {"id": f"of-{name}"}, headers=own)
+        assert (found.status_code, found.json()["token"]) == (200, "1")
+        other = "bot" if name == "app" else "app"
+        assert site.client.post("/v1/feedback", json=said | {"id": f"of-{other}"}, headers=own).status_code == 404
     site.end()
