@@ -6,8 +6,9 @@
 
 TRL's trainers begin with the same weights (and head), and have the same rows in the same order, batches, epochs, rate, schedule and
 optimiser, in bf16 by autocast on fp32 weights. Measured are, on the held-out pairs: the reward model's accuracy, the accuracy of dpo's
-implicit reward, and sft's loss of a token of the preferred answers. The difference's interval is over pairs, and knows nothing of the
-luck of a training run: give clones of several seeds.
+implicit reward, and sft's loss of a token of the preferred answers. What still differs: TRL's reward model and dpo see a dialogue with
+what the template puts behind its last end token (a line break), ours end with that token. The difference's interval is over pairs, and
+knows nothing of the luck of a training run: give clones of several seeds.
 """
 
 from __future__ import annotations
@@ -41,11 +42,9 @@ from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.policy import load_policy
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages import dpo, evaluate, reward
+from rlhf.stages import dpo, evaluate, reward, sft
 
-Turns = list[dict[str, Any]]
 BEFORE = {"sft": "base", "reward": "base", "dpo": "sft"}  # whose weights a stage begins with
-ROWS = {"sft": "sft", "reward": "reward", "dpo": "reward"}
 
 
 def main(
@@ -75,23 +74,22 @@ def main(
 # ----------------------------------------------------------------------------------------------------------------- theirs
 
 
-def rows_of(job: Job, tokenizer: Any, stage: str) -> list[dict[str, Turns]]:
+def rows_of(job: Job, tokenizer: Any, stage: str) -> list[dict[str, Any]]:
     """The rows of a stage as TRL's trainers take them, those that are too long left out, in the order in which the stage takes them."""
-    found = read_lines(job.input(f"data/prepared/{ROWS[stage]}.jsonl"))
-    if stage == "sft":
-        rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
-    else:
-        sides = ("chosen", "rejected")
-        rows = [{"prompt": row["prompt"], **{side: [{"role": "assistant", "content": row[side]}] for side in sides}} for row in found]
     params = getattr(job.params, stage)
-    longest = [max(len(ids) for ids, _ in encode_dialogues(tokenizer, dialogues(row))) for row in rows]
-    fitting = [row for row, tokens in zip(rows, longest, strict=True) if tokens <= params.max_tokens]
+    if stage == "sft":
+        fitting = [{"input_ids": ids, "assistant_masks": mask} for ids, mask in sft.read_rows(job, tokenizer)[0]]
+    else:
+        found = read_lines(job.input("data/prepared/reward.jsonl"))
+        answers = [{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in found]
+        rows = [{"prompt": row["prompt"], **sides} for row, sides in zip(found, answers, strict=True)]
+        fitting = [row for row in rows if longest(tokenizer, row) <= params.max_tokens]
     order = Order(len(fitting), params.batch_size, job.seed("order"))
     return [fitting[i] for step in range(order.steps(params.epochs)) for i in order.batch(step)]
 
 
-def dialogues(row: dict[str, Turns]) -> list[Turns]:
-    return [row["prompt"] + answer for side, answer in row.items() if side != "prompt"]
+def longest(tokenizer: Any, row: dict[str, Any]) -> int:
+    return max(len(ids) for ids, _ in encode_dialogues(tokenizer, [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]))
 
 
 def train(root: Path, stage: str, to: Path, steps: int, threads: int) -> None:
