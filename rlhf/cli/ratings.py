@@ -134,7 +134,8 @@ def _set_aside(root: Path, found: Exported) -> Ingested:
 def _note(record: Database, found: Exported) -> None:
     """Each rating becomes data once; after a kill before this, the rows are there already, and are passed over."""
     with record.writing() as session:
-        for table, taken in ((Rating, found.ratings), (Opinion, found.opinions)):
-            for one in taken:
-                if still := session.get(table, one.id):  # else its user was forgotten meanwhile
-                    still.ingested = now()
+        ratings = [session.get(Rating, one.id) for one in found.ratings]
+        opinions = [session.get(Opinion, one.id) for one in found.opinions]
+        for one in (*ratings, *opinions):
+            if one is not None:  # else its user was forgotten meanwhile
+                one.ingested = now()
