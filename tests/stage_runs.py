@@ -151,7 +151,7 @@ def tiny_params() -> dict[str, Any]:
     raw["ppo"]["kl"] |= {"controller": "adaptive", "target": 1.0, "horizon": 100}
     raw["grpo"] |= {name: raw["ppo"][name] for name in ("steps", "rollout_batch_size", "mini_batch_size", "epochs", "max_answer_tokens")}
     raw["grpo"] |= {"answers_per_prompt": 2, "mixture_batch_size": 2, "checkpoint_every": 2, "max_approx_kl": 100.0}
-    raw["answers"] |= {"prompts": 8, "heldout_prompts": 6, "answers_per_temperature": 2, "max_answer_tokens": 8, "batch_size": 8}
+    raw["answers"] |= {"prompts": 8, "heldout_prompts": 6, "answers_per_temperature": 2, "max_answer_tokens": 48, "batch_size": 8}
     for section in (raw["best_of_n"], raw["rrhf"], raw["iterative"]["dpo"]):
         section |= {"batch_size": 4, "checkpoint_every": 2}
     return raw
