@@ -23,11 +23,15 @@ NUMBERS = {
     "gold_difference_low": "maximize",
     "win_rate": "maximize",
     "win_rate_low": "maximize",
+    "win_rate_length_controlled": "maximize",
     "reward_accuracy": "maximize",
+    "reward_calibration_error": "minimize",
     "kl": "minimize",
     "perplexity_ratio": "minimize",
     "eos_rate": "maximize",
     "answer_tokens": "minimize",
+    "refusals": "minimize",
+    "repetitions": "minimize",
 }
 OF_GOLD, OF_PROGRAMS = ("gold", "gold_difference", "gold_difference_low"), ("accuracy", "accuracy_difference_low")
 TAGS = ("list", "range")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import yaml
 
 from rlhf import config
 from rlhf.errors import UserError
+from rlhf.stages import shown
 from rlhf.sweep import proposals
 from rlhf.sweep.points import Maker
-from rlhf.sweep.space import Space, load
+from rlhf.sweep.space import NUMBERS, Space, load
 
 REPOSITORY = Path(__file__).parents[2]
 GRID: dict[str, Any] = {"name": "one", "method": "grid", "points": 8, "values": {"ppo.kl.coefficient": [0.05, 0.1], "seed": [1, 2]}}
@@ -121,6 +124,11 @@ def test_an_objective_that_the_data_cannot_give_is_refused(root: Path) -> None:
     with pytest.raises(ValueError, match=r"objectives\.accuracy: these data and rewards have no right answers"):
         Space.model_validate(GRID | {"objectives": {"accuracy": "maximize"}}).wanted(params)
     assert list(config.load(REPOSITORY / "presets/sandbox-function.yaml").rewards) != []
+
+
+def test_objectives_are_what_evaluate_writes() -> None:
+    source = inspect.getsource(shown.summary)
+    assert set(re.findall(r'"(\w+)": (?:accuracy|gold|reward|metrics)\[', source)) == NUMBERS.keys()
 
 
 def test_proposals_depend_on_seed_and_results_alone() -> None:
