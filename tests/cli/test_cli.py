@@ -160,7 +160,7 @@ def test_outside_a_workspace(command: str, tmp_path: Path, rlhf: Command, monkey
     [
         ("use sandbx", "unknown preset 'sandbx': did you mean 'sandbox'?"),
         ("use hh seeds=1", "unknown key 'seeds': did you mean 'seed'?"),
-        ("launch train", "unknown stage 'train' — one of prepare, base, sft, reward, ppo, grpo, dpo, evaluate"),
+        ("launch train", "unknown stage 'train' — one of prepare, base, sft, reward, awac, ppo, "),
         ("chat --model nowhere", "nowhere: no such folder"),
         ("chat --model presets", "presets: no Hugging Face model"),
         ("chat", "assistant: no version is champion or candidate yet"),

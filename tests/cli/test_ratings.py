@@ -202,4 +202,4 @@ def test_what_no_stage_takes_holds_up_no_others(workspace: Workspace) -> None:
     done = {one.source: one for one in ingest(workspace.root, workspace.params)}
     assert (done["ratings"].rows, done["corrections"].rows) == (2, 1)
     assert "1 not usable (empty: rejected)" in done["undecided"].lines[0]
-    assert "2 not usable (malformed: turn 2 is of role 'user'" in done["undecided"].lines[0]
+    assert "3 not usable (malformed: turn 2 is of role 'user'" in done["undecided"].lines[0]

@@ -170,7 +170,8 @@ def test_a_finished_sweep_does_nothing(root: Path, start: Callable[..., subproce
     assert (log(root), experiments(root)) == (known, before)
 
 
-def test_points_are_runs_below_that_of_the_sweep_and_nothing_is_registered(root: Path) -> None:
+def test_points_are_runs_below_that_of_the_sweep_and_nothing_is_registered(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
     experiment = tracking.initialise(root, PARAMS)
     client = tracking.client(root, PARAMS)
     runs = {run.info.run_name: run for run in client.search_runs([experiment], "tags.sweep = 'toys'")}
