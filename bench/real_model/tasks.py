@@ -1,6 +1,6 @@
 """Makes tasks that a program can check out of real prompts: instructions of IFEval's kind, and arithmetic.
 
-python bench/real_model/tasks.py ../shared/data/hh-rlhf-harmless-1500.jsonl.gz FOLDER
+python bench/real_model/tasks.py hh.jsonl.gz FOLDER
 
 The first questions of a file of Anthropic-style pairs get an instruction each (rlhf/rewards/instructions.py checks it). Questions are held
 out, and whole kinds of instruction; of arithmetic, other numbers of the trained sizes, and larger ones. Files of FOLDER:
