@@ -53,17 +53,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], lis
     git(root, "init", "--quiet")
     dvc(root, "init")
     dvc(root, "config", "cache.type", "reflink,hardlink,copy")
-    (root / ".gitignore").write_text("/models\n/mlruns\n/runs\n/data/answers.jsonl\n", encoding="utf-8")
+    (root / ".gitignore").write_text("/models\n/mlruns\n/runs\n/data/answers.jsonl\n/metrics/ppo.json\n", encoding="utf-8")
     (root / "params.yaml").write_text((PROJECT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     (root / "train.sh").write_text("echo committed\n", encoding="utf-8")
     # a stage that makes a small model of its raw data, its code and a value of params.yaml
     command = "mkdir -p models/ppo metrics data && cat data/raw/rows.jsonl train.sh > models/ppo/model.safetensors"
-    command += " && cp code.py models/ppo/config.json && echo '{}' | tee data/answers.jsonl metrics/evaluate.json"
+    command += " && cp code.py models/ppo/config.json && echo '{}' | tee data/answers.jsonl metrics/evaluate.json metrics/ppo.json"
     stage: dict[str, Any] = {
         "cmd": command,
         "deps": ["data/raw", "train.sh", "code.py"],
         "params": ["seed"],
-        "outs": ["models/ppo", "data/answers.jsonl"],
+        "outs": ["models/ppo", "data/answers.jsonl", "metrics/ppo.json"],  # most numbers are in DVC's cache, and not in git
     }
     stage |= {"metrics": [{"metrics/evaluate.json": {"cache": False}}]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ppo": stage}}), encoding="utf-8")
