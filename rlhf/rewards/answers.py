@@ -79,13 +79,17 @@ def _parsed(text: str) -> list[Any]:
 
 # ----------------------------------------------------------------------------------------------------------------- texts
 
+# -5 is not 5, and 12.5 does not hold a 5; 1,000 is 1000
+OF_NUMBERS = re.compile(r"(?<!\w)-(?=\.?\d)|(?<=\d)\.(?=\d)")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
 
 def match(answer: str, reference: Any, how: Literal["exact", "normalised", "contains"] = "normalised") -> float:
     """Whether the answer is the reference.
 
     Args:
-        how: exact, but for spaces around; normalised, without case, punctuation and English articles (as SQuAD compares); contains: the
-            normalised answer holds the words of the normalised reference.
+        how: exact, but for spaces around; normalised, without case, punctuation and English articles (as SQuAD compares), but with signs
+            and points of numbers; contains: the normalised answer holds the words of the normalised reference.
 
     Raises:
         ValueError: there is no such way to compare.
@@ -102,8 +106,11 @@ def match(answer: str, reference: Any, how: Literal["exact", "normalised", "cont
 
 
 def normalised(text: str) -> str:
-    plain = unicodedata.normalize("NFKC", text).lower()
-    without = "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in plain)
+    plain = THOUSANDS.sub("", unicodedata.normalize("NFKC", text).lower().replace("−", "-"))
+    kept = {found.start() for found in OF_NUMBERS.finditer(plain)}
+    marks = (place for place, letter in enumerate(plain) if unicodedata.category(letter).startswith("P"))
+    gone = {*marks} - kept
+    without = "".join(" " if place in gone else letter for place, letter in enumerate(plain))
     return " ".join(word for word in without.split() if word not in ("a", "an", "the"))
 
 
