@@ -80,6 +80,7 @@ def write_section(page: Path, heading: str, text: str) -> None:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """What was written, as a section of a page."""
+    only = f' --only "{found["only"]}"' if found["only"] else ""
     machine, packages = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     cases = [
         [one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", _spread(one)]
@@ -91,7 +92,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "Written by `python bench/speed/run.py --page bench/speed/RESULTS.md`, both sides in turn, on the same work.",
+            f"Written by `python bench/speed/run.py{only} --page bench/speed/RESULTS.md`, both sides in turn, on the same work.",
             "",
             f"{machine['cores']} cores of {machine['processor']}, and no other device; {packages}. Texts: {found['texts']}.",
             "",

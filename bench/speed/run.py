@@ -44,7 +44,7 @@ def main(
     )
     growth = scaling.rows(pairs, 2 if quick else scaling.ROUNDS) if only in "scaling" else []
     console().print(*([table(found)] if found else []), *([scaling.drawn(growth)] if growth else []))
-    written = write(output, found, scaling=growth, texts=pairs.name if pairs else "the sandbox's")
+    written = write(output, found, only=only, scaling=growth, texts=pairs.name if pairs else "the sandbox's")
     if page:
         write_section(page, f"Speed: {only}" if only else "Speed", markdown(written))
 
