@@ -192,7 +192,7 @@ def _message(given: Any) -> Message:
     content = given.get("content") or ""
     if isinstance(content, list):
         texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]  # all are texts, as was just asked
     if not isinstance(content, str):
         raise _refused("content: a text, or a list of {type, text}")
     return given | {"role": "system" if given["role"] == "developer" else given["role"], "content": content}

@@ -54,4 +54,4 @@ def test_the_parts_of_a_batch_add_up_to_its_loss() -> None:
     log_probs, counted = torch.tensor([-1.0, -4.0, -2.0]), weights(torch.tensor([0.0, 1.0, 2.0]), 1.0, 20.0)
     whole = awac_loss(log_probs, counted, 12)
     parts = [awac_loss(log_probs[part], counted[part], 12) for part in ([0], [1, 2])]
-    assert sum(parts).item() == pytest.approx(whole.item())  # type: ignore[union-attr]
+    assert sum(parts).item() == pytest.approx(whole.item())  # type: ignore[union-attr]  # a sum of tensors, which is typed as int too

@@ -71,7 +71,7 @@ def test_pieces_may_come_while_it_looks_for_an_end() -> None:
         box = Mailbox()
 
         class Sending(Piece):
-            @property  # type: ignore[misc]
+            @property  # type: ignore[misc]  # an attribute elsewhere
             def __class__(self) -> type[Piece]:  # type: ignore[override]  # isinstance asks it
                 """Asked what it is, another one comes, as from the engine's thread."""
                 if len(box._events) < 4:
