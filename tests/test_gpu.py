@@ -14,17 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rlhf import config
 from rlhf.launcher import command
 from rlhf.models.attention import attend
+from rlhf.models.gpu import kernels
 from rlhf.models.packed import pack
 from rlhf.models.pieces import Ragged
 from rlhf.models.policy import logits_at
 from rlhf.rollout import decoding
 from rlhf.rollout.generate import Rollouts, Stop, generate
-from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch
-from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch, draw_at_once
+from rlhf.rollout.sampling import Sampling, sample
 from tests.models.families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
 from tests.stage_runs import REPOSITORY, TRAINED, free_port, make_workspace, set_params, table, tiny_params
 
@@ -131,7 +133,85 @@ def test_attention_of_one_token_to_its_slot(
     assert all(torch.equal(states.cpu(), expected) for states, expected in zip(there, held, strict=True))
 
 
+# ------------------------------------------------------------------------------------------- norms, rotary embeddings, gates
+
+
+def by_torch(name: str, *given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """What transformers' Llama has in the place of a kernel, in double precision."""
+    if name == "Norm":
+        states, weight = given
+        return weight * states * (states.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    return apply_rotary_pos_emb(*given) if name == "Rotation" else torch.nn.functional.silu(given[0]) * given[1]
+
+
+def states_for(name: str, width: int, heads: int) -> list[Tensor]:
+    """What a kernel is given; of angles there is one for both halves of a head."""
+    torch.manual_seed(1)
+    if name == "Norm":
+        return [torch.randn(3, 67, width), torch.rand(width) + 0.5]
+    if name == "Gate":
+        return [torch.randn(3, 67, width), torch.randn(3, 67, width)]
+    angles = torch.randn(3, 67, width // 2).repeat(1, 1, 2)
+    return [torch.randn(3, 67, count, width).transpose(1, 2) for count in (heads, 3)] + [angles.cos(), angles.sin()]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize(("width", "heads"), [(8, 3), (72, 9), (2048, 6)])
+@pytest.mark.parametrize("name", ["Norm", "Rotation", "Gate"])
+def test_a_kernel_gives_what_torch_does_forwards_and_backwards(
+    name: str, width: int, heads: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    known = kernels()
+    assert known is not None
+    found: list[list[Tensor]] = []
+    for kind, device in ((torch.float64, "cpu"), (dtype, "cuda"), (dtype, "cuda")):
+        given = [states.to(dtype).to(device, kind) for states in states_for(name, width, heads)]
+        learning = [states.requires_grad_() for states in given[:2]]
+        made = by_torch(name, *given) if device == "cpu" else getattr(known, name).apply(*given, *([1e-5] if name == "Norm" else []))
+        made = made if isinstance(made, tuple) else (made,)
+        slopes = [torch.linspace(-1, 2, part.numel()).view(part.shape).to(dtype).to(part) for part in made]
+        found.append([part.detach().cpu() for part in (*made, *torch.autograd.grad(made, learning, slopes))])
+    for expected, one, again in zip(*found, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def noted(forward: Callable[..., Any], name: str, asked: list[str]) -> Any:
+    def note(*given: Any) -> Any:
+        asked.append(name)
+        return forward(*given)
+
+    return staticmethod(note)
+
+
+def test_a_loaded_models_layers_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = on_gpu("llama", torch.bfloat16), list[str]()
+    for name in ("Norm", "Rotation", "Gate"):
+        kind = getattr(kernels(), name)
+        monkeypatch.setattr(kind, "forward", noted(kind.forward, name, asked))
+    model(input_ids=torch.ones(1, 5, dtype=torch.long, device=GPU))
+    assert {name: asked.count(name) for name in asked} == {"Norm": 5, "Rotation": 2, "Gate": 2}
+
+
 # ---------------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [2, 400, 4096, 50272, 128256])
+def test_a_draw_in_one_kernel_is_the_draw_by_torch(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = draw_at_once()
+    assert draw is not None
+    torch.manual_seed(1)
+    logits, uniforms = (4 * torch.randn(64, columns)).to(GPU, dtype), torch.rand(64, device=GPU)
+    logits[0, 1:] = float("-inf")
+    uniforms[1], uniforms[2] = 0, 1 - 2**-24
+    tokens, log_probs = draw(logits, uniforms, 0.7)
+    monkeypatch.setattr("rlhf.rollout.sampling.draw_at_once", lambda: None)
+    expected, of_them = sample(logits, uniforms, Sampling(0.7, 0, 1.0, 1))
+    assert (tokens != expected).sum() <= 1  # one may lie within rounding of the next
+    same = tokens == expected
+    torch.testing.assert_close(log_probs[same], of_them[same], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

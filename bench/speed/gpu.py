@@ -3,11 +3,12 @@
 python bench/speed/gpu.py                          both models: four minutes on an H200
 python bench/speed/gpu.py --only opt               one of them
 python bench/speed/gpu.py --page bench/speed/RESULTS.md   and its part of that page
+python bench/speed/gpu.py --profile                then, the kernels that one more step consists of
 
-Random weights, so only the speed means something. Generation is the engine's (rlhf/rollout/) against transformers' `generate`, in turn on
-the same weights and prompts; how long each answer gets is laid down beforehand (`planned_lengths`, workload.py). Beside it stands
-what no program could beat on this GPU: each decoding step reads all weights but the embeddings once, and the keys and values of every
-answer in the making; prompts cost their products. The rates of memory and of matrix products are measured first. A PPO step is stage
+Random weights, so only the speed means something. Generation is the engine's (rlhf/rollout/) against transformers' `generate` of its own
+model, in turn on the same weights and prompts; how long each answer gets is laid down beforehand (`planned_lengths`, workload.py). Beside
+it stands what no program could beat on this GPU: each decoding step reads all weights but the embeddings once, and the keys and values of
+every answer in the making; prompts cost their products. The rates of memory and of matrix products are measured first. A PPO step is stage
 ppo's own code, its four models on the one GPU, every answer at full length; of each phase, the share of the matrix rate that its products
 come to.
 """
@@ -18,7 +19,8 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ from transformers import PreTrainedModel
 from bench.speed import reference_ppo as reference
 from bench.speed.report import console, rows_of, versions, write_section
 from bench.speed.sides import free_port, place_of
-from bench.speed.workload import CONTEXT, NEVER, OPTIMIZER, job_in, jobs, planned_lengths, workspace
+from bench.speed.workload import CONTEXT, NEVER, OPTIMIZER, job_in, jobs, load_plain, planned_lengths, workspace
 from rlhf.engine.distributed import start
 from rlhf.engine.speed import Clock, Products, matrix_rate, peak_memory
 from rlhf.rollout.experience import Experience
@@ -46,6 +48,7 @@ from rlhf.stages.updates import mini_batches
 PROMPTS, TOKENS, LIMIT = 64, 256, 256
 PLANS = ("full", "varied")
 NO_TOKEN, PAD = -1, 0
+KERNELS = 28  # that a profile names, at most
 COMMON = {"hidden_size": 2048, "num_attention_heads": 32, "max_position_embeddings": 2048}
 SIZES: dict[str, dict[str, Any]] = {  # of OPT-1.3B and Llama-3.2-1B
     "opt": {**COMMON, "vocab_size": 50272, "num_hidden_layers": 24, "ffn_dim": 8192, "word_embed_proj_dim": 2048},
@@ -78,6 +81,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds, after one that does not count.")] = 3,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
     page: Annotated[Path | None, typer.Option(help="Where to write the tables as a part of a page.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Print the kernels of one more step, by the GPU's time in each.")] = False,
 ) -> None:
     """Print tokens per second of both sides and of the bound, and what a PPO step takes."""
     context = multiprocessing.get_context("spawn")  # each model in a process of its own, with all of the GPU's memory
@@ -85,7 +89,7 @@ def main(
     for family in SIZES:
         if only in family:
             result = context.Queue()
-            process = context.Process(target=measure, args=(family, rounds, result))
+            process = context.Process(target=measure, args=(family, rounds, profile, result))
             process.start()
             while process.is_alive() and result.empty():
                 process.join(1)
@@ -107,7 +111,7 @@ def main(
         write_section(page, "Speed on a GPU", markdown(found))
 
 
-def measure(family: str, rounds: int, result: Any) -> None:
+def measure(family: str, rounds: int, profile: bool, result: Any) -> None:
     """In a process of its own: tell what one model gives."""
     generations: list[Generation] = []
     values = {
@@ -134,15 +138,18 @@ def measure(family: str, rounds: int, result: Any) -> None:
         torch.cuda.reset_peak_memory_stats()
         models, critic = ppo.load_models(job, place.tokenizer, device)
         actor = models.actor.module
+        plain = cast(Any, load_plain(job.input("models/sft"), "bf16")).to(device)
         for plan in PLANS:
             lengths = planned_lengths(PROMPTS, LIMIT, plan)
             seconds = [
-                (timed(partial(ours, actor, prompts, lengths)), timed(partial(peer, actor, prompts, lengths))) for _ in range(rounds + 1)
+                (timed(partial(ours, actor, prompts, lengths)), timed(partial(peer, plain, prompts, lengths))) for _ in range(rounds + 1)
             ][1:]
             least = bound(actor, lengths, rates)
             mine, others = (sum(lengths) / statistics.median(pair[side] for pair in seconds) for side in (0, 1))
             ratios = [other / one for one, other in seconds]
             generations.append(Generation(family, actor.num_parameters(), plan, mine, others, ratios, sum(lengths) / least))
+        del plain
+        torch.cuda.empty_cache()
         setattr(answering, "generate", endless)  # noqa: B010  # its type would not take it
         clocks = [ppo_step(job, models, critic, prompts, step, device) for step in range(rounds + 1)][1:]
         phases = shares(family, models, critic, clocks, rates["products"])
@@ -152,6 +159,8 @@ def measure(family: str, rounds: int, result: Any) -> None:
             "operations_per_second": rates["products"],
             "peak_memory_gib": peak_memory(device),
         }
+        if profile:
+            ppo_step(job, models, critic, prompts, rounds + 1, device, kernels)
         result.put(found | {"generation": generations, "ppo": phases})
 
 
@@ -190,16 +199,42 @@ def peer(model: PreTrainedModel, prompts: list[list[int]], lengths: list[int]) -
     assert made.shape == (len(prompts), max(lengths))
 
 
-def ppo_step(job: Any, models: Any, critic: Any, prompts: list[list[int]], step: int, device: torch.device) -> Clock:
-    """Steps 1 to 4 of stage ppo, as its `main` has them."""
+def ppo_step(
+    job: Any,
+    models: Any,
+    critic: Any,
+    prompts: list[list[int]],
+    step: int,
+    device: torch.device,
+    watched: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Clock:
+    """Steps 1 to 4 of stage ppo, as its `main` has them, each phase watched if wanted."""
     clock = Clock(device)
-    rollouts = answering.roll_out(job, models, prompts, ppo.answer_seeds(job, step, len(prompts)), step, clock)
-    experience = Experience.of(ppo.score(job, models, critic, [], rollouts), device)
-    clock.stop("scoring")
-    targets, _ = ppo.advantages(experience, job.params.ppo, job.params.ppo.kl.coefficient)
-    ppo.update(job, models, critic, experience, targets, mini_batches(job, experience, [], None, step), step)
-    clock.stop("training")
+    with watched("generation"):
+        rollouts = answering.roll_out(job, models, prompts, ppo.answer_seeds(job, step, len(prompts)), step, clock)
+    with watched("scoring"):
+        experience = Experience.of(ppo.score(job, models, critic, [], rollouts), device)
+        clock.stop("scoring")
+    with watched("training"):
+        targets, _ = ppo.advantages(experience, job.params.ppo, job.params.ppo.kl.coefficient)
+        ppo.update(job, models, critic, experience, targets, mini_batches(job, experience, [], None, step), step)
+        clock.stop("training")
     return clock
+
+
+@contextmanager
+def kernels(phase: str) -> Iterator[None]:
+    """Print what the GPU does inside the block: the kernels that take longest, their time, its share, how often."""
+    clock = Clock(torch.device("cuda", 0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as watch:
+        yield
+        clock.stop("all")
+    found = sorted(watch.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in found)
+    print(f"{phase}: {clock.total:.3f} s, kernels {busy / 1e6:.3f} s", flush=True)
+    for event in found[:KERNELS]:
+        taken = event.self_device_time_total
+        print(f"{taken / 1e3:9.2f} ms {taken / busy:6.1%} {event.count:7} × {event.key[:110]}", flush=True)
 
 
 def shares(family: str, models: Any, critic: Any, clocks: list[Clock], rate: float) -> list[Phase]:

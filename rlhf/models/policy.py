@@ -15,6 +15,7 @@ from transformers.utils import logging
 from rlhf.config.training import BuiltBase
 from rlhf.errors import UserError, first_line
 from rlhf.models.attention import attend_to_pieces
+from rlhf.models.gpu import with_few_kernels
 from rlhf.models.limits import limits
 from rlhf.models.linear import by_onednn
 from rlhf.models.norms import with_few_passes
@@ -52,6 +53,7 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
     attend_to_pieces(model)
     by_onednn(model)
     with_few_passes(model)
+    with_few_kernels(model)
     return model
 
 
@@ -108,6 +110,7 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
     attend_to_pieces(model)
     by_onednn(model)
     with_few_passes(model)
+    with_few_kernels(model)
     disable_dropout(model)
     model.config.use_cache = False
     return model

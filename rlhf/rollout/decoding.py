@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.rollout.cache import SlotCache
-from rlhf.rollout.gpu import attend_at_once
+from rlhf.rollout.gpu import attend_at_once, draw_at_once
 from rlhf.rollout.sampling import Sampling, sample
 from rlhf.tensors import shape
 
@@ -54,7 +54,7 @@ class GraphDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, sampling: Sampling) -> None:
         super().__init__(model, cache, sampling)
-        attend_at_once()  # which is tried out now: not while the step is captured
+        attend_at_once(), draw_at_once()  # which are tried out now: not while the step is captured
         slots = cache.slots
         # the same tensors at each step: on the CPU, in memory that a GPU reads by itself, and on the GPU
         self.given = torch.zeros(2, slots, dtype=torch.long, pin_memory=True)  # last tokens, lengths

@@ -1,4 +1,4 @@
-"""Attention of a decoding step on a GPU: of one new token of each answer, to what its slot holds."""
+"""A decoding step on a GPU: attention of one new token of each answer to what its slot holds, and the draw of the next."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 # query (B, Q, 1, D), new key and value (B, H, 1, D), the slots' keys and values (slots, H, T, D), lengths (B,), scale → (B, Q, 1, D)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+Draw = Callable[
+    [Tensor, Tensor, float], tuple[Tensor, Tensor]
+]  # logits (B, V), uniforms (B,), temperature → tokens and log-probabilities (B,)
 
 
 @cache
@@ -30,6 +33,19 @@ def attend_at_once() -> Attention:
         logger.warning("decoding attends by torch's kernels, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
         return attend_by_torch
     return fused.attend
+
+
+@cache
+def draw_at_once() -> Draw | None:
+    """The kernel that draws on a GPU, tried out; None where Triton is missing or finds no compiler."""
+    try:
+        from rlhf.rollout import drawing
+
+        drawing.draw(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), 1.0)
+    except Exception as error:
+        logger.warning("tokens are drawn by torch's kernels, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
+        return None
+    return drawing.draw
 
 
 def attend_by_torch(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Tensor:

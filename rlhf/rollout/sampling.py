@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf.rollout.gpu import draw_at_once
+
 PART = 128  # columns
 
 
@@ -37,6 +39,9 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     The log-probability is that of the full distribution at the sampling temperature, as training computes it, although top-k and top-p
     narrow what is drawn; or that of the distribution drawn from, where `sampling` asks for it.
     """
+    plain = sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1
+    if plain and logits.device.type == "cuda" and (draw := draw_at_once()):
+        return draw(logits, uniforms, sampling.temperature)
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature

@@ -16,6 +16,8 @@ from transformers import (
 )
 
 from rlhf.models.attention import attend_to_pieces
+from rlhf.models.gpu import with_few_kernels
+from rlhf.models.norms import with_few_passes
 from rlhf.models.packed import Packed, pad_rows
 from rlhf.models.policy import disable_dropout
 from rlhf.rollout.generate import Rollouts
@@ -60,6 +62,8 @@ def tiny(family: str, *, scores: float = 8, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **{"vocab_size": VOCABULARY, **FAMILIES[family], **SPECIAL, **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     attend_to_pieces(model)
+    with_few_passes(model)
+    with_few_kernels(model)
     disable_dropout(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
