@@ -76,7 +76,7 @@ def test_attention_of_all_pieces_at_once_is_that_of_each(dtype: torch.dtype, tol
     found = []
     for pieces, device, kind in ((packed.pieces, "cpu", torch.float64), (Ragged.of(packed.pieces, GPU), "cuda", dtype)):
         given = [state.to(device, kind).requires_grad_() for state in states]
-        made = attend(torch.nn.Module(), given[0], given[1], given[2], None, pieces)[0]
+        made = attend(torch.nn.Module(), given[0], given[1], given[2], torch.empty(1, 1, 0, 0), pieces)[0]
         gradients = torch.autograd.grad((made * slopes.to(device, kind)).sum(), given)
         found.append([tensor.double().cpu() for tensor in (made, *gradients)])
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=2 * tolerance)
@@ -94,7 +94,7 @@ def test_packed_logits_and_gradients_are_those_of_the_cpu(family: str) -> None:
         gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
         found.append([tensor.cpu() for tensor in (logits.detach(), *gradients)])
     scale = max(tensor.abs().max().item() for tensor in found[0])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=2e-5 * scale)
 
 
 @pytest.fixture(params=["made for it", "torch's"])
@@ -265,7 +265,10 @@ def test_a_captured_step_gives_what_the_same_operations_give_one_by_one(dtype: t
 
     monkeypatch.setattr(decoding.GraphDecoder, "_run_and_capture", note)
     first = answers_of(model, DRAWN, stop=early)
-    assert sorted(captured) == [2, 6, 24] or sorted(captured) == [1, 2, 6, 24]
+    assert captured == [24]  # a smaller one does not pay for a few steps
+    monkeypatch.setattr(decoding, "PATIENCE", 0)
+    assert answers_of(model, DRAWN, stop=early).answers == first.answers
+    assert sorted(captured) in ([2, 6, 24, 24], [1, 2, 6, 24, 24])
     assert answers_of(model, DRAWN, stop=early) == first
     monkeypatch.setattr(decoding.GraphDecoder, "_run", decoding.GraphDecoder._compute)
     assert answers_of(model, DRAWN, stop=early) == first

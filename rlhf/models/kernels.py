@@ -57,23 +57,33 @@ class Rotation(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """silu(g) · x, element by element (arXiv 2002.05202)."""
+    """silu(g) · x, element by element (arXiv 2002.05202); g and x (…, D)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, states: Tensor) -> Tensor:
-        gate, states = gate.contiguous(), states.contiguous()
-        made = torch.empty_like(states)
-        _gate[(triton.cdiv(made.numel(), ELEMENTS),)](gate, states, made, made.numel(), ELEMENTS)
-        ctx.save_for_backward(gate, states)
-        return made
+        gates, rows = _rows_of(gate), _rows_of(states)
+        made = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        _gate[_grid(rows)](gates, rows, made, gates.stride(0), rows.stride(0), rows.shape[1], ELEMENTS)
+        ctx.save_for_backward(gates, rows)
+        return made.view(states.shape)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        gate, states = ctx.saved_tensors
-        pulls = slopes[0].contiguous()
-        of_gate, of_states = torch.empty_like(gate), torch.empty_like(states)
-        _gate_back[(triton.cdiv(pulls.numel(), ELEMENTS),)](gate, states, pulls, of_gate, of_states, pulls.numel(), ELEMENTS)
-        return of_gate, of_states
+        gates, rows = ctx.saved_tensors
+        pulls = slopes[0].reshape(rows.shape).contiguous()
+        of_gates, of_rows = torch.empty_like(pulls), torch.empty_like(pulls)
+        strides = (gates.stride(0), rows.stride(0))
+        _gate_back[_grid(rows)](gates, rows, pulls, of_gates, of_rows, *strides, rows.shape[1], ELEMENTS)
+        return of_gates.view(slopes[0].shape), of_rows.view(slopes[0].shape)
+
+
+def _rows_of(states: Tensor) -> Tensor:
+    """(…, D) → (n, D), in its own place where rows lie at one distance from each other."""
+    return _with_dense_rows(states.flatten(0, -2))
+
+
+def _grid(rows: Tensor) -> tuple[int, int]:
+    return len(rows), triton.cdiv(rows.shape[1], ELEMENTS)
 
 
 def _block(rows: Tensor) -> tuple[int, int]:
@@ -212,20 +222,20 @@ def _turn_heads(
     tl.store(target + to + HALF, y2.to(target.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gate(gate, states, made, count, SIZE: tl.constexpr):  # noqa: N803
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    x = tl.load(states + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(made + at, (g * tl.sigmoid(g) * x).to(made.dtype.element_ty), mask=at < count)
+@triton.jit
+def _gate(gate, states, made, gate_row, state_row, WIDTH: tl.constexpr, SIZE: tl.constexpr):  # noqa: N803
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    g = tl.load(gate + row * gate_row + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+    x = tl.load(states + row * state_row + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+    tl.store(made + row * WIDTH + at, (g * tl.sigmoid(g) * x).to(made.dtype.element_ty), mask=at < WIDTH)
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gate_back(gate, states, pulls, of_gate, of_states, count, SIZE: tl.constexpr):  # noqa: N803
-    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
-    x = tl.load(states + at, mask=at < count, other=0.0).to(tl.float32)
-    dy = tl.load(pulls + at, mask=at < count, other=0.0).to(tl.float32)
+@triton.jit
+def _gate_back(gate, states, pulls, of_gate, of_states, gate_row, state_row, WIDTH: tl.constexpr, SIZE: tl.constexpr):  # noqa: N803
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    g = tl.load(gate + row * gate_row + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+    x = tl.load(states + row * state_row + at, mask=at < WIDTH, other=0.0).to(tl.float32)
+    dy = tl.load(pulls + row * WIDTH + at, mask=at < WIDTH, other=0.0).to(tl.float32)
     open = tl.sigmoid(g)
-    tl.store(of_gate + at, (dy * x * open * (1 + g * (1 - open))).to(of_gate.dtype.element_ty), mask=at < count)
-    tl.store(of_states + at, (dy * g * open).to(of_states.dtype.element_ty), mask=at < count)
+    tl.store(of_gate + row * WIDTH + at, (dy * x * open * (1 + g * (1 - open))).to(of_gate.dtype.element_ty), mask=at < WIDTH)
+    tl.store(of_states + row * WIDTH + at, (dy * g * open).to(of_states.dtype.element_ty), mask=at < WIDTH)

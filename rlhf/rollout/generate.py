@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rlhf.models.packed import begin_alike, pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
-from rlhf.rollout.decoding import Drawn, decoder
+from rlhf.rollout.decoding import Asked, Drawn, decoder
 from rlhf.rollout.products import laid_out
 from rlhf.rollout.sampling import Sampling, sample, uniforms
 
@@ -125,6 +125,7 @@ class _Batch:
     stop: Stop | None
     writing: list[int] = field(default_factory=list)  # number of the prompt whose answer is in slot 0, 1, 2, …
     read: dict[tuple[int, ...], _Prompt] = field(default_factory=dict)  # prompts of which answers are still waiting
+    coming: tuple[list[int], Asked] | None = None  # a step that was asked for: numbers of its prompts, and what waits for it
 
     def __post_init__(self) -> None:
         count = len(self.prompts)
@@ -182,7 +183,7 @@ class _Batch:
         self.waiting_of.subtract(keys)
         self.read = {key: prompt for key, prompt in self.read.items() if self.waiting_of[key]}
         tokens, log_probs = sample(logits, self.uniforms[numbers, 0].to(self.device), self.sampling)
-        self._write((tokens.tolist(), log_probs.tolist()), first)
+        self._write((tokens.tolist(), log_probs.tolist()), numbers)
         return bool(new)
 
     def _read(self, prompts: list[tuple[int, ...]]) -> None:
@@ -194,21 +195,28 @@ class _Batch:
             self.read[prompt] = _Prompt(parts_of(packed, layers, number), logits[number])
 
     def _continue(self) -> None:
-        """One more token of each answer."""
-        last = [self.answers[i][-1] for i in self.writing]
-        lengths = [self._length(slot) for slot in range(len(self.writing))]
-        steps = [len(self.answers[i]) for i in self.writing]
-        self._write(self.decoder.step(last, lengths, self.uniforms[self.writing, steps]), 0)
+        """One more token of each answer. Where it can be, the step after it is asked for before this one's tokens are looked at."""
+        numbers, asked = self.coming or self._ask([self.answers[i][-1] for i in self.writing], 0)
+        self.coming = self._ask(None, 1) if self.decoder.foresees and numbers == self.writing else None
+        self._write(asked(), numbers)
 
-    def _write(self, drawn: Drawn, first: int) -> None:
-        """Add a token to the answer in each slot from `first` on."""
-        over = []
-        for slot, (i, token, log_prob) in enumerate(zip(self.writing[first:], *drawn, strict=True), first):
-            self.answers[i].append(token)
-            self.log_probs[i].append(log_prob)
-            if self._is_over(i, token):
-                over.append(slot)
-        for slot in reversed(over):
+    def _ask(self, tokens: list[int] | None, unknown: int) -> tuple[list[int], Asked]:
+        """Ask for a step of all slots in use; of each answer so many tokens are still unknown."""
+        lengths = [self._length(slot) + unknown for slot in range(len(self.writing))]
+        most = self.sampling.max_new_tokens - 1  # what an answer that is over already is given is not read
+        steps = [min(len(self.answers[i]) + unknown, most) for i in self.writing]
+        return list(self.writing), self.decoder.ask(tokens, lengths, self.uniforms[self.writing, steps])
+
+    def _write(self, drawn: Drawn, numbers: Sequence[int]) -> None:
+        """Add a token to the answer to each of some prompts, but for those that were over before it came."""
+        over, live = [], set(self.writing)
+        for i, token, log_prob in zip(numbers, *drawn, strict=True):
+            if i in live:
+                self.answers[i].append(token)
+                self.log_probs[i].append(log_prob)
+                if self._is_over(i, token):
+                    over.append(self.writing.index(i))
+        for slot in sorted(over, reverse=True):
             self._vacate(slot)
 
     def _is_over(self, number: int, token: int) -> bool:
@@ -226,7 +234,7 @@ class _Batch:
         while slot < last:
             begin = (slot // self.span + 1) * self.span
             source = max(range(begin, min(begin + self.span, last + 1)), key=self._length, default=last)
-            self.cache.move(source, slot, self._length(source))
+            self.cache.move(source, slot, self._length(source) + (self.coming is not None))
             self.writing[slot] = self.writing[source]
             slot = source
         self.writing.pop()

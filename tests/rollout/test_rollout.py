@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.errors import UserError
+from rlhf.rollout.decoding import Asked, Decoder
 from rlhf.rollout.generate import READ, Rollouts, generate
-from rlhf.rollout.products import laid_out
+from rlhf.rollout.products import joined, laid_out, side_by_side
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.stops import at_texts
 from rlhf.rollout.weights import folded, policy_weights
@@ -58,6 +59,34 @@ def test_answers_do_not_depend_on_the_number_of_slots(llama: LlamaForCausalLM) -
         assert found.answers == expected.answers
         # rounding, which this model's large weights magnify
         torch.testing.assert_close(flat(found), flat(expected), rtol=0, atol=2e-3)
+
+
+class Foreseeing(Decoder):
+    """Takes a step before the one before it is looked at, as a GPU does."""
+
+    foresees = True
+    last: list[int]
+    taken: ClassVar[list[bool]] = []
+
+    def ask(self, tokens: Sequence[int] | None, lengths: Sequence[int], uniforms: Tensor) -> Asked:
+        drawn = super().ask(self.last[: len(lengths)] if tokens is None else tokens, lengths, uniforms)()
+        self.last = drawn[0]
+        self.taken.append(tokens is None)
+        return lambda: drawn
+
+
+@pytest.mark.parametrize("slots", [3, 16, 40])
+def test_steps_that_are_asked_for_ahead_give_the_same_answers(llama: LlamaForCausalLM, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(5, 400, (length,), generator=generator).tolist() for length in range(1, 41)]
+    plan = torch.randint(1, 27, (40,), generator=generator).tolist()  # some end by their length
+    expected = answer(llama, prompts, slots, stop=lambda number, found: len(found) == plan[number])
+    monkeypatch.setattr("rlhf.rollout.generate.decoder", Foreseeing)
+    monkeypatch.setattr(Foreseeing, "taken", [])
+    found = answer(llama, prompts, slots, stop=lambda number, found: len(found) == plan[number])
+    assert (found.answers, found.finish) == (expected.answers, expected.finish)
+    torch.testing.assert_close(flat(found), flat(expected), rtol=0, atol=2e-3)
+    assert any(Foreseeing.taken)
 
 
 def flat(rollouts: Rollouts) -> Tensor:
@@ -126,6 +155,25 @@ def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForC
     with torch.no_grad(), laid_out(llama):
         torch.testing.assert_close(layer(rows), rows @ layer.weight.T)
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_layers_that_are_given_the_same_rows_make_one_product(llama: LlamaForCausalLM, flat: bool) -> None:
+    layer = llama.model.layers[0]
+    parts = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+    if flat:  # as an optimiser lays them
+        whole = torch.cat([part.weight.detach().flatten() for part in parts])
+        for part, own in zip(parts, whole.split([part.weight.numel() for part in parts]), strict=True):
+            part.weight.data = own.view_as(part.weight)
+    assert (side_by_side([part.weight.detach() for part in parts]).data_ptr() == parts[0].weight.data_ptr()) == flat
+    rows = torch.randn(2, 3, llama.config.hidden_size)
+    with torch.no_grad():
+        products, others = joined(llama), torch.randn(4, llama.config.hidden_size)
+        assert len(products) == 5 * len(llama.model.layers)
+        for given in (rows, others, rows):
+            for part in parts:
+                torch.testing.assert_close(products[part](given), part(given))
+        torch.testing.assert_close(products[parts[2]](others), parts[2](others))  # in any order
 
 
 def test_the_last_layer_multiplies_what_the_logits_need(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
