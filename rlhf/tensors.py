@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.kernels import kernels
+
 # Logits that are turned to fp32 at a time. On a CPU they stay in its cache from one operation to the next; on a GPU a few large kernels
 # are better than many small ones, and the number bounds the memory.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
@@ -50,6 +52,13 @@ class _LogProbsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.kernels = kernels("logits") if logits.device.type == "cuda" and logits.stride(-1) == 1 else None
+        if ctx.kernels:
+            log_probs, totals, entropies = ctx.kernels.measure(logits, targets, temperature)
+            ctx.save_for_backward(logits, targets, totals, entropies)
+            return log_probs, entropies
         log_probs, totals, entropies = torch.empty(3, len(logits), device=logits.device)
         for at in _chunks(logits):
             scaled = logits[at].float() / temperature
@@ -60,8 +69,6 @@ class _LogProbsAndEntropy(torch.autograd.Function):
             log_probs[at] = scaled.gather(-1, targets[at, None]).squeeze(-1) - totals[at]
             entropies[at] = totals[at] - torch.linalg.vecdot(weights, scaled) / sums  # −Σ p·log p, with log p = scaled − total
         ctx.save_for_backward(logits, targets, totals, entropies)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
         return log_probs, entropies
 
     @staticmethod
@@ -69,6 +76,8 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         """d log p(target) / d logits = (1[target] − p) / temperature; d entropy / d logits = −p·(log p + entropy) / temperature."""
         slopes, entropy_slopes = of_outputs
         logits, targets, totals, entropies = ctx.saved_tensors
+        if ctx.kernels:
+            return ctx.kernels.slopes(*ctx.saved_tensors, slopes, entropy_slopes, ctx.temperature), None, None
         result = torch.empty_like(logits)
         for at in _chunks(logits):
             change = (logits[at].float() / ctx.temperature).sub_(totals[at, None])  # log p

@@ -17,16 +17,17 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rlhf import config
+from rlhf.kernels import kernels
 from rlhf.launcher import command
 from rlhf.models.attention import attend
-from rlhf.models.gpu import kernels
 from rlhf.models.packed import pack
 from rlhf.models.pieces import Ragged
 from rlhf.models.policy import logits_at
 from rlhf.rollout import decoding
 from rlhf.rollout.generate import Rollouts, Stop, generate
-from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch, draw_at_once
+from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch
 from rlhf.rollout.sampling import Sampling, sample
+from rlhf.tensors import log_probs_and_entropy
 from tests.models.families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
 from tests.stage_runs import REPOSITORY, TRAINED, free_port, make_workspace, set_params, table, tiny_params
 
@@ -161,7 +162,7 @@ def states_for(name: str, width: int, heads: int) -> list[Tensor]:
 def test_a_kernel_gives_what_torch_does_forwards_and_backwards(
     name: str, width: int, heads: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    known = kernels()
+    known = kernels("layers")
     assert known is not None
     found: list[list[Tensor]] = []
     for kind, device in ((torch.float64, "cpu"), (dtype, "cuda"), (dtype, "cuda")):
@@ -177,6 +178,34 @@ def test_a_kernel_gives_what_torch_does_forwards_and_backwards(
         torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("columns", [2, 400, 50272])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probs_and_entropies_in_one_kernel(
+    columns: int, temperature: float, dtype: torch.dtype, tolerance: float, entropy: bool
+) -> None:
+    assert kernels("logits") is not None
+    torch.manual_seed(1)
+    given, targets, slopes = 4 * torch.randn(33, columns).to(dtype), torch.randint(columns, (33,)), torch.randn(2, 33)
+    given[0, 1] = float("-inf")
+    targets[0] = 0
+    found = []
+    for kind, device in ((torch.float64, "cpu"), (dtype, "cuda"), (dtype, "cuda")):
+        logits = given.to(device, kind).requires_grad_()
+        if device == "cpu":
+            log_p = (logits / temperature).log_softmax(-1)
+            made = (log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p.nan_to_num(neginf=0)).sum(-1))
+        else:
+            made = log_probs_and_entropy(logits, targets.to(device), temperature)
+        wanted = 1 + entropy
+        torch.autograd.backward(made[:wanted], list(slopes[:wanted].to(device, made[0].dtype)))
+        found.append([part.detach().cpu() for part in (*made, cast(Tensor, logits.grad).nan_to_num())])
+    for expected, one, again in zip(*found, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def noted(forward: Callable[..., Any], name: str, asked: list[str]) -> Any:
     def note(*given: Any) -> Any:
         asked.append(name)
@@ -188,7 +217,7 @@ def noted(forward: Callable[..., Any], name: str, asked: list[str]) -> Any:
 def test_a_loaded_models_layers_take_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = on_gpu("llama", torch.bfloat16), list[str]()
     for name in ("Norm", "Rotation", "Gate"):
-        kind = getattr(kernels(), name)
+        kind = getattr(kernels("layers"), name)
         monkeypatch.setattr(kind, "forward", noted(kind.forward, name, asked))
     model(input_ids=torch.ones(1, 5, dtype=torch.long, device=GPU))
     assert {name: asked.count(name) for name in asked} == {"Norm": 5, "Rotation": 2, "Gate": 2}
@@ -200,14 +229,14 @@ def test_a_loaded_models_layers_take_the_kernels(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [2, 400, 4096, 50272, 128256])
 def test_a_draw_in_one_kernel_is_the_draw_by_torch(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = draw_at_once()
-    assert draw is not None
+    found = kernels("drawing")
+    assert found is not None
     torch.manual_seed(1)
     logits, uniforms = (4 * torch.randn(64, columns)).to(GPU, dtype), torch.rand(64, device=GPU)
     logits[0, 1:] = float("-inf")
     uniforms[1], uniforms[2] = 0, 1 - 2**-24
-    tokens, log_probs = draw(logits, uniforms, 0.7)
-    monkeypatch.setattr("rlhf.rollout.sampling.draw_at_once", lambda: None)
+    tokens, log_probs = found.draw(logits, uniforms, 0.7)
+    monkeypatch.setattr("rlhf.rollout.sampling.kernels", lambda _: None)
     expected, of_them = sample(logits, uniforms, Sampling(0.7, 0, 1.0, 1))
     assert (tokens != expected).sum() <= 1  # one may lie within rounding of the next
     same = tokens == expected
@@ -267,11 +296,12 @@ def test_a_captured_step_gives_what_the_same_operations_give_one_by_one(dtype: t
     first = answers_of(model, DRAWN, stop=early)
     assert captured == [24]  # a smaller one does not pay for a few steps
     monkeypatch.setattr(decoding, "PATIENCE", 0)
-    assert answers_of(model, DRAWN, stop=early).answers == first.answers
+    second = answers_of(model, DRAWN, stop=early)
+    assert second.answers == first.answers
     assert sorted(captured) in ([2, 6, 24, 24], [1, 2, 6, 24, 24])
-    assert answers_of(model, DRAWN, stop=early) == first
+    assert answers_of(model, DRAWN, stop=early) == second
     monkeypatch.setattr(decoding.GraphDecoder, "_run", decoding.GraphDecoder._compute)
-    assert answers_of(model, DRAWN, stop=early) == first
+    assert answers_of(model, DRAWN, stop=early) == second
 
 
 def test_the_next_rollout_uses_the_new_weights() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # from the ground up: a part (a package, or a module that stands by itself) imports parts of lower layers, and none of its own layer
 LAYERS = (
-    ("rlhf.redact", "rlhf.tensors", "rlhf.documents"),
+    ("rlhf.redact", "rlhf.kernels", "rlhf.documents"),
+    ("rlhf.tensors",),
     ("rlhf.errors",),
     ("rlhf.paths", "rlhf.locks", "rlhf.algorithms"),
     ("rlhf.config",),
@@ -37,6 +38,7 @@ TRAINING = (
     "data",
     "documents",
     "engine",
+    "kernels",
     "models",
     "rewards",
     "rollout",

@@ -1,34 +1,19 @@
-"""Layers written as Llama's are, with one kernel each for norm, rotary embedding and gate on a GPU (rlhf/models/kernels.py)."""
+"""Layers written as Llama's are, with one kernel each for norm, rotary embedding and gate on a GPU (rlhf/kernels/layers.py)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama import modeling_llama as llama
 
-logger = logging.getLogger(__name__)
+from rlhf.kernels import kernels
 
 ROTARY = "apply_rotary_pos_emb"  # what the modules of transformers call it
-
-
-@cache
-def kernels() -> Any:
-    """The module of kernels, tried out; None where Triton is missing or finds no compiler."""
-    try:
-        from rlhf.models import kernels as found
-
-        found.Norm.apply(torch.ones(1, 16, device="cuda"), torch.ones(16, device="cuda"), 1e-6)
-    except Exception as error:
-        logger.warning("norms, rotary embeddings and gates are by torch, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
-        return None
-    return found
 
 
 def with_few_kernels(model: nn.Module) -> None:
@@ -52,7 +37,7 @@ def _gated(kind: Any) -> type:
     """A class of multilayer perceptron, with its gate in one kernel."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" or (found := kernels()) is None:
+        if x.device.type == "cpu" or (found := kernels("layers")) is None:
             return cast(Tensor, kind.forward(self, x))
         return cast(Tensor, self.down_proj(found.Gate.apply(self.gate_proj(x), self.up_proj(x))))
 
@@ -65,7 +50,7 @@ def _turning(kind: Any) -> type:
     known = kind.forward
 
     def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
-        if query.device.type == "cpu" or others or (found := kernels()) is None:
+        if query.device.type == "cpu" or others or (found := kernels("layers")) is None:
             return cast(tuple[Tensor, Tensor], known.__globals__[ROTARY](query, key, cos, sin, **others))
         return cast(tuple[Tensor, Tensor], found.Rotation.apply(query, key, cos, sin))
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.kernels import kernels
 from rlhf.rollout.cache import SlotCache
-from rlhf.rollout.gpu import attend_at_once, draw_at_once
 from rlhf.rollout.sampling import Sampling, sample
 from rlhf.tensors import shape
 
@@ -76,7 +76,8 @@ class GraphDecoder(Decoder):
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache, sampling: Sampling) -> None:
         super().__init__(model, cache, sampling)
-        attend_at_once(), draw_at_once()  # which are tried out now: not while the step is captured
+        for name in ("attention", "drawing", "layers"):
+            kernels(name)  # which are tried out now: not while the step is captured
         slots = cache.slots
         self.buffers = [_Buffers(slots), _Buffers(slots)]  # in turn: a step is asked for while the one before it is waited for
         # the same tensors at each step

@@ -1,18 +1,15 @@
-"""A decoding step on a GPU: attention of one new token of each answer to what its slot holds, and the draw of the next."""
+"""Attention of a decoding step on a GPU: of one new token of each answer, to what its slot holds."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from rlhf.kernels import kernels
 from rlhf.models import ragged
 from rlhf.models.options import Options, weigh
-
-logger = logging.getLogger(__name__)
 
 # query (B, Q, 1, D), new key and value (B, H, 1, D), the slots' keys and values (slots, H, T, D), lengths (B,), scale → (B, Q, 1, D)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -21,35 +18,14 @@ Draw = Callable[
 ]  # logits (B, V), uniforms (B,), temperature → tokens and log-probabilities (B,)
 
 
-@cache
 def attend_at_once() -> Attention:
-    """Attention of a decoding step on a GPU: the kernel made for it, or torch's where Triton is missing or finds no compiler."""
-    try:
-        from rlhf.rollout import fused
-
-        tiny = torch.zeros(1, 1, 1, 16, device="cuda")
-        fused.attend(tiny, tiny, tiny, tiny.clone(), tiny.clone(), torch.zeros(1, dtype=torch.long, device="cuda"), 1.0)
-    except Exception as error:
-        logger.warning("decoding attends by torch's kernels, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
-        return attend_by_torch
-    return fused.attend
-
-
-@cache
-def draw_at_once() -> Draw | None:
-    """The kernel that draws on a GPU, tried out; None where Triton is missing or finds no compiler."""
-    try:
-        from rlhf.rollout import drawing
-
-        drawing.draw(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), 1.0)
-    except Exception as error:
-        logger.warning("tokens are drawn by torch's kernels, which is slower: %s", (str(error) or repr(error)).splitlines()[0])
-        return None
-    return drawing.draw
+    """Attention of a decoding step on a GPU: the kernel made for it, or torch's."""
+    found = kernels("attention")
+    return found.attend if found else attend_by_torch
 
 
 def attend_by_torch(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """What `attend` of rlhf/rollout/fused.py does, by the kernels that prompts are read with."""
+    """What `attend` of rlhf/kernels/attention.py does, by the kernels that prompts are read with."""
     rows, heads, _, width = query.shape
     sharing, capacity = key.shape[1:3]
     group = heads // sharing

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf.rollout.gpu import draw_at_once
+from rlhf.kernels import kernels
 
 PART = 128  # columns
 
@@ -40,8 +41,8 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     narrow what is drawn; or that of the distribution drawn from, where `sampling` asks for it.
     """
     plain = sampling.temperature > 0 and not sampling.top_k and sampling.top_p == 1
-    if plain and logits.device.type == "cuda" and (draw := draw_at_once()):
-        return draw(logits, uniforms, sampling.temperature)
+    if plain and logits.device.type == "cuda" and (found := kernels("drawing")):
+        return cast(tuple[Tensor, Tensor], found.draw(logits, uniforms, sampling.temperature))
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature

@@ -1,4 +1,4 @@
-"""A draw from rows of logits on an NVIDIA GPU, in Triton: they are read once, and what the draw needs of them is small.
+"""A draw from rows of logits: they are read once, and what the draw needs of them is small.
 
 As `drawn` of rlhf/rollout/sampling.py in two steps, the part of the row and the column in it. Left to torch, the logits of a large
 vocabulary become a copy in fp32 that is read and written six times, which takes as long as a layer.
@@ -7,12 +7,16 @@ vocabulary become a copy in fp32 that is read and written six times, which takes
 from __future__ import annotations
 
 import torch
-import triton  # only torch's builds for CUDA bring it
+import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
 PART, PARTS = 128, 32  # columns of a part; parts that a program adds up
+
+
+def try_out() -> None:
+    draw(torch.zeros(1, 2, device="cuda"), torch.zeros(1, device="cuda"), 1.0)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

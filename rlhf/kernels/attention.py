@@ -1,4 +1,4 @@
-"""A decoding step's attention as one kernel for NVIDIA GPUs, written in Triton, which comes with torch's builds for CUDA.
+"""A decoding step's attention.
 
 Attention of one token per answer takes as long as keys and values take to be read. The kernels that torch has for whole sequences work on
 128 queries at a time, of which one would count here, and their arithmetic takes several times as long as the reading (LOG.md). This one
@@ -9,13 +9,18 @@ It also writes the new token's keys and values to their place.
 from __future__ import annotations
 
 import torch
-import triton  # only torch's builds for CUDA bring it
+import triton
 import triton.language as tl
 from torch import Tensor
 
 KEYS, BYTES = 64, 2**15  # that a program reads at a time, at most: some such parts must fit where it works
 LEAST = 16  # rows and columns of a matrix product
 LOG2_E = 1.4426950408889634
+
+
+def try_out() -> None:
+    tiny = torch.zeros(1, 1, 1, 16, device="cuda")
+    attend(tiny, tiny, tiny, tiny.clone(), tiny.clone(), torch.zeros(1, dtype=torch.long, device="cuda"), 1.0)
 
 
 def attend(query: Tensor, new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float) -> Tensor:
