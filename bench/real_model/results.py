@@ -75,22 +75,29 @@ def read(archive: zipfile.ZipFile, row: Row, name: str) -> str:
 
 def checkable(rows: Sequence[Row], archive: zipfile.ZipFile) -> None:
     """Accuracy of sft, grpo and TRL's, by source."""
-    found = {policy: [answers_of(archive, row) for row in evaluations(rows, "checkable", policy)] for policy in ("grpo", "trl")}
+    found = {
+        policy: [answers_of(archive, row) for row in evaluations(rows, "checkable", policy)] for policy in ("grpo", "grpo_short", "trl")
+    }
     if not found["grpo"]:
         return
     sources = ["", *dict.fromkeys(line["source"] for line in found["grpo"][0].values())]
     headings = ["held-out", "n", "sft", "grpo", "difference", "95%", "each seed"]
     lines = [[source or "all", *risen(found["grpo"], source, "sft")] for source in sources]
     table(headings, lines)
-    if found["trl"]:
-        ours = [one for row, one in zip(evaluations(rows, "checkable", "grpo"), found["grpo"], strict=True) if row["seed"] in seeds(rows)]
-        both = [{key: beside(line, their[key]) for key, line in our.items()} for our, their in zip(ours, found["trl"], strict=False)]
+    both = [
+        {key: beside(line, theirs[key]) for key, line in answers_of(archive, ours).items()} for ours, theirs in beside_trl(rows, archive)
+    ]
+    if both:
         table(["held-out", "n", "TRL's", "grpo", "difference", "95%", "each seed"], [[s or "all", *risen(both, s, "trl")] for s in sources])
     table(["seed", *MEASURES, "gates that fail"], [told(row) for policy in found for row in evaluations(rows, "checkable", policy)])
 
 
-def seeds(rows: Sequence[Row]) -> set[int]:
-    return {row["seed"] for row in evaluations(rows, "checkable", "trl")}
+def beside_trl(rows: Sequence[Row], archive: zipfile.ZipFile) -> list[tuple[Row, dict[str, Row]]]:
+    """Our evaluation of each seed with as many steps as TRL's, and the answers of TRL's."""
+    short = evaluations(rows, "checkable", "grpo_short") or evaluations(rows, "checkable", "grpo")
+    ours = {row["seed"]: row for row in short}
+    theirs = {row["seed"]: row for row in evaluations(rows, "checkable", "trl")}
+    return [(ours[seed], answers_of(archive, theirs[seed])) for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def answers_of(archive: zipfile.ZipFile, row: Row) -> dict[str, Row]:

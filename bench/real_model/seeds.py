@@ -90,6 +90,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="What has not ended by then is cut off.")] = 3600,
     accelerator: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     peers: Annotated[bool, typer.Option("--peers", help="TRL's trainers as well.")] = False,
+    peer_steps: Annotated[int, typer.Option(help="Steps of TRL's grpo, and of ours beside it; 0: as the preset has them.")] = 0,
     again: Annotated[bool, typer.Option("--again", help="The first seed once more, for the bytes.")] = False,
     variant: Annotated[list[str] | None, typer.Option(help='Another branch: "hh grpo NAME KEY=VALUE …", or of checkable.')] = None,
 ) -> None:
@@ -102,7 +103,8 @@ def main(
         afterwards.callback(shutil.rmtree, place, ignore_errors=True)
         tasks.main(pairs, place / "tasks", 1)
         own = (*common_values(model, accelerator), *(values or []))
-        plan = planned(place, seeds or [1, 2, 3], only, own, peers, again, variant or [])
+        chosen = Chosen(peers, peer_steps, again, tuple(variant or ()))
+        plan = planned(place, seeds or [1, 2, 3], only, own, chosen)
         given = {"tasks": place / "tasks", "pairs": pairs}
         size = shape(AutoConfig.from_pretrained(model))
         by_name = {stage.name: stage for stage in plan}
@@ -131,6 +133,16 @@ def memory_of(device: str) -> float:
 # ------------------------------------------------------------------------------------------------------------------ plan
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What is run besides the presets."""
+
+    peers: bool = False
+    peer_steps: int = 0
+    again: bool = False
+    variants: tuple[str, ...] = ()
+
+
 def common_values(model: Path, accelerator: str) -> tuple[str, ...]:
     """What differs from the presets: where the model lies, the device, and no checkpoints."""
     never = (f"{section}.checkpoint_every=1000000" for section in ("sft", "reward", "ppo", "grpo", "dpo", "evaluate.judge"))
@@ -138,23 +150,19 @@ def common_values(model: Path, accelerator: str) -> tuple[str, ...]:
     return (f"base.model={model.resolve()}", "base.revision=null", f"launch.accelerator={accelerator}", *slots, *never)
 
 
-def planned(
-    place: Path, seeds: Sequence[int], only: str, values: tuple[str, ...], peers: bool, again: bool, variants: Sequence[str] = ()
-) -> list[Stage]:
+def planned(place: Path, seeds: Sequence[int], only: str, values: tuple[str, ...], chosen: Chosen) -> list[Stage]:
     """All stages, in the order in which they are to begin where they may."""
     found: list[Stage] = []
     for preset in (name for name in BRANCHES if only in name):
         for seed in seeds:
-            found += of_seed(place, preset, seed, values, "", peers, variants)
-        if again:
-            found += of_seed(place, preset, seeds[0], values, "-again", False)
+            found += of_seed(place, preset, seed, values, "", chosen)
+        if chosen.again:
+            found += of_seed(place, preset, seeds[0], values, "-again", Chosen())
     numbers = {stage.name: (stage.late, ORDER.index(stage.stage), stage.seed) for stage in found}
     return sorted(found, key=lambda stage: numbers[stage.name])
 
 
-def of_seed(
-    place: Path, preset: str, seed: int, values: tuple[str, ...], suffix: str, peers: bool, variants: Sequence[str] = ()
-) -> list[Stage]:
+def of_seed(place: Path, preset: str, seed: int, values: tuple[str, ...], suffix: str, chosen: Chosen) -> list[Stage]:
     """The stages of a seed: those in common, and those of each algorithm."""
     short = f"{preset.rpartition('-')[2]}-{seed}{suffix}"
     late, branches = (3, BRANCHES[preset][:1]) if suffix else (0, BRANCHES[preset])
@@ -169,8 +177,7 @@ def of_seed(
     whole = tuple(f"{short} {name}" for name in common)
 
     def branch(name: str, stage: str, module: str = "", later: int = 0, changed: Sequence[str] = ()) -> list[Stage]:
-        label, chosen = f"{short}-{name}", (*own, f"algorithm={stage}", *changed)
-        given = (preset, seed, chosen)
+        label, given = f"{short}-{name}", (preset, seed, (*own, f"algorithm={stage}", *changed))
         return [
             Stage(f"{label} {stage}", stage, place / label, *given, whole, place / short, module, late + later),
             Stage(f"{label} evaluate", "evaluate", place / label, *given, (f"{label} {stage}",), late=late),
@@ -178,12 +185,14 @@ def of_seed(
 
     for name in branches:
         found += branch(name, name)
-    if peers and preset.endswith("hh"):
+    if chosen.peers and preset.endswith("hh"):
         root, needed = place / f"{short}-dpo", (f"{short}-dpo dpo",)
         found.append(Stage(f"{short} peers", "peers", root, preset, seed, own, needed, module="bench.real_model.peers", late=1))
-    elif peers:
-        found += branch("trl", "grpo", "bench.real_model.peer_grpo", later=seed > 1)
-    for kind, stage, name, *changed in map(str.split, variants):
+    elif chosen.peers:
+        steps = (f"grpo.steps={chosen.peer_steps}",) if chosen.peer_steps else ()
+        found += branch("trl", "grpo", "bench.real_model.peer_grpo", later=1, changed=steps)
+        found += branch("grpo_short", "grpo", later=1, changed=steps) if steps else []
+    for kind, stage, name, *changed in map(str.split, chosen.variants):
         if preset.endswith(kind):
             found += branch(f"{stage}_{name}", stage, later=2, changed=changed)
     return found

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,13 +81,17 @@ def run_all(
 
     def end(task: Task, how: End) -> None:
         known[task.name] = how.how == 0
-        ended(task, how)
+        try:
+            ended(task, how)
+        except Exception:  # a full disk, say: what needs this one is lost, the others go on
+            known[task.name] = False
+            traceback.print_exc()
 
     while waiting or running:
         now = time.monotonic() - begin
         for one in list(running):
             code = one.process.poll()
-            with suppress(psutil.Error):
+            with suppress(Exception):  # it has ended meanwhile, or the driver does not say
                 one.gib = max(one.gib, memory(one.process.pid))
             if code is None and now < seconds:
                 continue

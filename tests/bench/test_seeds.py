@@ -61,7 +61,7 @@ def test_at_the_deadline_all_ends(tmp_path: Path) -> None:
 
 
 def test_every_stage_waits_for_stages_that_are_there(tmp_path: Path) -> None:
-    plan = seeds.planned(tmp_path, [1, 2], "", (), peers=True, again=True, variants=["hh ppo hot ppo.steps=9"])
+    plan = seeds.planned(tmp_path, [1, 2], "", (), seeds.Chosen(True, 7, True, ("hh ppo hot ppo.steps=9",)))
     names = [stage.name for stage in plan]
     assert len(set(names)) == len(names)
     assert {name for stage in plan for name in stage.after} <= set(names)
