@@ -298,7 +298,7 @@ def test_a_captured_step_gives_what_the_same_operations_give_one_by_one(dtype: t
     monkeypatch.setattr(decoding, "PATIENCE", 0)
     second = answers_of(model, DRAWN, stop=early)
     assert second.answers == first.answers
-    assert sorted(captured) in ([2, 6, 24, 24], [1, 2, 6, 24, 24])
+    assert captured[:3] == [24, 24, 6]  # and one for the last answers, where they are written alone for long enough
     assert answers_of(model, DRAWN, stop=early) == second
     monkeypatch.setattr(decoding.GraphDecoder, "_run", decoding.GraphDecoder._compute)
     assert answers_of(model, DRAWN, stop=early) == second

@@ -148,11 +148,13 @@ def measure(family: str, rounds: int, profile: bool, result: Any) -> None:
             mine, others = (sum(lengths) / statistics.median(pair[side] for pair in seconds) for side in (0, 1))
             ratios = [other / one for one, other in seconds]
             generations.append(Generation(family, actor.num_parameters(), plan, mine, others, ratios, sum(lengths) / least))
+            print(generations[-1], flush=True)  # a run may be cut off
         del plain
         torch.cuda.empty_cache()
         setattr(answering, "generate", endless)  # noqa: B010  # its type would not take it
         clocks = [ppo_step(job, models, critic, prompts, step, device) for step in range(rounds + 1)][1:]
         phases = shares(family, models, critic, clocks, rates["products"])
+        print(*phases, sep="\n", flush=True)
         found = {
             "machine": torch.cuda.get_device_name(device),
             "bytes_per_second": rates["memory"],
