@@ -71,7 +71,7 @@ class Stage:
     after: tuple[str, ...]
     before: Path | None = None
     module: str = ""
-    late: int = 0  # the others go first
+    late: int = 0  # as Task has it
 
     @property
     def folder(self) -> Path:
@@ -108,7 +108,7 @@ def main(
         given = {"tasks": place / "tasks", "pairs": pairs}
         size = shape(AutoConfig.from_pretrained(model))
         by_name = {stage.name: stage for stage in plan}
-        todo = [Task(one.name, partial(start, one, given, device), one.after, room_of(one, size)) for one in plan]
+        todo = [Task(one.name, partial(start, one, given, device), one.after, room_of(one, size), one.late) for one in plan]
         print(f"{len(todo)} stages on {device}, ready after {time.monotonic() - began:.0f} s", flush=True)
         run_all(
             todo,

@@ -36,12 +36,14 @@ class Task:
         start: makes ready what the process needs, once all that it waits for has succeeded.
         after: names of tasks that it waits for.
         gib: what it takes of the room at most.
+        late: it begins once all that are less late have begun, but for those that nothing waits for.
     """
 
     name: str
     start: Callable[[], Start]
     after: tuple[str, ...] = ()
     gib: float = 0.0
+    late: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def run_all(
     """
     begin = time.monotonic()
     waiting, running = list(tasks), list[Running]()
+    awaited = {name for task in tasks for name in task.after}
     known: dict[str, bool] = {}  # by name, whether it succeeded
 
     def end(task: Task, how: End) -> None:
@@ -103,6 +106,8 @@ def run_all(
             if lacking or now >= seconds:
                 waiting.remove(task)
                 end(task, End(SKIPPED, now, why=f"without {', '.join(lacking)}" if lacking else "no time was left"))
+            elif any(other.late < task.late and other.name in awaited for other in waiting):
+                continue
             elif all(known.get(name) for name in task.after) and fits(task, running, together, room):
                 waiting.remove(task)
                 try:

@@ -13,11 +13,11 @@ from bench.real_model import results, seeds
 from bench.real_model.side_by_side import CUT_OFF, SKIPPED, End, Start, Task, on_processor, run_all
 
 
-def task(folder: Path, name: str, program: str, *after: str, gib: float = 0.0) -> Task:
+def task(folder: Path, name: str, program: str, *after: str, gib: float = 0.0, late: int = 0) -> Task:
     def start() -> Start:
         return Start([sys.executable, "-S", "-c", program], folder, os.environ, folder / f"{name}.log")
 
-    return Task(name, start, after, gib)
+    return Task(name, start, after, gib, late)
 
 
 def ends(tasks: list[Task], together: int = 4, room: float = 10.0, seconds: float = 30.0) -> dict[str, End]:
@@ -51,6 +51,13 @@ def test_a_failure_takes_along_what_needs_it_and_nothing_else(tmp_path: Path) ->
     assert found["second"].why == "without first"
     assert found["unready"].why == "FileNotFoundError: no model"
     assert (tmp_path / "first.log").read_text() == "why\n"
+
+
+def test_what_is_late_lets_the_others_begin(tmp_path: Path) -> None:
+    pause = "import time; time.sleep(0.3)"
+    chain = [task(tmp_path, "first", pause), task(tmp_path, "second", pause, "first"), task(tmp_path, "third", pause, "second")]
+    found = ends([task(tmp_path, "late", "", late=1), *chain])
+    assert found["first"].began < found["second"].began <= found["late"].began < found["third"].began
 
 
 def test_at_the_deadline_all_ends(tmp_path: Path) -> None:
