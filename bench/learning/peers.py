@@ -112,7 +112,9 @@ def theirs(pause: Pause, root: Path, algorithm: str) -> None:
     kind: Any
     trainer: Any
     kind, trainer = (trl.RLOOConfig, trl.RLOOTrainer) if algorithm == "rloo" else (trl.GRPOConfig, trl.GRPOTrainer)
-    own: dict[str, Any] = {} if algorithm == "rloo" else {"loss_type": "grpo", "scale_rewards": "group"}
+    own: dict[str, Any] = {}
+    if algorithm == "grpo":
+        own = {"loss_type": "grpo", "scale_rewards": "group", "use_bias_correction_kl": params.kl.with_ratio}
     given: dict[str, Any] = {"lr": params.actor.learning_rate, "betas": params.actor.betas, "eps": params.actor.epsilon}
     optimizer = torch.optim.AdamW(parameter_groups(policy, params.actor.weight_decay), **given, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(params.actor, step, updates))
