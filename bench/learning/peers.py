@@ -1,25 +1,25 @@
 """The sandbox's policy trained by stage grpo and by TRL's trainers, in turn: the gold score of both, and samples per second.
 
 python bench/learning/peers.py --clones DIR            GRPO and RLOO with seeds 1 to 3, on what bench/learning/algorithms.py left
-python bench/learning/peers.py --clones DIR rloo --seeds 1
+python bench/learning/peers.py --clones DIR rloo --seeds 1 --output one.json
+python bench/learning/peers.py --stored one.json --stored other.json   the table of earlier runs, and the intervals over all of them
 
 Both sides begin with stage sft's weights, and have the same prompts in the same order, stage reward's model as reward (an answer that
 does not end gets no_eos_reward), number of answers, learning rates and optimiser, and one thread. Each is a process of its own
 (bench/speed/sides.py), and they make their steps in turn. The mixture of texts and early stopping, which TRL does not have, are off. What
 still differs: the answers drawn; TRL deals a step's answers out to its two updates one by one, ours by prompt; where nothing else needs
 them, TRL does not compute the log-probabilities of the policy that sampled. Gold is that of one answer to each held-out prompt, drawn by
-our engine with the same seeds; its interval is over prompts, and knows nothing of the luck of a training run.
+our engine with the same seeds; its interval is over prompts, and knows nothing of the luck of a training run, which that over runs does.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ from transformers import AutoModelForSequenceClassification
 
 from bench.clone import REPOSITORY, cell, machine
 from bench.learning.seeds import numbers_of
+from bench.learning.warm_start import interval
 from bench.speed.report import Case, case, versions
 from bench.speed.sides import Pause, Side, free_port, paced_job, place_of
 from bench.speed.training import SETTINGS, Pausing
@@ -172,9 +173,39 @@ def table(rows: list[Row]) -> Table:
     return drawn
 
 
+def over_runs(rows: Sequence[Row]) -> list[str]:
+    """How far gold is above TRL's, of each algorithm and of all: the mean over training runs, with its 95% interval."""
+    said = []
+    for name in (*dict.fromkeys(row["algorithm"] for row in rows), "all"):
+        apart = [row["gold"]["difference"] for row in rows if name in (row["algorithm"], "all")]
+        mean, low, high = interval(apart)
+        said.append(f"{name}: gold {mean:+.3f} above TRL's ({low:+.3f} … {high:+.3f} over {len(apart)} runs)")
+    return said
+
+
+def measured(clones: Path, wanted: Sequence[tuple[int, str]]) -> list[Row]:
+    """Train with each seed by each algorithm, both sides, and measure; a line is told of each."""
+    rows: list[Row] = []
+    with ExitStack() as afterwards:
+        place = Path(tempfile.mkdtemp(prefix="rlhf-peers-"))
+        afterwards.callback(shutil.rmtree, place, ignore_errors=True)
+        for seed, name in wanted:
+            root = workspace(clones / str(seed) / "clone", place, name, seed)
+            speed = trained(root, name, seed)
+            if not rows:  # not before, as TRL would take it for its own group
+                os.environ |= place_of(0, 1, free_port())
+                start(job_in(root, "evaluate"))
+            rows.append({"algorithm": name, "seed": seed, "gold": gold(root), "speed": speed})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
 def main(
-    clones: Annotated[Path, typer.Option(help="What `bench/learning/algorithms.py --clones DIR` left.")],
     algorithms: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ALGORITHMS)}; both where none is named.")] = None,
+    clones: Annotated[
+        Path | None, typer.Option(help="What `bench/learning/algorithms.py --clones DIR` left; without it nothing is trained.")
+    ] = None,
+    stored: Annotated[list[Path] | None, typer.Option(help="What an earlier run wrote: its numbers count as well.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them, or a range: 1,2,5-7.")] = "1-3",
     output: Annotated[Path, typer.Option(help="Where to write the numbers.")] = REPOSITORY / "bench" / "peers.json",
 ) -> None:
@@ -182,24 +213,14 @@ def main(
     names = algorithms or list(ALGORITHMS)
     if unknown := set(names) - set(ALGORITHMS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: TRL has {' and '.join(ALGORITHMS)}")
-    rows: list[Row] = []
-    with ExitStack() as afterwards:
-        place = Path(tempfile.mkdtemp(prefix="rlhf-peers-"))
-        afterwards.callback(shutil.rmtree, place, ignore_errors=True)
-        for number, (seed, name) in enumerate((seed, name) for seed in numbers_of(seeds) for name in names):
-            root = workspace(clones / str(seed) / "clone", place, name, seed)
-            speed = trained(root, name, seed)
-            if not number:  # not before, as TRL would take it for its own group
-                os.environ |= place_of(0, 1, free_port())
-                start(job_in(root, "evaluate"))
-            rows.append({"algorithm": name, "seed": seed, "gold": gold(root), "speed": speed})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    if not (clones or stored):
+        raise typer.BadParameter("give --clones DIR to train, or --stored FILE to print what was measured")
+    rows: list[Row] = [row for path in stored or [] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    if clones:
+        rows += measured(clones, [(seed, name) for seed in numbers_of(seeds) for name in names])
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table(rows))
-    for name in names:
-        apart = [row["gold"]["difference"] for row in rows if row["algorithm"] == name]
-        error = f", standard error over seeds {statistics.stdev(apart) / math.sqrt(len(apart)):.3f}" if len(apart) > 1 else ""
-        console.print(f"{name}: gold {statistics.fmean(apart):+.3f} above TRL's{error}")
+    console.print("\n".join(over_runs(rows)))
     output.write_text(json.dumps({"machine": machine(), "versions": versions(), "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
