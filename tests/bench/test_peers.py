@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from bench.learning.peers import over_runs
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench/learning/peers.py"
+from bench.learning.peers import ALGORITHMS, NEVER, apart, main, over_runs, trained
+from rlhf.models.policy import load_policy
+from rlhf.models.saving import save_model
+from tests.stage_runs import make_workspace, set_params
+from tests.stages.test_grpo import params_of
+from tests.stages.test_sharding import make_models
 
 
 def row(algorithm: str, seed: int, difference: float) -> dict[str, Any]:
@@ -30,14 +35,29 @@ def test_the_interval_over_runs_is_students() -> None:
     ]
 
 
-def test_runs_of_several_calls_are_counted_together(tmp_path: Path) -> None:
-    words: list[str | Path] = []
-    for seed in (1, 2):
-        path = tmp_path / f"{seed}.json"
+def test_runs_of_several_calls_are_counted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{seed}.json" for seed in (1, 2)]
+    for seed, path in enumerate(paths, start=1):
         path.write_text(json.dumps({"rows": [row("rloo", seed, 0.01 * seed)]}), encoding="utf-8")
-        words += ["--stored", path]
-    done = subprocess.run([sys.executable, SCRIPT, *words, "--output", tmp_path / "all.json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "rloo, seed 2" in done.stdout
-    assert "all: gold +0.015 above TRL's (-0.049 … +0.079 over 2 runs)" in done.stdout
+    main(earlier=paths, output=tmp_path / "all.json")
+    said = capsys.readouterr().out
+    assert "rloo, seed 2" in said
+    assert "all: gold +0.015 above TRL's (-0.049 … +0.079 over 2 runs)" in said
     assert len(json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))["rows"]) == 2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_on_the_same_answers_trls_trainers_end_at_our_weights(algorithm: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt -e '.[dev]'")
+    raw = params_of(algorithm, steps=4, epochs=1, entropy_coefficient=0.0, mixture_coefficient=0.0, max_approx_kl=NEVER)
+    raw["grpo"]["actor"] |= {"learning_rate": 3e-3, "epsilon": 1e-5, "warmup_ratio": 0.25}
+    raw["grpo"]["kl"]["coefficient"] = 1.0  # the policy is hardly off in so few steps
+    make_workspace(tmp_path, raw, pairs=120)
+    make_models(tmp_path, tokenizer)
+    policy = load_policy(tmp_path / "models/sft", "fp32")
+    with torch.no_grad():  # some answers end, some are cut off
+        policy.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
+    save_model(policy, tokenizer, tmp_path / "models/sft")
+    set_params(tmp_path, raw)
+    trained(tmp_path, algorithm, 1, same_answers=True)
+    assert apart(tmp_path) < 1e-4
