@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rlhf import config
 from rlhf.kernels import kernels
@@ -26,8 +25,7 @@ from rlhf.models.policy import logits_at
 from rlhf.rollout import decoding
 from rlhf.rollout.generate import Rollouts, Stop, generate
 from rlhf.rollout.gpu import Attention, attend_at_once, attend_by_torch
-from rlhf.rollout.sampling import Sampling, sample
-from rlhf.tensors import log_probs_and_entropy
+from rlhf.rollout.sampling import Sampling
 from tests.models.families import EOS, FAMILIES, PAD, padded_left, sequences, tiny
 from tests.stage_runs import REPOSITORY, TRAINED, free_port, make_workspace, set_params, table, tiny_params
 
@@ -134,78 +132,6 @@ def test_attention_of_one_token_to_its_slot(
     assert all(torch.equal(states.cpu(), expected) for states, expected in zip(there, held, strict=True))
 
 
-# ------------------------------------------------------------------------------------------- norms, rotary embeddings, gates
-
-
-def by_torch(name: str, *given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """What transformers' Llama has in the place of a kernel, in double precision."""
-    if name == "Norm":
-        states, weight = given
-        return weight * states * (states.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-    return apply_rotary_pos_emb(*given) if name == "Rotation" else torch.nn.functional.silu(given[0]) * given[1]
-
-
-def states_for(name: str, width: int, heads: int) -> list[Tensor]:
-    """What a kernel is given; of angles there is one for both halves of a head."""
-    torch.manual_seed(1)
-    if name == "Norm":
-        return [torch.randn(3, 67, width), torch.rand(width) + 0.5]
-    if name == "Gate":
-        return [torch.randn(3, 67, width), torch.randn(3, 67, width)]
-    angles = torch.randn(3, 67, width // 2).repeat(1, 1, 2)
-    return [torch.randn(3, 67, count, width).transpose(1, 2) for count in (heads, 3)] + [angles.cos(), angles.sin()]
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
-@pytest.mark.parametrize(("width", "heads"), [(8, 3), (72, 9), (2048, 6)])
-@pytest.mark.parametrize("name", ["Norm", "Rotation", "Gate"])
-def test_a_kernel_gives_what_torch_does_forwards_and_backwards(
-    name: str, width: int, heads: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    known = kernels("layers")
-    assert known is not None
-    found: list[list[Tensor]] = []
-    for kind, device in ((torch.float64, "cpu"), (dtype, "cuda"), (dtype, "cuda")):
-        given = [states.to(dtype).to(device, kind) for states in states_for(name, width, heads)]
-        learning = [states.requires_grad_() for states in given[:2]]
-        made = by_torch(name, *given) if device == "cpu" else getattr(known, name).apply(*given, *([1e-5] if name == "Norm" else []))
-        made = made if isinstance(made, tuple) else (made,)
-        slopes = [torch.linspace(-1, 2, part.numel()).view(part.shape).to(dtype).to(part) for part in made]
-        found.append([part.detach().cpu() for part in (*made, *torch.autograd.grad(made, learning, slopes))])
-    for expected, one, again in zip(*found, strict=True):
-        assert one.dtype == dtype
-        assert torch.equal(one, again)
-        torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("columns", [2, 400, 50272])
-@pytest.mark.parametrize("entropy", [False, True])
-def test_log_probs_and_entropies_in_one_kernel(
-    columns: int, temperature: float, dtype: torch.dtype, tolerance: float, entropy: bool
-) -> None:
-    assert kernels("logits") is not None
-    torch.manual_seed(1)
-    given, targets, slopes = 4 * torch.randn(33, columns).to(dtype), torch.randint(columns, (33,)), torch.randn(2, 33)
-    given[0, 1] = float("-inf")
-    targets[0] = 0
-    found = []
-    for kind, device in ((torch.float64, "cpu"), (dtype, "cuda"), (dtype, "cuda")):
-        logits = given.to(device, kind).requires_grad_()
-        if device == "cpu":
-            log_p = (logits / temperature).log_softmax(-1)
-            made = (log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p.nan_to_num(neginf=0)).sum(-1))
-        else:
-            made = log_probs_and_entropy(logits, targets.to(device), temperature)
-        wanted = 1 + entropy
-        torch.autograd.backward(made[:wanted], list(slopes[:wanted].to(device, made[0].dtype)))
-        found.append([part.detach().cpu() for part in (*made, cast(Tensor, logits.grad).nan_to_num())])
-    for expected, one, again in zip(*found, strict=True):
-        assert torch.equal(one, again)
-        torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance)
-
-
 def noted(forward: Callable[..., Any], name: str, asked: list[str]) -> Any:
     def note(*given: Any) -> Any:
         asked.append(name)
@@ -224,23 +150,6 @@ def test_a_loaded_models_layers_take_the_kernels(monkeypatch: pytest.MonkeyPatch
 
 
 # ---------------------------------------------------------------------------------------------------------------- generation
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("columns", [2, 400, 4096, 50272, 128256])
-def test_a_draw_in_one_kernel_is_the_draw_by_torch(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = kernels("drawing")
-    assert found is not None
-    torch.manual_seed(1)
-    logits, uniforms = (4 * torch.randn(64, columns)).to(GPU, dtype), torch.rand(64, device=GPU)
-    logits[0, 1:] = float("-inf")
-    uniforms[1], uniforms[2] = 0, 1 - 2**-24
-    tokens, log_probs = found.draw(logits, uniforms, 0.7)
-    monkeypatch.setattr("rlhf.rollout.sampling.kernels", lambda _: None)
-    expected, of_them = sample(logits, uniforms, Sampling(0.7, 0, 1.0, 1))
-    assert (tokens != expected).sum() <= 1  # one may lie within rounding of the next
-    same = tokens == expected
-    torch.testing.assert_close(log_probs[same], of_them[same], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
