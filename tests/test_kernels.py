@@ -45,7 +45,7 @@ def states_for(name: str, width: int, heads: int) -> list[Tensor]:
         return [torch.randn(2, 19, width), torch.rand(width) + 0.5]
     if name == "Gate":
         return list(torch.randn(2, 19, 2 * width).split(width, -1))
-    angles = torch.randn(2, 19, width // 2).repeat(1, 1, 2)
+    angles = torch.randn(1 if heads == 9 else 2, 19, width // 2).repeat(1, 1, 2)  # the same positions in all rows, or each its own
     return [torch.randn(2, 19, count, width).transpose(1, 2) for count in (heads, 3)] + [angles.cos(), angles.sin()]
 
 

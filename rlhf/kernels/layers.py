@@ -48,7 +48,7 @@ class Norm(torch.autograd.Function):
 
 
 class Rotation(torch.autograd.Function):
-    """Rotary embedding (arXiv 2104.09864) of queries (B, Q, N, D) and keys (B, H, N, D) by cos and sin (B, N, D)."""
+    """Rotary embedding (arXiv 2104.09864) of queries (B, Q, N, D) and keys (B, H, N, D) by cos and sin (B or 1, N, D)."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,8 +105,8 @@ def _turned(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, back: bool)
     _turn[(batch * tokens,)](
         _with_dense_rows(query),
         _with_dense_rows(key),
-        cos.contiguous(),
-        sin.contiguous(),
+        cos.expand(batch, tokens, width).contiguous(),
+        sin.expand(batch, tokens, width).contiguous(),
         *made,
         tokens,
         *strides,
