@@ -69,6 +69,17 @@ def test_layers_forwards_and_backwards(name: str, width: int, heads: int, dtype:
         torch.testing.assert_close(one.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+def test_a_norm_of_what_does_not_lie_densely() -> None:
+    norm = kernels("layers").Norm
+    wide, weight = torch.randn(5, 2 * 16, device=DEVICE), torch.rand(16, device=DEVICE)
+    part = wide[:, :16].requires_grad_()
+    made = norm.apply(part, weight, 1e-5)
+    torch.testing.assert_close(made, norm.apply(part.detach().clone(), weight, 1e-5))
+    (found,) = torch.autograd.grad(made.sum(), part)  # whose gradient is one number, seen everywhere
+    (expected,) = torch.autograd.grad(by_torch("Norm", [part, weight]).sum(), part)  # type: ignore[union-attr]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------------- logits
 
 

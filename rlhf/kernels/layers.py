@@ -26,7 +26,7 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        rows = states.reshape(-1, states.shape[-1])
+        rows = states.reshape(-1, states.shape[-1]).contiguous()
         made = torch.empty_like(rows)
         scales = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         count, size = _block(rows)
@@ -37,7 +37,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor | None, None]:
         rows, weight, scales = ctx.saved_tensors
-        pulls = slopes[0].reshape(rows.shape)
+        pulls = slopes[0].reshape(rows.shape).contiguous()
         made = torch.empty_like(rows)
         count, size = _block(rows)
         shares = min(SHARES, triton.cdiv(len(rows), count))

@@ -18,7 +18,7 @@ def measure(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Of each row: log-probability of the target, logarithm of the sum of exponentials, entropy in nats. (n, V), (n,) → (3, n), fp32."""
     found = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
-        _measure[(len(logits),)](logits, targets, *found, 1 / temperature, logits.stride(0), logits.shape[1], COLUMNS)
+        _measure[(len(logits),)](logits, targets.contiguous(), *found, 1 / temperature, logits.stride(0), logits.shape[1], COLUMNS)
     return found
 
 
@@ -33,10 +33,16 @@ def slopes(
 ) -> Tensor:
     """Gradient of the logits (n, V), from those of log-probabilities (n,) and entropies (n,), by what `measure` has found."""
     made = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    given = (totals, entropies, of_log_probs.contiguous(), of_log_probs if of_entropies is None else of_entropies.contiguous())
+    given = (
+        targets.contiguous(),
+        totals,
+        entropies,
+        of_log_probs.contiguous(),
+        of_log_probs if of_entropies is None else of_entropies.contiguous(),
+    )
     grid = (len(logits), triton.cdiv(logits.shape[1], COLUMNS))
     if len(logits):
-        _slopes[grid](logits, targets, *given, made, 1 / temperature, logits.stride(0), logits.shape[1], of_entropies is not None, COLUMNS)
+        _slopes[grid](logits, *given, made, 1 / temperature, logits.stride(0), logits.shape[1], of_entropies is not None, COLUMNS)
     return made
 
 
