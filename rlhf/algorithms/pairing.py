@@ -11,9 +11,10 @@ def pair(rewards: Sequence[float], rejected: str) -> tuple[int, int] | None:
 
     Args:
         rewards: of each answer.
-        rejected: worst; or two-sigma: the one nearest to μ − 2σ, as of many answers the worst is one of a kind (arXiv 2502.16825).
+        rejected: worst; or two-sigma: of those that are worse than the best, the one nearest to μ − 2σ, as of many answers the worst is
+            one of a kind (arXiv 2502.16825).
     """
     wanted = min(rewards) if rejected == "worst" else statistics.fmean(rewards) - 2 * statistics.pstdev(rewards)
     winner = max(range(len(rewards)), key=rewards.__getitem__)
-    loser = min(range(len(rewards)), key=lambda i: abs(rewards[i] - wanted))
-    return None if rewards[winner] == rewards[loser] else (winner, loser)
+    worse = [i for i in range(len(rewards)) if rewards[i] < rewards[winner]]
+    return (winner, min(worse, key=lambda i: abs(rewards[i] - wanted))) if worse else None

@@ -92,6 +92,8 @@ def test_the_released_arithmetic_differs_by_its_two_denominators_alone() -> None
         # mean 0, deviation 1.17: −2.35 is nearest to −2.1, not to the outlier
         ([0.1] * 60 + [5.0, -2.1, -8.0], "two-sigma", (60, 61)),
         ([2.0, 0.0, 0.0, 2.0], "worst", (0, 1)),
+        # mean −4.05, deviation 22: −48 lies nearer to the best than to the outlier, and the best is worse than none
+        ([1.0] * 19 + [-100.0], "two-sigma", (0, 19)),
     ],
 )
 def test_the_best_answer_wins_and_equal_ones_make_no_pair(rewards: list[float], rejected: str, expected: tuple[int, int] | None) -> None:
