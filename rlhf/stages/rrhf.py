@@ -90,7 +90,8 @@ def laid_out(model: Any, part: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor
         return values.new_zeros(there.numel()).index_copy(0, cells, values).view(there.shape)
 
     lengths = torch.tensor([float(len(answer)) for _, answer in answers], device=model.device)
-    rewards = torch.tensor([reward for row in part for reward in row.rewards], device=model.device)
+    # which are equal is the same as where the batch's pairs are counted
+    rewards = torch.tensor([reward for row in part for reward in row.rewards], dtype=torch.float64, device=model.device)
     return filled(sums), filled(lengths), filled(rewards), there
 
 

@@ -13,10 +13,14 @@ import pytest
 import yaml
 
 from rlhf import config
+from rlhf.algorithms.rrhf import better, rrhf_loss
 from rlhf.config.stored import RoundPairs
 from rlhf.errors import UserError
 from rlhf.job import read_lines
+from rlhf.models.policy import load_policy
 from rlhf.stages.round import as_pair, make_pairs
+from rlhf.stages.rounds import Ranked
+from rlhf.stages.rrhf import laid_out
 from rlhf.workspace import fingerprint, presets
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
@@ -148,6 +152,15 @@ def test_any_cut_of_the_answers_and_of_rrhf_comes_to_the_same(places: Path, tmp_
         assert [[one["tokens"] for one in row["answers"]] for row in rows] == [[one["tokens"] for one in row["answers"]] for row in answers]
         found = [{key: float(value) for key, value in row.items()} for row in table(tmp_path / name / "plots/rrhf.csv")]
         assert found == [pytest.approx(row, rel=1e-3, abs=1e-4) for row in expected]
+
+
+def test_rewards_that_differ_by_little_are_ranked_as_they_are_counted(places: Path) -> None:
+    """A sum of rewards may miss another one by its last bit: where that makes a pair, it does so in the loss as in its denominator."""
+    row = Ranked([1, 2], [[3, 4], [5], [6]], [0.3, 0.1 + 0.2, 0.3])
+    log_probs, lengths, rewards, there = laid_out(load_policy(places / "rrhf/models/sft", "fp32"), [row])
+    _, stats = rrhf_loss(log_probs, lengths, rewards, there, 1.0, 1.0, ranked_prompts=1, best_tokens=1)
+    assert stats["best_loss"].item() == pytest.approx(-log_probs[0, row.best].item())
+    assert better(rewards, there).sum() == 2
 
 
 def test_killed_stages_go_on_to_the_same_bytes(places: Path, tmp_path: Path) -> None:
