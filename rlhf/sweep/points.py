@@ -56,7 +56,11 @@ class Maker:
         Raises:
             UserError: unknown key, or a value out of bounds.
         """
-        text, params = presets.with_values(self._text, self._space.overrides(values), str(self._file))
+        try:
+            text, params = presets.with_values(self._text, self._space.overrides(values), str(self._file))
+        except UserError as error:
+            said = error.what if str(self._file) in error.what else f"{self._file}: {error.what}"
+            raise UserError(said, remedy=error.remedy) from None
         usual = presets.graph(self._root, params)
         # a graph that somebody has changed stays as it is, unless the point needs another one
         graph = self._graph if usual == self._usual else usual

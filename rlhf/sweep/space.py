@@ -57,6 +57,8 @@ class Range(Section):
             raise ValueError("log: true needs low above 0, and no step")
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step {self.step} is not above 0")
+        if self.step is not None and not math.isclose(times := (self.high - self.low) / self.step, round(times), rel_tol=1e-9):
+            raise ValueError(f"steps of {self.step} from low {self.low} do not come to high {self.high}")
         return self
 
     @property
@@ -68,7 +70,11 @@ class Range(Section):
 Choices = Annotated[list[Any], Field(min_length=1)]
 Dimension = Annotated[
     Annotated[Choices, Tag("list")] | Annotated[Range, Tag("range")],
-    Discriminator(lambda value: "list" if isinstance(value, list) else "range"),
+    Discriminator(
+        lambda value: "list" if isinstance(value, list) else "range" if isinstance(value, dict) else None,
+        custom_error_type="neither",
+        custom_error_message="a list of values is wanted, or a range with low and high",
+    ),
 ]
 
 
@@ -90,8 +96,10 @@ class Space(Section):
             if isinstance(choices, Range):
                 if self.method == "grid":
                     raise ValueError(f"values.{key} is a range, and a grid needs a list of values: give one, or method: random or tpe")
-            elif len({_text(choice) for choice in choices}) < len(choices):
+            elif len({_text(f"values.{key}", choice) for choice in choices}) < len(choices):
                 raise ValueError(f"values.{key} holds a value twice")
+        for key, value in self.fixed.items():
+            _text(f"fixed.{key}", value)
         if both := sorted(self.values.keys() & self.fixed.keys()):
             raise ValueError(f"fixed.{both[0]} stands under values, too")
         if unknown := sorted(self.objectives.keys() - NUMBERS.keys()):
@@ -119,7 +127,7 @@ class Space(Section):
         """The changes to params.yaml that make a point; a new algorithm comes first, as it sets other values."""
         changes = self.fixed | values
         order = sorted(changes, key=lambda key: key != "algorithm")
-        return [f"{key}={_text(changes[key])}" for key in order]
+        return [f"{key}={_text(key, changes[key])}" for key in order]
 
     def wanted(self, params: config.Params) -> dict[str, Direction]:
         """What is wanted of a point; where the file does not say: answers that are better, near to where the policy began.
@@ -135,8 +143,16 @@ class Space(Section):
         return self.objectives or {first: "maximize", "kl": "minimize"}
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def _text(key: str, value: Any) -> str:
+    """A value as `rlhf use` takes it.
+
+    Raises:
+        ValueError: YAML has a tag for it, params.yaml has none.
+    """
+    try:
+        return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    except TypeError:
+        raise ValueError(f"{key}: {value!r:.100} is no value of params.yaml: numbers, texts, lists and maps are") from None
 
 
 def load(path: Path) -> Space:
@@ -145,7 +161,10 @@ def load(path: Path) -> Space:
     Raises:
         UserError: it is missing, or no YAML, or a key is missing, unknown or wrong; names file and key.
     """
-    raw = config.text.read(path, remedy=f"give the path of a sweep's file; {DOCUMENTED}")
+    try:
+        raw = config.text.read(path, remedy="")
+    except UserError as error:
+        raise UserError(error.what, remedy=f"give the path of a sweep's file, or correct that; {DOCUMENTED}") from None
     try:
         return Space.model_validate(raw)
     except ValidationError as error:
@@ -159,5 +178,6 @@ def _explain(error: Any) -> str:
         return f"key '{key}' is missing"
     if error["type"] == "extra_forbidden":
         return f"unknown key '{key}'"
-    said = error["msg"].removeprefix("Value error, ")
+    is_map = error["type"] in ("model_type", "dict_type")
+    said = "keys with their values are wanted" if is_map else error["msg"].removeprefix("Value error, ")
     return f"{key}: {said}" if key else said

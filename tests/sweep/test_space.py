@@ -47,6 +47,14 @@ def maker(root: Path, **changes: Any) -> Maker:
         ({"values": {"seed": []}}, "sweep.yaml: values.seed: List should have at least 1 item"),
         ({"method": "random", "values": {"seed": {"low": 4, "high": 1}}}, "sweep.yaml: values.seed: low 4 is not below high 1"),
         ({"method": "tpe", "values": {"seed": {"low": 1}}}, "sweep.yaml: key 'values.seed.high' is missing"),
+        ({"values": {"seed": 3}}, "sweep.yaml: values.seed: a list of values is wanted, or a range with low and high"),
+        ({"values": {"seed": [b"hi"]}}, "sweep.yaml: values.seed: b'hi' is no value of params.yaml: numbers, texts, lists and maps are"),
+        ({"fixed": {"ppo.steps": {1, 2}}}, "sweep.yaml: fixed.ppo.steps: {1, 2} is no value of params.yaml"),
+        ({"values": ["seed"]}, "sweep.yaml: values: keys with their values are wanted"),
+        (
+            {"method": "random", "values": {"ppo.epochs": {"low": 1, "high": 3, "step": 7}}},
+            "sweep.yaml: values.ppo.epochs: steps of 7 from low 1 do not come to high 3",
+        ),
         ({"fixed": {"seed": 1}}, "fixed.seed stands under values, too"),
         ({"objectives": {"golden": "maximize"}}, "objectives.golden is no number of metrics/summary.json: one of accuracy, "),
     ],
@@ -60,6 +68,17 @@ def test_a_file_that_is_wrong_is_refused_by_name_and_key(tmp_path: Path, changes
     assert str(path) in refused.value.what
 
 
+def test_the_remedies_are_of_a_sweeps_file(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    for text, said in ((None, "no such file"), ("name: a\nname: b\n", "not valid YAML"), ("- a\n", "keys with their values are wanted")):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UserError, match=said) as refused:
+            load(path)
+        assert "docs/sweeps.md" in refused.value.remedy
+        assert "rlhf use" not in refused.value.remedy  # which would write params.yaml anew
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (REPOSITORY / "spaces").glob("*.yaml")))
 def test_the_examples_hold(root: Path, name: str) -> None:
     space = load(REPOSITORY / "spaces" / f"{name}.yaml")
@@ -70,7 +89,8 @@ def test_the_examples_hold(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"ppo.stepz": [1]}, "unknown key 'ppo.stepz': did you mean 'steps'?"),
+        ({"ppo.stepz": [1]}, "sweep.yaml: unknown key 'ppo.stepz': did you mean 'steps'?"),
+        ({"data.sources.9.rows": [1]}, "sweep.yaml: unknown key 'data.sources.9.rows': data.sources has 4 entries"),
         ({"ppo.steps": [5, 0]}, "sweep.yaml: ppo.steps: Input should be greater than 0, got 0"),
         ({"ppo.temperature": ["warm"]}, "sweep.yaml: ppo.temperature: "),
         ({"promote.max_kl": [1.0, 2.0]}, "values.promote.max_kl: no stage of these points depends on it"),
