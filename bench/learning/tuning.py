@@ -35,7 +35,7 @@ MEASURED = ("gold", "ci95_low", "win_rate", "kl", "perplexity_ratio")
 def values_of(start: str, *, chosen: bool) -> list[str]:
     rate, kl = STARTS[start]
     clusters = f"{{learning_rate_factor: [1.0, 0.25, 4.0], kl_coefficient: [{kl}, {kl / 4}, {kl * 4}]}}"
-    bandit = f"ppo.ultho={{clusters: {clusters}, kl_weight: 0.0, window: 10, exploration: 1.0}}"
+    bandit = f"ppo.ultho={{clusters: {clusters}, kl_weight: 0.0, window: 10, exploration: 3.0}}"
     return [f"ppo.actor.learning_rate={rate}", f"ppo.kl.coefficient={kl}", *([bandit] if chosen else [])]
 
 

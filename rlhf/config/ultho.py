@@ -30,7 +30,8 @@ class Ultho(Section):
     )
     window: PositiveInt = Field(description="W: so many of the last gains of a value count")
     exploration: NonNegative = Field(
-        description="c: how much a value that was chosen rarely is preferred, in standard deviations of the reward"
+        description="c: how much a value that was chosen rarely is preferred, in standard deviations of the reward's noise; at 1 what went "
+        "badly once is never tried again, at 3 it is"
     )
 
 

@@ -29,11 +29,35 @@ def test_a_level_chooses_the_highest_upper_bound() -> None:
     assert (level.chosen, level.total) == ([2, 4, 1], 5)
 
 
-def test_a_gain_is_told_in_standard_deviations_of_what_came_before() -> None:
-    assert normalised(5.0, [1.0, 3.0]) == pytest.approx(3.0)
-    assert normalised(1.5, [1.0, 3.0]) == pytest.approx(-0.5)
-    assert [normalised(9.0, before) for before in ([], [1.0], [2.0, 2.0])] == [0, 0, 0]
-    assert [normalised(signal, [1.0, 3.0]) for signal in (1e9, -1e9)] == [3, -3]
+def test_a_gain_is_told_in_standard_deviations_of_the_noise() -> None:
+    # differences 2 and 2: √(4 / 2); 2 and −1.5: √(3.125 / 2)
+    assert normalised(5.0, [1.0, 3.0]) == pytest.approx(3 / math.sqrt(2))
+    assert normalised(1.5, [1.0, 3.0]) == pytest.approx(-0.5 / 1.25)
+    assert [normalised(9.0, before) for before in ([], [1.0])] == [0, 0]
+    assert normalised(2.0, [2.0, 2.0]) == 0
+    # a leap counts as noise as well, as one of so many differences
+    assert [normalised(signal, [1.0, 1.1] * 10) for signal in (1e9, -1e9)] == [3, -3]
+
+
+def test_of_two_steady_rises_the_faster_one_gains_more() -> None:
+    noise = [0.1, -0.1] * 5 + [0.0]
+
+    def gain(rise: float) -> float:
+        signals = [rise * step + one for step, one in enumerate(noise)]
+        return normalised(signals[-1], signals[:-1])
+
+    # in standard deviations of the ten signals, the rise among them, it would be 1.7 times as much, and never above 1.9
+    assert gain(0.06) > 2.5 * gain(0.02)
+
+
+def test_a_cluster_that_was_left_with_a_bad_value_is_chosen_again() -> None:
+    level = Level.of(2)
+    level.credit(0, -2.0, window=10)
+    waited = 1
+    while level.choose(3.0) == 1:
+        level.credit(1, 0.0, window=10)
+        waited += 1
+    assert waited == 12
 
 
 def test_an_arm_is_credited_with_the_rollout_after_its_update() -> None:
@@ -45,20 +69,21 @@ def test_an_arm_is_credited_with_the_rollout_after_its_update() -> None:
     bandit.choose()
     assert (bandit.last, bandit.current) == ((0, 0), [0, 0])  # the values that the run begins with
     bandit.credit(2.5)
-    # (2.5 − 2) / 1, to cluster a and its first value
-    assert (bandit.clusters.gains, bandit.values[0].gains, bandit.values[1].gains) == ([[0.5], []], [[0.5], []], [[], []])
-    bandit.choose()  # 0.5 + √(ln 2 / 2) = 1.089 against √ln 2 = 0.833, on both levels
+    # differences 2 and −0.5: 0.5 / √(4.25 / 4), to cluster a and its first value
+    gain = pytest.approx(0.5 / math.sqrt(4.25 / 4))
+    assert (bandit.clusters.gains, bandit.values[0].gains, bandit.values[1].gains) == ([[gain], []], [[gain], []], [[], []])
+    bandit.choose()  # 0.485 + √(ln 2 / 2) = 1.074 against √ln 2 = 0.833, on both levels
     assert bandit.last == (0, 0)
     bandit.credit(0.5)
-    # before it 1, 3 and 2.5: mean 13/6, spread √(13/18); the mean of both gains is −0.731
-    assert bandit.clusters.gains[0] == pytest.approx([0.5, (0.5 - 13 / 6) / math.sqrt(13 / 18)])
-    bandit.choose()  # −0.731 + √(ln 3 / 3) against √ln 3
+    # before it 1, 3 and 2.5: mean 13/6, differences 2, −0.5 and −2; the mean of both gains is −0.468
+    assert bandit.clusters.gains[0] == [gain, pytest.approx((0.5 - 13 / 6) / math.sqrt(8.25 / 6))]
+    bandit.choose()  # −0.468 + √(ln 3 / 3) against √ln 3
     assert (bandit.last, bandit.current) == ((1, 0), [0, 0])
 
 
 def test_what_json_kept_goes_on_as_it_would_have() -> None:
     generator = random.Random(1)
-    bandit = Bandit.of({"a": 3, "b": 2, "c": 4}, window=3, exploration=0.5)
+    bandit = Bandit.of({"a": 3, "b": 2, "c": 4}, window=3, exploration=3.0)
     for step in range(200):
         bandit.credit(generator.random())
         if step % 7 == 0:
