@@ -19,6 +19,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +72,7 @@ def measure(clone: Clone, algorithm: str, seed: int, own: list[str], values: lis
         "seconds": seconds,
         "processor_seconds": used,
         "peak_gib": peak,
-        "gold_by_round": by_round(clone.root) if params.policy == "iterative" else "",
+        "gold_by_round": by_round(clone.root) if params.policy == "iterative" else [],
     }
 
 
@@ -85,10 +86,15 @@ def at_equal_answers(params: config.Params, count: int) -> list[str]:
     ]
 
 
-def by_round(root: Path) -> str:
+def by_round(root: Path) -> list[float]:
     """Mean gold score of each round's policy on the prompts kept apart, sft's first."""
     with (root / "plots" / "gold_against_kl.csv").open(encoding="utf-8", newline="") as file:
-        return " ".join(f"{float(row['gold']):.3f}" for row in csv.DictReader(file))
+        return [float(row["gold"]) for row in csv.DictReader(file)]
+
+
+def drawn(scores: Iterable[float]) -> str:
+    """Scores in one cell of a table."""
+    return " ".join(map(cell, scores))
 
 
 def processor_seconds() -> float:
@@ -111,12 +117,12 @@ def sampled(root: Path, params: config.Params) -> int:
 
 
 def table(rows: list[Row]) -> Table:
-    drawn = Table(title="sandbox, by algorithm and seed", title_justify="left")
+    found = Table(title="sandbox, by algorithm and seed", title_justify="left")
     for name in rows[0]:
-        drawn.add_column(name.replace("_", "\n", 1), justify="left" if name == "algorithm" else "right")
+        found.add_column(name.replace("_", "\n", 1), justify="left" if name == "algorithm" else "right")
     for row in rows:
-        drawn.add_row(*map(cell, row.values()))
-    return drawn
+        found.add_row(*(drawn(value) if isinstance(value, list) else cell(value) for value in row.values()))
+    return found
 
 
 def behind(rows: list[Row], algorithm: str) -> float | None:
@@ -130,15 +136,17 @@ def means(rows: list[Row]) -> Table:
     """One line an algorithm; what misses its bound is marked."""
     names = list(dict.fromkeys(row["algorithm"] for row in rows))
     columns = ("answers", *MEASURED, "seconds", "processor_seconds", "peak_gib")
-    drawn = Table(title=f"means over seeds; {', '.join(BOUNDED)}: at most {NEAR} below ppo", title_justify="left")
-    for heading in ("algorithm", "gold − ppo's", *columns):
-        drawn.add_column(heading.replace("_", "\n", 1), justify="left" if heading == "algorithm" else "right")
+    found = Table(title=f"means over seeds; {', '.join(BOUNDED)}: at most {NEAR} below ppo", title_justify="left")
+    for heading in ("algorithm", "gold − ppo's", *columns, "gold_by_round"):
+        found.add_column(heading.replace("_", "\n", 1), justify="left" if heading == "algorithm" else "right")
     for name in names:
         distance = behind(rows, name)
         shown = "" if distance is None else cell(distance)
         of_all = [[row[column] for row in rows if row["algorithm"] == name] for column in columns]
-        drawn.add_row(name, f"[red]✗ {shown}[/red]" if misses(rows, name) else shown, *(cell(statistics.fmean(one)) for one in of_all))
-    return drawn
+        course = zip(*(row["gold_by_round"] for row in rows if row["algorithm"] == name), strict=False)  # as far as all seeds came
+        marked = f"[red]✗ {shown}[/red]" if misses(rows, name) else shown
+        found.add_row(name, marked, *(cell(statistics.fmean(one)) for one in of_all), drawn(map(statistics.fmean, course)))
+    return found
 
 
 def misses(rows: list[Row], algorithm: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
+from bench.learning import algorithms
 from rlhf import config
 from rlhf.algorithms.rrhf import better, rrhf_loss
 from rlhf.config.stored import RoundPairs
@@ -101,6 +104,18 @@ def test_the_best_round_is_handed_on_and_evaluated(places: Path) -> None:
     assert handed.read_bytes() == made.read_bytes()
     assert read(root / "metrics/evaluate.json")["eos_rate"].keys() == {"sft", "iterative"}
     assert [row["step"] for row in table(root / "plots/gold_against_kl.csv")] == ["0", "1", "2"]
+
+
+def test_the_bench_shows_the_gold_of_each_round(places: Path) -> None:
+    course = algorithms.by_round(places / "on")
+    assert course == [float(row["gold"]) for row in table(places / "on/plots/gold_against_kl.csv")]
+    measured = dict.fromkeys(("answers", *algorithms.MEASURED, "seconds", "processor_seconds", "peak_gib"), 1.0)
+    rows = [{"algorithm": "iterative", "seed": seed, **measured, "gold_by_round": course} for seed in (1, 2)]
+    rows.append({"algorithm": "ppo", "seed": 1, **measured, "gold_by_round": []})
+    console = Console(width=400, file=io.StringIO())
+    with console.capture() as shown:
+        console.print(algorithms.table(rows), algorithms.means(rows))
+    assert shown.get().count(" ".join(f"{score:.3f}" for score in course)) == 3
 
 
 def test_a_worse_round_ends_the_iteration_and_the_policy_before_goes_on(places: Path) -> None:
