@@ -2,7 +2,7 @@
 
 Each answer has a slot: its tokens' keys and values from column 0 on. A slot that falls free is filled again, from the last one or with a
 new prompt, so that the slots in use are always the first ones and a decoding step reads them without copying. What they hold is attended to
-span by span on a CPU, and on a GPU in one kernel that is told how much of each slot is in use.
+span by span on a CPU, where keys lie dimension by dimension, and on a GPU in one kernel that is told how much of each slot is in use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.models import attention
@@ -25,6 +24,7 @@ from rlhf.rollout.gpu import attend_at_once, attend_with_options
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
+FEW = 3  # queries of one slot up to which MKL adds up all columns one after the other, whatever their number
 Layer = tuple[Tensor, Tensor]  # keys and values of one layer
 
 
@@ -34,13 +34,14 @@ class SlotCache:
     Args:
         slots: answers at a time.
         capacity: tokens of the longest prompt with its answer.
-        step: on a CPU so many columns at a time are attended to. With 16 the bits of what a slot gives do not hang on its neighbours'
-            lengths: torch adds up whole vectors of columns otherwise than what is left over, and a masked column adds nothing.
+        step: on a CPU so many columns at a time are attended to. With 16 the bits of what a slot gives do not hang on its neighbours
+            or their lengths: torch adds up whole vectors of columns otherwise than what is left over, a masked column adds nothing, and
+            FEW queries go at a time.
     """
 
     def __init__(self, slots: int, capacity: int, step: int = 1) -> None:
         self.slots, self.capacity, self.step = slots, -(-capacity // step) * step, step
-        self.layers: list[Layer] = []  # (slots, H, capacity, D) each
+        self.layers: list[Layer] = []  # (slots, H, capacity, D) each; keys of a CPU lie as (slots, H, D, capacity)
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
         self.width = 0  # columns that a decoding step reads
@@ -88,7 +89,7 @@ class SlotCache:
             return keys, values
         slots = torch.arange(len(keys))
         for kept, new in zip(self.layers[layer], (keys, values), strict=True):
-            kept[slots, :, self.lengths] = new[:, :, 0].to(kept.dtype)
+            kept[slots, :, self.lengths] = new[:, :, 0]
         held_keys, held_values = self.layers[layer]
         return held_keys[: len(keys), :, : self.width], held_values[: len(keys), :, : self.width]
 
@@ -99,29 +100,26 @@ class SlotCache:
     def place(self, slot: int, prompt: Sequence[Layer]) -> None:
         """Fill a slot with a prompt's keys and values, (H, T, D) of each layer."""
         if not self.layers:
-            self.layers = [(self._room(keys, scored_in(keys)), self._room(values, values.dtype)) for keys, values in prompt]
+            self.layers = [(self._room(keys, by_dimension=True), self._room(values)) for keys, values in prompt]
         for layer, parts in zip(self.layers, prompt, strict=True):
             for kept, part in zip(layer, parts, strict=True):
                 kept[slot, :, : part.shape[1]] = part
 
-    def _room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def _room(self, like: Tensor, *, by_dimension: bool = False) -> Tensor:
         """Zeros (slots, H, capacity, D) for keys or values like (H, T, D): what is masked must be finite, as 0 · NaN is NaN."""
+        heads, _, width = like.shape
         if like.device.type != "cpu":  # token by token, as torch's kernels take them, which know no slots
-            return like.new_zeros(self.slots, self.capacity, len(like), like.shape[-1]).transpose(1, 2)
-        shape = (self.slots, len(like), self.capacity, like.shape[-1])
+            return like.new_zeros(self.slots, self.capacity, heads, width).transpose(1, 2)
+        shape = (self.slots, heads, *((width, self.capacity) if by_dimension else (self.capacity, width)))
         # numpy's zeros come from the system, which makes pages of them as they are written: short answers leave most of it untouched
-        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+        room = torch.from_numpy(np.zeros(math.prod(shape) * like.dtype.itemsize, np.uint8)).view(like.dtype).view(shape)
+        return room.mT if by_dimension else room
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot into another one."""
         for layer in self.layers:
             for kept in layer:
                 kept[target, :, :length] = kept[source, :, :length]
-
-
-def scored_in(keys: Tensor) -> torch.dtype:
-    """What a slot holds keys in. Scores are fp32, whatever the model is: on a CPU keys are made so once, and not at each token again."""
-    return torch.float32 if keys.dtype == torch.bfloat16 and keys.device.type == "cpu" else keys.dtype
 
 
 def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
@@ -181,23 +179,24 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
         before = torch.arange(held.width) <= (held.lengths - window)[:, None]
         mask = mask.masked_fill(before[:, None, None], float("-inf"))
     if not asked.plain:
-        return weigh(query, key.to(query.dtype), value, mask, asked).transpose(1, 2)
+        return weigh(query, key, value, mask, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
     found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
+    most = FEW if held.step > 1 else grouped.shape[2]
+    slices = [slice(first, first + most) for first in range(0, grouped.shape[2], most)]
     for first, columns in held.spans:
         part = slice(first, first + SPAN)
-        inputs = (grouped[part], key[part, :, :columns], value[part, :, :columns], mask[part, ..., :columns])
-        found[part] = _attend_to_span(*inputs, asked.scale)
+        inputs = (key[part, :, :columns], value[part, :, :columns], mask[part, ..., :columns])
+        for some in slices:
+            found[part, :, some] = _attend_to_span(grouped[part, :, some], *inputs, asked.scale)
     return found.reshape(rows, 1, heads, value.shape[-1])
 
 
 def _attend_to_span(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
-    """Query (B, H, G, D) to keys and values (B, H, T, D)."""
-    if key.dtype == value.dtype:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    # as in rlhf/models/blocks.py; torch's kernel takes three to eight times as long over one query of bfloat16
+    """Query (B, H, G, D) to keys and values (B, H, T, D). Scores are fp32, as in rlhf/models/blocks.py; torch's kernel takes longer, over
+    bfloat16 three to eight times as long."""
     queries, keys, values = (states.flatten(0, 1) for states in (query, key, value))
-    scores = torch.bmm(queries.float(), keys.mT).view(*query.shape[:3], -1)
+    scores = torch.bmm(queries.float(), keys.mT.float()).view(*query.shape[:3], -1)
     chances = torch.softmax(scores.mul_(scale or query.shape[-1] ** -0.5).add_(mask), -1)
     return torch.bmm(chances.flatten(0, 1).to(value.dtype), values).view(*query.shape[:3], -1)
 

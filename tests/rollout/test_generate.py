@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.models.options import Options
+from rlhf.rollout.cache import SlotCache, attend
 from rlhf.rollout.decoding import size_for
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.gpu import attend_with_options
@@ -209,3 +210,46 @@ def test_one_token_of_each_answer_attends_to_its_slot_with_all_options(window: i
         scores = 2 * torch.tanh(0.7 * query[row : row + 1] @ keys.repeat_interleave(2, 1).mT / 2)
         weights = torch.cat([scores, sinks.view(1, -1, 1, 1)], -1).softmax(-1)[..., :-1]
         torch.testing.assert_close(found[row : row + 1], weights @ values.repeat_interleave(2, 1))
+
+
+def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> torch.Tensor:
+    """What one query (B, Q, 1, D) of each slot brings from slots filled with keys and values (H, T, D), the last token's being new."""
+    cache, layer = SlotCache(len(slots) + 1, 640, step), torch.nn.Module()
+    cast("Any", layer).layer_idx = 0
+    for slot, (keys, values) in enumerate(slots):
+        cache.place(slot + 1, [(keys[:, :-1], values[:, :-1])])
+        cache.move(slot + 1, slot, keys.shape[1] - 1)
+    inputs = cache.decode([keys.shape[1] - 1 for keys, _ in slots], query.dtype, query.device)
+    new_keys, new_values = (torch.stack([states[:, -1:] for states in some]) for some in zip(*slots, strict=True))
+    held = cache.update(new_keys, new_values, 0)
+    return attend(layer, query, *held, inputs["attention_mask"], cache)[0][:, 0]
+
+
+def made_up(lengths: list[int], queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(1)
+    slots = [cast("tuple[torch.Tensor, torch.Tensor]", tuple(torch.randn(2, 2, length, 64).to(dtype))) for length in lengths]
+    return torch.randn(len(lengths), queries, 1, 64).to(dtype), slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_slots_are_fp32(dtype: torch.dtype) -> None:
+    query, slots = made_up([3, 40, *[17] * 20], 6, dtype)
+    query *= 4  # scores so large that their rounding would show
+    for row, (found, slot) in enumerate(zip(attended(query, slots, 1), slots, strict=True)):
+        keys, values = (states.float().repeat_interleave(3, 0) for states in slot)
+        expected = ((query[row].float() @ keys.mT) / 8).softmax(-1) @ values
+        torch.testing.assert_close(found.float(), expected[:, 0], atol=1e-5 if dtype == torch.float32 else 0.015, rtol=0.004)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("queries", [2, 6, 14])
+def test_what_a_slot_brings_hangs_on_no_neighbour_to_the_last_bit(queries: int, threads: int) -> None:
+    query, slots = made_up([200, 5, 620, 33, *range(210, 222)], queries, torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = attended(query, slots, 16)
+        for row, slot in enumerate(slots):
+            assert torch.equal(attended(query[row : row + 1], [slot], 16)[0], together[row])
+    finally:
+        torch.set_num_threads(before)
