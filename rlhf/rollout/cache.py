@@ -25,6 +25,7 @@ from rlhf.rollout.gpu import attend_at_once, attend_with_options
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
 FEW = 3  # queries of one slot up to which MKL adds up all columns one after the other, whatever their number
+COLUMNS = 16  # a span's width is a multiple of so many: a whole vector, and oneDNN makes a program for each width
 Layer = tuple[Tensor, Tensor]  # keys and values of one layer
 
 
@@ -34,13 +35,12 @@ class SlotCache:
     Args:
         slots: answers at a time.
         capacity: tokens of the longest prompt with its answer.
-        step: on a CPU so many columns at a time are attended to. With 16 the bits of what a slot gives do not hang on its neighbours
-            or their lengths: torch adds up whole vectors of columns otherwise than what is left over, a masked column adds nothing, and
-            FEW queries go at a time.
+        alone: on a CPU, no bit of what a slot gives may hang on its neighbours or their lengths: a masked column adds nothing, whole
+            vectors of columns are added up alike, and FEW queries go at a time.
     """
 
-    def __init__(self, slots: int, capacity: int, step: int = 1) -> None:
-        self.slots, self.capacity, self.step = slots, -(-capacity // step) * step, step
+    def __init__(self, slots: int, capacity: int, *, alone: bool = False) -> None:
+        self.slots, self.capacity, self.alone = slots, -(-capacity // COLUMNS) * COLUMNS, alone
         self.layers: list[Layer] = []  # (slots, H, capacity, D) each; keys of a CPU lie as (slots, H, D, capacity)
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
@@ -62,14 +62,11 @@ class SlotCache:
         Args:
             lengths: tokens that each slot in use holds already.
         """
-        self.lengths, self.width = torch.tensor(lengths, device=device), self._columns(lengths)
+        self.lengths, self.width = torch.tensor(lengths, device=device), _columns(lengths)
         hidden = torch.arange(self.width, device=device) > self.lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        self.spans = [(first, self._columns(lengths[first : first + SPAN])) for first in range(0, len(lengths), SPAN)]
+        self.spans = [(first, _columns(lengths[first : first + SPAN])) for first in range(0, len(lengths), SPAN)]
         return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "held": self}
-
-    def _columns(self, lengths: Sequence[int]) -> int:
-        return -(-(max(lengths) + 1) // self.step) * self.step
 
     def decode_at_once(self, lengths: Tensor) -> dict[str, Any]:
         """The same on a GPU. Nothing but the number of slots decides what will be computed, so that it can be captured.
@@ -120,6 +117,10 @@ class SlotCache:
         for layer in self.layers:
             for kept in layer:
                 kept[target, :, :length] = kept[source, :, :length]
+
+
+def _columns(lengths: Sequence[int]) -> int:
+    return -(-(max(lengths) + 1) // COLUMNS) * COLUMNS
 
 
 def parts_of(packed: Packed, layers: Sequence[Layer], number: int) -> list[Layer]:
@@ -182,7 +183,7 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
         return weigh(query, key, value, mask, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
     found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
-    most = FEW if held.step > 1 else grouped.shape[2]
+    most = FEW if held.alone else grouped.shape[2]
     slices = [slice(first, first + most) for first in range(0, grouped.shape[2], most)]
     for first, columns in held.spans:
         part = slice(first, first + SPAN)

@@ -46,17 +46,17 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
-    likeliest = logits.amax(-1, keepdim=True)
-    weights = (logits - likeliest).exp_()
-    total = weights.sum(-1, keepdim=True)
+    chances = logits.softmax(-1)  # at once: on a CPU a row stays in its cache
+    among: Tensor | None = None
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     elif sampling.top_k or sampling.top_p < 1:
-        tokens, left = _narrowed(weights, total, uniforms, sampling)
-        total = left if sampling.of_what_is_left else total
+        tokens, among = _narrowed(chances, uniforms, sampling)
     else:
-        tokens = drawn(weights, uniforms)
-    chosen = logits.gather(1, tokens) - likeliest - total.log()
+        tokens = drawn(chances, uniforms)
+    chosen = chances.gather(1, tokens).log()
+    if among is not None and sampling.of_what_is_left:
+        chosen -= among.log()
     return tokens.squeeze(1), chosen.squeeze(1)
 
 
@@ -79,11 +79,11 @@ def drawn(weights: Tensor, uniforms: Tensor) -> Tensor:
     return part * PART + torch.searchsorted(within, torch.minimum(wanted - before, most), right=True)
 
 
-def _narrowed(weights: Tensor, total: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def _narrowed(chances: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """As `drawn`, among the likeliest tokens only; and their sum (B, 1)."""
-    weights, order = weights.topk(min(sampling.top_k or weights.shape[1], weights.shape[1]))
+    chances, order = chances.topk(min(sampling.top_k or chances.shape[1], chances.shape[1]))
     if sampling.top_p < 1:
         # the token that crosses the bound belongs to the nucleus
-        before = weights.cumsum(-1) - weights
-        weights = weights.masked_fill(before >= sampling.top_p * total, 0)
-    return order.gather(1, drawn(weights, uniforms)), weights.sum(-1, keepdim=True)
+        before = chances.cumsum(-1) - chances
+        chances = chances.masked_fill(before >= sampling.top_p, 0)
+    return order.gather(1, drawn(chances, uniforms)), chances.sum(-1, keepdim=True)

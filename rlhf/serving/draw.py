@@ -19,7 +19,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_ps
     warm = [row for row, temperature in enumerate(temperatures) if temperature >= COLDEST]
     if warm:
         scaled = logits[warm] / torch.tensor([temperatures[row] for row in warm], device=logits.device)[:, None]
-        weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+        weights = scaled.softmax(-1)
         given = uniforms[warm].to(logits.device)
         tokens = drawn(weights, given).squeeze(1)
         if narrow := [place for place, row in enumerate(warm) if top_ps[row] < 1]:

@@ -22,8 +22,6 @@ from rlhf.rollout.cache import Layer, SlotCache, attending, parts_of
 from rlhf.rollout.products import laid_out
 from rlhf.serving.activations import by_rows
 
-VECTOR = 16  # columns
-
 
 class Writer:
     """A model, opened from its folder.
@@ -44,7 +42,7 @@ class Writer:
         self.tokenizer = load_tokenizer(folder)
         self.eos_id = self.tokenizer.eos_token_id
         self.capacity = min(most_tokens, context_tokens(model))
-        self._cache = SlotCache(slots, self.capacity, VECTOR if device == "cpu" else 1)
+        self._cache = SlotCache(slots, self.capacity, alone=True)
         self._ready = ExitStack()
         self._ready.enter_context(attending(self._model))
         self._ready.enter_context(laid_out(self._model))

@@ -212,9 +212,9 @@ def test_one_token_of_each_answer_attends_to_its_slot_with_all_options(window: i
         torch.testing.assert_close(found[row : row + 1], weights @ values.repeat_interleave(2, 1))
 
 
-def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], step: int) -> torch.Tensor:
+def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], *, alone: bool) -> torch.Tensor:
     """What one query (B, Q, 1, D) of each slot brings from slots filled with keys and values (H, T, D), the last token's being new."""
-    cache, layer = SlotCache(len(slots) + 1, 640, step), torch.nn.Module()
+    cache, layer = SlotCache(len(slots) + 1, 640, alone=alone), torch.nn.Module()
     cast("Any", layer).layer_idx = 0
     for slot, (keys, values) in enumerate(slots):
         cache.place(slot + 1, [(keys[:, :-1], values[:, :-1])])
@@ -235,7 +235,7 @@ def made_up(lengths: list[int], queries: int, dtype: torch.dtype) -> tuple[torch
 def test_scores_of_slots_are_fp32(dtype: torch.dtype) -> None:
     query, slots = made_up([3, 40, *[17] * 20], 6, dtype)
     query *= 4  # scores so large that their rounding would show
-    for row, (found, slot) in enumerate(zip(attended(query, slots, 1), slots, strict=True)):
+    for row, (found, slot) in enumerate(zip(attended(query, slots, alone=False), slots, strict=True)):
         keys, values = (states.float().repeat_interleave(3, 0) for states in slot)
         expected = ((query[row].float() @ keys.mT) / 8).softmax(-1) @ values
         torch.testing.assert_close(found.float(), expected[:, 0], atol=1e-5 if dtype == torch.float32 else 0.015, rtol=0.004)
@@ -248,8 +248,8 @@ def test_what_a_slot_brings_hangs_on_no_neighbour_to_the_last_bit(queries: int, 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = attended(query, slots, 16)
+        together = attended(query, slots, alone=True)
         for row, slot in enumerate(slots):
-            assert torch.equal(attended(query[row : row + 1], [slot], 16)[0], together[row])
+            assert torch.equal(attended(query[row : row + 1], [slot], alone=True)[0], together[row])
     finally:
         torch.set_num_threads(before)
