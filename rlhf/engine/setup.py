@@ -105,8 +105,20 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, dist_init_required=False, config=config)
     # one rank has nobody to add its gradients up with, yet DeepSpeed would copy all of them there and back
     engine.enable_backward_allreduce = zero["stage"] > 0 or job.world_size > 1
+    _spare(engine, zero["stage"], job)
     own(module, engine)
     return engine
+
+
+def _spare(engine: DeepSpeedEngine, zero_stage: int, job: Job) -> None:
+    """Leave out what DeepSpeed does with all gradients, which changes none of them."""
+    optimizer: Any = engine.optimizer
+    if (
+        zero_stage == 1 and job.world_size == 1
+    ):  # with nobody to add them up with, it copies them there, divides them by one and copies them back
+        optimizer.buffered_reduce_fallback = lambda *_, **__: None
+    if zero_stage in (1, 2) and job.params.launch.precision == "bf16":  # infinite ones show in their norm as well
+        optimizer.check_overflow = lambda **_: None
 
 
 def move_schedule(engine: DeepSpeedEngine, step: int, peak: float) -> None:

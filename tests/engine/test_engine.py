@@ -161,6 +161,44 @@ def test_an_overflow_of_one_model_holds_back_both(tmp_path: Path) -> None:
     assert [words.count("sft: computes in fp32 on 2 ranks, 1 threads each") for words in said] == [1, 0]
 
 
+# bf16 on one rank, as DeepSpeed's ZeRO stage 1 has it
+ALONE = """
+import math
+from pathlib import Path
+import torch
+from deepspeed import comm
+from rlhf import config
+from rlhf.engine.distributed import start
+from rlhf.engine.setup import backward, step, train_engine
+from rlhf.job import Job
+
+root, sent = Path.cwd(), []
+job = Job("sft", config.load(), root, root, "cpu", 0, 1, 0)
+device = start(job)
+model = torch.nn.Linear(3, 3).bfloat16()
+engine = train_engine(model, job.params.sft.optimizer, job, "policy", 10)
+add_up = comm.all_reduce
+comm.all_reduce = lambda tensor, *given, **named: (sent.append(tensor.numel()), add_up(tensor, *given, **named))[1]
+for factor in (math.inf, math.nan, 1.0):
+    before = model.weight.detach().clone()
+    for last in (False, True):
+        backward(engine, (engine(torch.ones(1, 3).bfloat16()) * factor).sum(), last=last)
+    norm = step(engine)
+    assert math.isclose(norm, math.sqrt(48) if factor == 1.0 else math.inf, rel_tol=1e-6), norm
+    assert torch.equal(before, model.weight) == (factor != 1.0)
+assert max(sent) == 1, sent
+"""
+
+
+def test_one_rank_sends_no_gradient_and_leaves_out_an_infinite_one(tmp_path: Path) -> None:
+    raw = tiny_params()
+    raw["launch"]["precision"] = "bf16"
+    set_params(tmp_path, raw)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    quiet = os.environ | place | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, env=quiet, check=True)
+
+
 def test_layouts_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValidationError, match="offload_parameters needs zero_stage 3, but it is 2"):
         Engine(zero_stage=2, offload_optimizer=True, offload_parameters=True)
