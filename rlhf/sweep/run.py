@@ -129,6 +129,8 @@ class Runner:
         else:
             _, result = task.results[0]
             metrics = json.loads((task.place.workspace / SUMMARY).read_text(encoding="utf-8"))
+            if lacking := [name for name in self._numbers if name not in metrics]:
+                raise ValueError(f"{SUMMARY} has no {lacking[0]}, an objective of the sweep")
             self._keep_experiment(task)
             self._save(replace(result, state=DONE, metrics=metrics, seconds=seconds, error=""))
             told = ", ".join(f"{name} {metrics[name]:.4g}" for name in self._numbers if name in metrics)
@@ -138,8 +140,8 @@ class Runner:
     def _keep_experiment(self, task: Task) -> None:
         """Have the point as a DVC experiment of the commit that the sweep began on: DVC finds these by their references alone."""
         head = self._began["head"]
-        reference = f"refs/exps/{head[:2]}/{head[2:]}/{task.name}"
-        message = f"rlhf sweep {self._name}: {self._what(task)}"
+        reference = f"{snapshot.experiments(head)}/{task.name}"
+        message = f"{self._state.title}: {self._what(task)}"
         snapshot.publish(task.place.workspace, head, message, self._root, reference)
 
     def _fail(self, task: Task, why: str, waiting: list[Task]) -> None:

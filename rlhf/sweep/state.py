@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 import uuid
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import UserError
 from rlhf.sweep.space import Space, Values
 from rlhf.workspace import snapshot
 
@@ -45,6 +47,7 @@ class State:
         self._root, self._space = root, space
         self.folder = root / FOLDER / space.name
         self.reference = f"refs/rlhf/sweeps/{space.name}"
+        self.title = f"rlhf sweep {space.name}"  # of the commits that are its experiments
 
     @property
     def report(self) -> Path:
@@ -66,13 +69,26 @@ class State:
         (self.folder / "closed.json").unlink(missing_ok=True)
 
     def begin(self) -> dict[str, Any]:
-        """What the sweep began with: identity, moment, the commit that was checked out, and one of the workspace as it stood."""
+        """What the sweep began with: identity, moment, the commit that was checked out, and one of the workspace as it stood.
+
+        Raises:
+            UserError: it is new, and experiments of the user's own have its names.
+        """
         if (known := self._read("sweep")) is None:
+            self._check_names()
             at = int(time.time() * 1000)
             revision = snapshot.keep(self._root, self.reference, f"sweep {self._space.name}: the workspace as it stood")
             known = {"record": uuid.uuid4().hex, "started": at, "head": snapshot.head(self._root), "revision": revision}
             self._write("sweep", known)
         return dict(known)
+
+    def _check_names(self) -> None:
+        """A point takes the place of an earlier one of the same name, but of nothing else."""
+        names = re.compile(rf"{self._space.name}-\d+")
+        for name, title in snapshot.titled(self._root, snapshot.experiments(snapshot.head(self._root) or "")):
+            if names.fullmatch(name) and not title.startswith(f"{self.title}:"):
+                what = f"an experiment of this commit has the name {name}, and is not of sweep {self._space.name}"
+                raise UserError(what, remedy=f"give the sweep another name, or `dvc exp rename {name} OTHER`, or `dvc exp remove {name}`")
 
     def forget(self) -> None:
         """Delete all that is known, so that the sweep begins anew."""

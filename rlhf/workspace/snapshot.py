@@ -117,6 +117,17 @@ def titles(root: Path, old: str, new: str) -> list[str]:
     return _git(root, "log", "--format=%h %s", f"{old}..{new}", check=False).splitlines()
 
 
+def experiments(head: str) -> str:
+    """Where DVC keeps the experiments of a commit."""
+    return f"refs/exps/{head[:2]}/{head[2:]}"
+
+
+def titled(root: Path, references: str) -> list[tuple[str, str]]:
+    """The references below a place, by the last part of their names, each with the title of its commit."""
+    listed = _git(root, "for-each-ref", "--format=%(refname) %(subject)", references).splitlines()
+    return [(name.rpartition("/")[2], title) for name, _, title in (line.partition(" ") for line in listed)]
+
+
 @dataclass(frozen=True)
 class Names:
     """Tags and branches, by their short names."""

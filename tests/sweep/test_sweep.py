@@ -201,6 +201,25 @@ def test_points_are_experiments_as_dvc_knows_them(root: Path) -> None:
     assert call(root, "dvc", "status") == "Data and pipelines are up to date.\n"
 
 
+def test_a_point_that_lacks_an_objective_has_failed(root: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    (root / "space.yaml").write_text("""{name: lacking, method: tpe, points: 1, values: {ppo.kl.coefficient: [0.1, 0.2]},
+        objectives: {reward_accuracy: maximize}}""")
+    said = start().communicate()[0]
+    assert "lacking-1: failed: its numbers could not be kept: metrics/summary.json has no reward_accuracy" in said
+    assert "error: every point failed" in said
+    assert "lacking-1" not in experiments(root)
+
+
+def test_an_experiment_of_the_users_own_is_not_replaced(root: Path) -> None:
+    head = call(root, "git", "rev-parse", "HEAD").strip()
+    call(root, "git", "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/lr-2", head)
+    space = root / "lr.yaml"
+    space.write_text(SPACE.replace("toys", "lr"))
+    with pytest.raises(UserError, match="an experiment of this commit has the name lr-2, and is not of sweep lr"):
+        sweeps.sweep(root, space, 1, print)
+    assert call(root, "git", "for-each-ref", "refs/rlhf/sweeps/lr") == ""
+
+
 def test_it_is_stopped_by_a_command(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(SPACE)
