@@ -76,12 +76,15 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
         raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
     dag = graph(root, params)
     done += bring(params)
+    folders: list[Path] = []
     for number, source in enumerate(params.data.sources):
         if isinstance(source, FileSource) and source.path is not None:
             place, lines = _bring(root, f"data.sources.{number}.path", source.path, source.name)
             raw["data"]["sources"][number]["path"] = place
             changed = changed or place != source.path
             done += lines
+            folders.append(RAW / Path(place).relative_to(RAW).parts[0])
+    done += [version(root, folder) for folder in dict.fromkeys(folders)]
     dvc = root / "dvc.yaml"
     if not dvc.is_file() or dvc.read_text(encoding="utf-8") != dag:
         _write(dvc, dag)
@@ -283,7 +286,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _bring(root: Path, key: str, value: str, source: str) -> tuple[str, list[str]]:
-    """Have a source's file or folder under data/raw, versioned by DVC; returns its path there and what was done."""
+    """Have a source's file or folder under data/raw; returns its path there and what was done."""
     given = Path(value).expanduser()
     found = next((path.resolve() for path in (given, root / given) if path.exists()), None)
     if found is None:
@@ -297,8 +300,7 @@ def _bring(root: Path, key: str, value: str, source: str) -> tuple[str, list[str
             _copy(found, target)
             done.append(f"copied {value} to {RAW / source / found.name}")
         found = target
-    below = found.relative_to(raw)
-    return str(RAW / below), [*done, version(root, RAW / below.parts[0])]
+    return str(RAW / found.relative_to(raw)), done
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -211,6 +211,15 @@ def test_file_in_the_workspace_stays_where_it_is(workspace: Path) -> None:
     assert not (workspace / "data/raw/hh").exists()
 
 
+def test_folder_of_several_sources_is_versioned_once(workspace: Path) -> None:
+    sources = yaml.safe_load((workspace / "presets/smollm2-135m-checkable.yaml").read_text())["data"]["sources"]
+    for source in sources:
+        pairs(workspace / source["path"])
+    done = presets.use(workspace, "smollm2-135m-checkable", [])
+    assert len(sources) == 8
+    assert done.count("data/raw/tasks is not versioned: this folder is no DVC repository (`dvc init`)") == 1
+
+
 def test_new_data_is_versioned_and_makes_prepare_stale(workspace: Path, tmp_path: Path) -> None:
     def dvc(*arguments: str) -> str:
         command = [str(Path(sys.executable).with_name("dvc")), *arguments]
