@@ -246,15 +246,23 @@ MEASURES: dict[str, Callable[[Row, str], Any]] = {
 
 
 def courses(rows: Sequence[Row], archive: zipfile.ZipFile) -> None:
-    """KL, the judge's score and the reward in the course of training."""
+    """KL, the judge's score and the reward in the course of training; without the judge's where evaluate was cut off."""
     for preset, policy in (("hh", "ppo"), ("hh", "grpo"), ("checkable", "grpo")):
+        judged = evaluations(rows, preset, policy)
+        names = {row["name"].rpartition(" ")[0] for row in judged}
+        trained = [
+            row for row in rows if row["stage"] == policy and row["how"] == 0 and policy_of(row) == policy and "-again" not in row["name"]
+        ]
+        others = [row for row in trained if row["preset"].endswith(preset) and row["name"].rpartition(" ")[0] not in names]
+        given = [(row, "gold_against_kl.csv", {"KL": "kl", "judge": "gold", "reward": "reward_model"}) for row in judged]
+        given += [(row, f"{policy}.csv", {"KL": "kl", "reward": "score"}) for row in others]
         lines: list[list[Any]] = []
         parts: list[list[dict[str, str]]] = []
-        for row in evaluations(rows, preset, policy):
-            steps = list(csv.DictReader(io.StringIO(read(archive, row, "gold_against_kl.csv"))))
+        for row, name, columns in given:
+            steps = list(csv.DictReader(io.StringIO(read(archive, row, name))))
             parts = [steps[len(steps) * n // PARTS : len(steps) * (n + 1) // PARTS] for n in range(PARTS)]
-            for heading, name in (("KL", "kl"), ("judge", "gold"), ("reward", "reward_model")):
-                means = [f"{statistics.fmean(float(step[name]) for step in part):.2f}" for part in parts]
+            for heading, column in columns.items():
+                means = [f"{statistics.fmean(float(step[column]) for step in part):.2f}" for part in parts]
                 lines.append([f"{row['name'].partition(' ')[0]}, {heading}", *means])
         if lines:
             table(["means of steps", *(f"{part[0]['step']} to {part[-1]['step']}" for part in parts)], lines)

@@ -101,5 +101,13 @@ def test_prompts_that_two_seeds_hold_out_are_found() -> None:
     assert results.shared(prompts, 0, 2) == 1.0  # not known
 
 
+def test_course_of_training_is_told_where_the_evaluation_was_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = {"preset": "smollm2-135m-hh", "name": "hh-1-ppo ppo", "stage": "ppo", "how": 0}
+    with zipfile.ZipFile(tmp_path / "files.zip", "w") as archive:
+        archive.writestr("hh-1-ppo ppo/ppo.csv", "step,kl,score\n" + "".join(f"{n},{n},{-n}\n" for n in range(1, 13)))
+        results.courses([trained, trained | {"name": "hh-1-ppo evaluate", "stage": "evaluate", "how": "cut off"}], archive)
+    assert "| hh-1-ppo, KL | 1.50 | 3.50 | 5.50 | 7.50 | 9.50 | 11.50 |" in capsys.readouterr().out
+
+
 def _preset() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "presets/smollm2-135m-checkable.yaml").read_text(encoding="utf-8"))
