@@ -29,11 +29,14 @@ def forget(
     """Delete all that a user asked, the answers, and what was said of them."""
     from rlhf.feedback import database
     from rlhf.feedback.hashes import Hashes
+    from rlhf.locks import lock
 
     root = workspace()
-    record = database.connect(root, config.load(root / "params.yaml"))
-    gone = record.forget(Hashes(root).of("user", user))
-    record.close()
+    # else what is deleted here would become data a moment later
+    with lock(root, "ingest", refuse=f"{root}: ratings are being ingested, and may hold what this user asked"):
+        record = database.connect(root, config.load(root / "params.yaml"))
+        gone = record.forget(Hashes(root).of("user", user))
+        record.close()
     if gone["answers"]:
         print(f"deleted: {', '.join(f'{count} {table}' for table, count in gone.items())}; what was exported before stays as data")
     else:

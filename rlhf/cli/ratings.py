@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
 from rlhf.feedback.export import Exported, export
-from rlhf.feedback.tables import Opinion, Rating, now
+from rlhf.feedback.tables import TAKING, Opinion, Rating, now
 from rlhf.feedback.verdicts import Judged, agreement
 from rlhf.job import write_lines
 from rlhf.locks import lock
@@ -41,20 +42,31 @@ def ingest(root: Path, params: Params) -> list[Ingested]:
     """
     record = database.connect(root, params)
     with closing(record), lock(root, "ingest", refuse=f"{root}: ratings are being ingested already"):
-        with record.reading() as session:
+        with record.writing() as session:
             found = export(session, params.feedback.ratings, new=True)
-        check_agreement(found.pairs, params)
-        done = []
-        with tempfile.TemporaryDirectory() as scratch:
-            for source, (kind, _, _) in SOURCES.items():
-                file = Path(scratch) / f"{source}.jsonl"
-                if _written(found, kind, file, params):
-                    done.append(_added(root, params, source, file))
-                    params = config.load(root / "params.yaml")
-        if found.rows["undecided"]:
-            done.append(_set_aside(root, found))
-        _note(record, found)
+            for rating in found.ratings:
+                rating.ingested = TAKING  # from now on none of them is undone
+        done: list[Ingested] = []
+        try:
+            check_agreement(found.pairs, params)
+            _add(root, params, found, done)
+        except BaseException:
+            if not done:  # else they are data in part, and are taken again the next time, as after a kill
+                _note(record, found, None)
+            raise
+        _note(record, found, now())
     return done
+
+
+def _add(root: Path, params: Params, found: Exported, done: list[Ingested]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        for source, (kind, _, _) in SOURCES.items():
+            file = Path(scratch) / f"{source}.jsonl"
+            if _written(found, kind, file, params):
+                done.append(_added(root, params, source, file))
+                params = config.load(root / "params.yaml")
+    if found.rows["undecided"]:
+        done.append(_set_aside(root, found))
 
 
 def check_agreement(pairs: list[Judged], params: Params) -> None:
@@ -131,11 +143,15 @@ def _set_aside(root: Path, found: Exported) -> Ingested:
     return Ingested("undecided", [], 0, [f"no pairs: {said}, kept in {part}"])
 
 
-def _note(record: Database, found: Exported) -> None:
-    """Each rating becomes data once; after a kill before this, the rows are there already, and are passed over."""
+def _note(record: Database, found: Exported, at: datetime | None) -> None:
+    """Each rating becomes data once; after a kill before this, the rows are there already, and are passed over.
+
+    Args:
+        at: when they became data; None: they did not.
+    """
     with record.writing() as session:
         ratings = [session.get(Rating, one.id) for one in found.ratings]
         opinions = [session.get(Opinion, one.id) for one in found.opinions]
         for one in (*ratings, *opinions):
             if one is not None:  # else its user was forgotten meanwhile
-                one.ingested = now()
+                one.ingested = at

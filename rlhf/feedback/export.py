@@ -17,6 +17,7 @@ from rlhf.feedback.verdicts import Judged, decided, held, judged
 from rlhf.job import write_lines
 
 Row = dict[str, Any]
+EXCHANGED = {"first": "second", "second": "first"}
 ARENA = {"tie": "tie", "both-bad": "tie (bothbad)", "a": "model_a", "b": "model_b"}
 
 
@@ -43,25 +44,27 @@ def export(session: Session, least: int = 1, *, new: bool = False) -> Exported:
 
     Args:
         least: ratings that a pair must have.
-        new: only what was not ingested yet.
+        new: only what is no data yet.
     """
-    ratings = held(session)
-    pairs = [pair for pair in judged(ratings) if len(pair.ratings) >= least and not (new and _all_ingested(pair))]
-    edited = [rating for rating in ratings if _corrects(rating) and not (new and rating.ingested)]
+    ratings = held(session, lock=new)
+    complete = [pair for pair in judged(ratings) if len(pair.ratings) >= least]
+    pairs = [pair for pair in complete if not (new and _is_data(pair))]
+    edited = [rating for rating in ratings if _corrects(rating) and not (new and rating.is_data)]
     opinions = _opinions(session, new=new)
     rows: dict[str, list[Row]] = {"pairs": [], "demonstrations": [], "undecided": [], "thumbs": [], "arena": []}
-    for same in _alike(pairs):
-        _decide(same, rows)
+    for same in _alike(complete):
+        if not (new and all(map(_is_data, same))):
+            _decide(same, rows, new=new)
     for rating in edited:
         _correct(rating.pair.prompt, _chosen(rating), rating.edit or "", rows)
-    for opinion in opinions:
-        prompt = opinion.answer.messages or [{"role": "user", "content": opinion.answer.prompt or ""}]
+    for opinion in _last(opinions):
         if opinion.edit:
-            _correct(prompt, opinion.answer.text, opinion.edit, rows)
+            _correct(_prompt(opinion), opinion.answer.text, opinion.edit, rows)
         elif opinion.thumb:
-            rows["thumbs"].append({"prompt": prompt, "completion": opinion.answer.text, "label": opinion.thumb > 0})
+            rows["thumbs"].append({"prompt": _prompt(opinion), "completion": opinion.answer.text, "label": opinion.thumb > 0})
     rows["arena"] = [_arena(rating) for pair in pairs for rating in pair.ratings]
-    taken = {rating.id: rating for rating in [*(rating for pair in pairs for rating in pair.ratings), *edited]}
+    all_of_them = [*(rating for pair in pairs for rating in pair.ratings), *edited]
+    taken = {rating.id: rating for rating in all_of_them if not (new and rating.is_data)}
     return Exported(rows, pairs, list(taken.values()), opinions)
 
 
@@ -76,13 +79,28 @@ def _corrects(rating: Rating) -> bool:
     return bool(rating.edit) and rating.choice in ("a", "b") and rating.pair.gold is None
 
 
-def _all_ingested(pair: Judged) -> bool:
-    return all(rating.ingested for rating in pair.ratings)
+def _is_data(pair: Judged) -> bool:
+    return all(rating.is_data for rating in pair.ratings)
 
 
 def _opinions(session: Session, *, new: bool) -> list[Opinion]:
     query = select(Opinion).options(joinedload(Opinion.answer)).order_by(Opinion.id)
     return list(session.scalars(query.where(Opinion.ingested.is_(None)) if new else query))
+
+
+def _last(opinions: Iterable[Opinion]) -> list[Opinion]:
+    """Of what was said of an answer the last edit, else the last thumb; what a user was told twice, word for word, is one answer."""
+    found: dict[str, Opinion] = {}
+    for opinion in opinions:
+        same = json.dumps([opinion.answer.user or opinion.answer_id, _prompt(opinion), opinion.answer.text])
+        before = found.get(same)
+        if opinion.edit or (opinion.thumb and not (before and before.edit)):
+            found[same] = opinion
+    return list(found.values())
+
+
+def _prompt(opinion: Opinion) -> list[dict[str, str]]:
+    return opinion.answer.messages or [{"role": "user", "content": opinion.answer.prompt or ""}]
 
 
 def _alike(pairs: Iterable[Judged]) -> list[list[Judged]]:
@@ -94,11 +112,14 @@ def _alike(pairs: Iterable[Judged]) -> list[list[Judged]]:
     return list(found.values())
 
 
-def _decide(same: Sequence[Judged], rows: dict[str, list[Row]]) -> None:
+def _decide(same: Sequence[Judged], rows: dict[str, list[Row]], *, new: bool) -> None:
     """One row of pairs that say the same: a preference, or none."""
     pair = same[0].pair
-    votes = sum((_as_in(pair, judgement) for judgement in same), Counter[str]())
+    ratings = sorted((rating for judgement in same for rating in judgement.ratings), key=lambda rating: rating.id)
+    votes, before = _votes(pair, ratings), _votes(pair, [rating for rating in ratings if new and rating.is_data])
     verdict, share = decided(votes)
+    if before and EXCHANGED.get(verdict) == decided(before)[0]:
+        verdict = "contrary to data"  # which holds the other row, and would hold both
     beside = {"ratings": votes.total(), "versions": [pair.first_version, pair.second_version], "seeds": [pair.first_seed, pair.second_seed]}
     answers = [pair.first_text, pair.second_text]
     if verdict in ("first", "second"):
@@ -108,12 +129,13 @@ def _decide(same: Sequence[Judged], rows: dict[str, list[Row]]) -> None:
         rows["undecided"].append({"prompt": pair.prompt, "answers": answers, "decision": verdict, "votes": dict(votes)} | beside)
 
 
-def _as_in(pair: Pair, judgement: Judged) -> Counter[str]:
-    """Votes on a pair, by the sides of another one with the same answers."""
-    if judgement.pair.first_text == pair.first_text:
-        return judgement.votes
-    exchanged = {"first": "second", "second": "first"}
-    return Counter({exchanged.get(verdict, verdict): count for verdict, count in judgement.votes.items()})
+def _votes(pair: Pair, ratings: Iterable[Rating]) -> Counter[str]:
+    """Each rater's last verdict, by the sides of a pair with the same answers."""
+    last: dict[str, str] = {}
+    for rating in ratings:
+        alike = rating.pair.first_text == pair.first_text
+        last[rating.rater] = rating.verdict if alike else EXCHANGED.get(rating.verdict, rating.verdict)
+    return Counter(last.values())
 
 
 def _chosen(rating: Rating) -> str:

@@ -145,7 +145,8 @@ class Rater:
         Raises:
             StaleError: it is not the last one, or is data already.
         """
-        rating = self.session.scalar(select(Rating).where(Rating.token == token, Rating.rater == self.name))
+        # an ingest that looks at it at this moment is waited for: it may take it
+        rating = self.session.scalar(select(Rating).where(Rating.token == token, Rating.rater == self.name).with_for_update())
         if rating is None:
             raise StaleError("there is no such rating")
         if rating.revoked is None:

@@ -77,6 +77,9 @@ class Layout(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+TAKING = datetime(1970, 1, 1, tzinfo=UTC)  # in the place of when: an ingest is at it, or was killed while it was
+
+
 class Answer(Base):
     """One that the server wrote: each of the `n` of a reply by itself."""
 
@@ -156,6 +159,10 @@ class Rating(Base):
     ingested: Mapped[datetime | None]  # when it became data, if it did
 
     pair: Mapped[Pair] = relationship(back_populates="ratings")
+
+    @property
+    def is_data(self) -> bool:
+        return self.ingested not in (None, TAKING)
 
     __table_args__ = (
         _one_of("choice", CHOICES),

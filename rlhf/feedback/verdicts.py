@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, joinedload
 
-from rlhf.feedback.tables import Pair, Rating
+from rlhf.feedback.tables import TAKING, Pair, Rating
 
 # as krippendorff counts them: that neither is better is one value, for whatever reason
 VALUES = {"first": 0, "second": 1, "tie": 2, "both-bad": 2}
@@ -41,10 +41,14 @@ def decided(votes: Counter[str]) -> tuple[str, float]:
     return (verdict, share) if share > 0.5 else ("undecided", share)
 
 
-def held(session: Session) -> list[Rating]:
-    """All ratings that hold, oldest first, skips and hidden ones among them."""
+def held(session: Session, *, lock: bool = False) -> list[Rating]:
+    """All ratings that hold, oldest first, skips and hidden ones among them.
+
+    Args:
+        lock: none of them is undone before the session has ended, which must be one that writes.
+    """
     query = select(Rating).where(Rating.revoked.is_(None)).options(joinedload(Rating.pair)).order_by(Rating.id)
-    return list(session.scalars(query))
+    return list(session.scalars(query.with_for_update(of=Rating) if lock else query))
 
 
 def judged(ratings: Iterable[Rating]) -> list[Judged]:
@@ -60,7 +64,8 @@ def waiting(session: Session, least: int) -> int:
     """Ratings of pairs that have enough of them, and that are no data yet."""
     counting = Rating.revoked.is_(None) & (Rating.choice != "skip")
     counts = select(Rating.pair_id).where(counting).group_by(Rating.pair_id).having(func.count() >= least)
-    query = select(func.count()).select_from(Rating).join(Pair).where(counting, Rating.ingested.is_(None), Rating.pair_id.in_(counts))
+    new = Rating.ingested.is_(None) | (Rating.ingested == TAKING)
+    query = select(func.count()).select_from(Rating).join(Pair).where(counting, new, Rating.pair_id.in_(counts))
     return session.scalar(query.where(Pair.gold.is_(None), Pair.repeat_of.is_(None))) or 0
 
 

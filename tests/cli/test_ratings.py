@@ -17,14 +17,19 @@ import yaml
 from sqlalchemy import delete, select
 
 from rlhf import config
+from rlhf.cli import ratings as taking
+from rlhf.cli.feedback import forget
 from rlhf.cli.ratings import _note, ingest
 from rlhf.errors import UserError
 from rlhf.feedback import database, pairs
 from rlhf.feedback.database import Database
 from rlhf.feedback.export import export
 from rlhf.feedback.pairs import Written
-from rlhf.feedback.tables import Opinion, Pair, Rating, now
+from rlhf.feedback.rating import Rater, StaleError
+from rlhf.feedback.tables import TAKING, Opinion, Pair, Rating, now
+from rlhf.feedback.verdicts import waiting
 from rlhf.job import Job, read_lines
+from rlhf.locks import lock
 from rlhf.serving.ingesting import Ratings
 from rlhf.stages.prepare import main as prepare
 from rlhf.workspace import presets
@@ -190,8 +195,51 @@ def test_what_is_forgotten_while_it_is_ingested_fails_nothing(workspace: Workspa
         found = export(session, 2, new=True)
     with workspace.record.writing() as session:
         session.execute(delete(Pair).where(Pair.id == max(judged.pair.id for judged in found.pairs)))
-    _note(workspace.record, found)
+    _note(workspace.record, found, now())
     assert ingest(workspace.root, workspace.params) == []
+
+
+def test_what_is_being_ingested_is_not_undone_and_what_was_refused_can_be(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace.rate([asking("while it goes in")], "a", "a")
+    undone = []
+
+    def undo() -> None:
+        with workspace.record.writing() as session:
+            last = session.scalars(select(Rating).where(Rating.rater == "1").order_by(Rating.id.desc())).first()
+            assert last
+            Rater(session, workspace.params, "1").undo(last.token)
+        undone.append(last.id)
+
+    def fails(*_: Any) -> Any:
+        with pytest.raises(StaleError, match="until it has been ingested"):
+            undo()
+        raise UserError("the disk is full", remedy="make room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking, "_added", fails)
+        with pytest.raises(UserError, match="the disk is full"):
+            ingest(workspace.root, workspace.params)
+    with workspace.record.reading() as session:
+        assert waiting(session, 2) == 2
+    undo()  # nothing of it is data
+    assert len(undone) == 1
+    assert ingest(workspace.root, workspace.params) == []
+    workspace.rate([asking("then killed")], "b", "b")
+    with workspace.record.writing() as session:  # as a kill leaves them
+        for rating in session.scalars(select(Rating).where(Rating.ingested.is_(None), Rating.revoked.is_(None))):
+            rating.ingested = TAKING
+    with pytest.raises(StaleError):
+        undo()
+    with workspace.record.reading() as session:
+        assert waiting(session, 2) == 2
+    assert [one.rows for one in ingest(workspace.root, workspace.params)] == [1]
+
+
+def test_nobody_is_forgotten_while_ratings_are_being_ingested(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace.root)
+    with lock(workspace.root, "ingest"), pytest.raises(UserError, match="may hold what this user asked"):
+        forget("anna")
+    forget("anna")
 
 
 def test_what_no_stage_takes_holds_up_no_others(workspace: Workspace) -> None:

@@ -86,10 +86,10 @@ def test_edits_are_demonstrations_and_better_than_what_they_mend(record: Databas
     put(record, 0, "b", edit="two, mended")
     put(record, 1, "a", gold="first", edit="gold, mended")  # hidden among the others, and never exported
     with record.writing() as session:
-        session.add(answer())
-        session.flush()
         said: list[dict[str, Any]] = [{"edit": "Wir."}, {"thumb": -1}, {"thumb": 1}]
-        session.add_all([Opinion(token=str(number), answer_id=1, **one) for number, one in enumerate(said)])
+        session.add_all([answer(str(number)) for number in range(3)])
+        session.flush()
+        session.add_all([Opinion(token=str(number), answer_id=number, **one) for number, one in enumerate(said, start=1)])
     with record.reading() as session:
         done = export(session)
     write(done, tmp_path)
@@ -112,6 +112,60 @@ def test_the_same_answers_brought_twice_are_one_row(record: Database) -> None:
     with record.reading() as session:
         (row,) = export(session).rows["pairs"]
     assert (row["chosen"], row["confidence"], row["ratings"]) == ("one 0", pytest.approx(2 / 3), 3)
+
+
+def test_the_last_word_of_a_user_or_rater_counts(record: Database) -> None:
+    put(record, 0, "a")
+    with record.writing() as session:
+        other = Pair(name="again", source="shadow", prompt=[{"role": "user", "content": "Q0"}])
+        other.first_text, other.second_text, other.first_version, other.second_version = "two 0", "one 0", "assistant/2", "assistant/1"
+        session.add_all([other, Rating(token="x", pair=other, rater="Ada", swapped=False, choice="a")])
+        session.add_all([answer(str(number), text=f"text {number // 2}", user=f"u{number % 2}") for number in range(6)])
+        session.add(answer("again", text="text 2", user="u0"))
+        session.flush()
+        said: list[tuple[int, dict[str, Any]]] = [
+            (1, {"thumb": 1}),
+            (1, {"thumb": -1}),
+            (2, {"thumb": 1}),
+            (3, {"thumb": -1}),
+            (3, {"edit": "Wir."}),
+            (3, {"edit": "Sie."}),
+            (3, {"thumb": 1}),
+            (4, {"thumb": 1}),
+            (4, {"comment": "so?"}),
+            (5, {"thumb": 1}),  # word for word what the same user was told again
+            (7, {"thumb": -1}),
+        ]
+        session.add_all([Opinion(token=str(token), answer_id=number, **more) for token, (number, more) in enumerate(said)])
+    with record.reading() as session:
+        done = export(session)
+    assert [(row["chosen"], row["rejected"], row.get("ratings")) for row in done.rows["pairs"]] == [
+        ("two 0", "one 0", 1),
+        ("Sie.", "text 1", 1),
+    ]
+    assert [row["messages"][-1]["content"] for row in done.rows["demonstrations"]] == ["Sie."]
+    assert [(row["completion"], row["label"]) for row in done.rows["thumbs"]] == [
+        ("text 0", False),
+        ("text 0", True),
+        ("text 1", True),
+        ("text 2", False),
+    ]
+    assert len(done.opinions) == len(said)
+
+
+def test_a_pair_that_is_data_does_not_come_in_the_other_way_round(record: Database) -> None:
+    put(record, 0, "a")
+    with record.writing() as session:
+        session.get_one(Rating, 1).ingested = AT
+    for rater in ("Bob", "Cy"):
+        with record.writing() as session:
+            session.add(Rating(token=rater, pair_id=1, rater=rater, swapped=False, choice="b"))
+    with record.reading() as session:
+        done = export(session, new=True)
+        assert [len(export(session).rows[name]) for name in ("pairs", "undecided")] == [1, 0]
+    assert done.rows["pairs"] == []
+    assert [row["decision"] for row in done.rows["undecided"]] == ["contrary to data"]
+    assert len(done.ratings) == 2
 
 
 def test_what_was_ingested_is_not_new(record: Database) -> None:
