@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import Connection, CursorResult, Engine, create_engine, delete, event, func, insert, select, text
-from sqlalchemy.exc import ArgumentError, DisconnectionError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    DisconnectionError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+    TimeoutError,
+)
 from sqlalchemy.orm import Session
 
 from rlhf.config import Params
@@ -131,6 +140,13 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def is_away(error: Exception) -> bool:
+    """Whether the database, and not what was asked of it, is why something failed: later it may do."""
+    # sqlite3 has no kind of its own for a damaged file
+    away = isinstance(error, UserError | OSError | OperationalError | TimeoutError) or type(error) is DatabaseError
+    return away or (isinstance(error, DBAPIError) and error.connection_invalidated)
 
 
 def _check_layout(connection: Connection) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.orm import Session
 
-from rlhf.errors import UserError, first_line
-from rlhf.feedback.database import Database
+from rlhf.errors import first_line
+from rlhf.feedback.database import Database, is_away
 from rlhf.feedback.tables import Answer, now
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class Recorder:
             try:
                 written = self._insert(rows)
             except Exception as error:
-                if _will_pass(error):
+                if is_away(error):
                     self._tell(first_line(error))
                     if not self._stopping.wait(SECONDS_TO_WAIT) or self._more_time():
                         continue
@@ -161,10 +160,3 @@ class Recorder:
 
 def _insert_into(session: Session) -> Any:
     return INSERTS[session.get_bind().dialect.name](Answer)
-
-
-def _will_pass(error: Exception) -> bool:
-    """Whether the database, and not the row, is why."""
-    # sqlite3 has no kind of its own for a damaged file
-    away = isinstance(error, UserError | OSError | OperationalError) or type(error) is DatabaseError
-    return away or (isinstance(error, DBAPIError) and error.connection_invalidated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,8 +13,11 @@ from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
+from rlhf.errors import UserError, first_line
+from rlhf.feedback.database import is_away
 from rlhf.serving import pages
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
@@ -23,6 +27,7 @@ from rlhf.serving.replies import Json, RefusedError
 from rlhf.serving.schema import ERRORS, HEALTH, ChatReply, ModelsReply, TextReply, answered
 from rlhf.serving.service import Service
 
+logger = logging.getLogger(__name__)
 INSIDE = re.compile(r"(function-\w+|list)\[")  # where a field takes one of several: how pydantic calls which of them it tried
 JSON = re.compile(r"\s*application/([\w.+-]+\+)?json\s*(;|$)", re.IGNORECASE)
 
@@ -109,6 +114,15 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
     @app.exception_handler(HTTPException)
     async def other(_: Call, error: HTTPException) -> JSONResponse:
         return told(RefusedError(error.status_code, str(error.detail)), error.headers)
+
+    @app.exception_handler(UserError)
+    @app.exception_handler(SQLAlchemyError)
+    async def away(_: Call, error: Exception) -> JSONResponse:
+        if not is_away(error):
+            raise error
+        logger.warning("record: %s", first_line(error))
+        what = "the record of answers and ratings is away or locked; nothing was changed, try again"
+        return told(RefusedError(503, what, "record_away", headers={"retry-after": "2"}))
 
     @app.exception_handler(Exception)
     async def fault(_: Call, error: Exception) -> JSONResponse:

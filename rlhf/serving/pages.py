@@ -152,15 +152,15 @@ def _add_files(router: APIRouter) -> None:
         return Response(contents[name], media_type=KINDS[name.rpartition(".")[2]], headers=HEADERS)
 
     @router.get("/rate", include_in_schema=False)
-    def rate() -> Response:
+    async def rate() -> Response:
         return reply("rate.html")
 
     @router.get("/figures", include_in_schema=False)
-    def shown() -> Response:
+    async def shown() -> Response:
         return reply("figures.html")
 
     @router.get("/page/{name}", include_in_schema=False)
-    def part(name: str) -> Response:
+    async def part(name: str) -> Response:
         if name not in contents:
             raise RefusedError(404, "no such file", "not_found")
         return reply(name)

@@ -124,6 +124,31 @@ def test_forms_and_opinions_that_are_wrong_stale_or_sent_again(site: Site) -> No
         assert session.connection().exec_driver_sql("SELECT thumb, edit FROM opinions").all() == [(1, "Ich bin's.")]
 
 
+def test_while_the_record_is_away_it_is_to_be_tried_again(site: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def post(path: str, **body: Any) -> tuple[int, Any]:
+        found = site.client.post(path, json=body)
+        return found.status_code, found.json().get("error", {}).get("code")
+
+    site.fill(["away"], "x", "y")
+    folder = Path(site.record.engine.url.database or "").parent
+    away = tmp_path_factory.mktemp("away") / "feedback"
+    folder.rename(away)
+    folder.touch()
+    asked: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("/rate/next", {"rater": "Di"}),
+        ("/rate/undo", {"rater": "Di", "token": "t"}),
+        ("/figures/numbers", {}),
+        ("/v1/feedback", {"id": "chatcmpl-1", "thumb": "up"}),
+    )
+    assert [post(path, **body) for path, body in asked] == [(503, "record_away")] * 4
+    assert site.client.post("/rate/next", json={"rater": "Di"}).headers["retry-after"] == "2"
+    assert str(folder) not in site.client.post("/rate/next", json={"rater": "Di"}).text
+    assert site.client.get("/rate").status_code == 200
+    folder.unlink()
+    away.rename(folder)
+    assert [post(path, **body)[0] for path, body in asked] == [200, 409, 200, 404]
+
+
 def test_with_keys_a_page_is_for_all_and_what_it_shows_for_those_with_the_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = params_with(ratings=1)
     given = {"file": None, "requests_per_minute": None, "max_body_kib": None}

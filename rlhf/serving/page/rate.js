@@ -78,9 +78,11 @@ async function send(path, body, said) {
           if (error.status === 409) find("renew").hidden = false;
           return;
         }
-        say("Not saved yet: the server does not answer. Trying again …");
+        const why = error instanceof Refused ? error.message : "the server does not answer";
+        say(`Not saved yet: ${why}. Trying again …`);
         if (attempt === ATTEMPTS) {
-          say("Not saved: the server does not answer. Press the key again.");
+          say(`Not saved: ${why}. Press the key again.`);
+          find("renew").hidden = shown !== null;
           return;
         }
         await new Promise((wake) => setTimeout(wake, 500 * attempt));
