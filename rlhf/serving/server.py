@@ -15,9 +15,11 @@ import uvicorn
 from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.serving.api import create
+from rlhf.serving.connections import protocol
 from rlhf.serving.service import Service
 
 SECONDS_TO_END = 10
+MORE = 500  # connections than requests that are written or wait: those kept open, those to be told 429, and pages
 
 
 def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any]) -> None:
@@ -40,7 +42,13 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
     say(f"assistant http://{host}:{found}/v1 ({settings.asks_for})")
     # a stream that is under way may go on for so long; whoever waits then is told
     options = uvicorn.Config(
-        create(service), log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_END, server_header=False
+        create(service),
+        http=protocol(settings.slots + settings.queue + MORE),
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SECONDS_TO_END,
+        server_header=False,
     )
     uvicorn.Server(options).run([listener])
 
