@@ -7,10 +7,11 @@ was before it, `candidate` is the newest one that did not pass the gates. Every 
 from rlhf.registry.history import Move, moves
 from rlhf.registry.promotion import Decision, Verdict, carry_out, check, promote, rollback
 from rlhf.registry.registration import EVALUATED, register, weights_hash
-from rlhf.registry.versions import Version, aliases, find, model_folder, resolve, tag, versions
+from rlhf.registry.versions import DamagedError, Version, aliases, find, model_folder, resolve, tag, versions
 
 __all__ = [
     "EVALUATED",
+    "DamagedError",
     "Decision",
     "Move",
     "Verdict",

@@ -23,6 +23,13 @@ from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.registry import serving
 
+
+class DamagedError(UserError):
+    """A version's files are not those that were registered."""
+
+    folder = Path()  # where they lie
+
+
 ADDRESS = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>.+)|/(?P<number>\d+))")
 
 
@@ -135,10 +142,12 @@ def model_folder(uri: str, root: Path, params: Params) -> Path:
     except MlflowException as error:
         raise _unknown(uri, error) from None
     if wrong := serving.differences(folder, entry.tags.get("sha256.files")):
-        raise UserError(
+        damaged = DamagedError(
             f"{uri} (version {entry.version}) is refused: {'; '.join(wrong)}",
             remedy=f"`rlhf rollback`, or bring back the file: `rlhf verify {entry.version}` tells whether the DVC cache still has it",
         )
+        damaged.folder = folder
+        raise damaged
     return folder / "artifacts"
 
 

@@ -19,6 +19,7 @@ from rlhf.serving.writer import Writer
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d{0,8}))?", re.ASCII)
 
+SECONDS_BETWEEN_TRIES = 600.0  # of a version that cannot be opened: there may have been no memory for it, say
 CHAMPION, CANDIDATE = "champion", "candidate"
 
 
@@ -35,6 +36,20 @@ class Version:
     @property
     def fingerprint(self) -> str:
         return f"{self.name}-{self.digest[:12]}"
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A version that could not be opened: to read and check its files again would cost what opening does, and fail again."""
+
+    what: str
+    folder: Path
+    files: object  # as they were
+    until: float
+
+    @property
+    def holds(self) -> bool:
+        return time.monotonic() < self.until and _stamp(self.folder) == self.files
 
 
 class Versions:
@@ -54,6 +69,8 @@ class Versions:
         self._users = Users()
         self._by_number: Mapping[int, Version] = {}  # asked for by their numbers
         self._asked: dict[int, float] = {}  # when last
+        self._failed: dict[int, _Failed] = {}
+        self._pointed: Mapping[str, int] = {}
         self._changing = threading.Lock()
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, name="versions", daemon=True)
@@ -141,6 +158,8 @@ class Versions:
             self._point(pointed)
 
     def _point(self, pointed: Mapping[str, int]) -> None:
+        if pointed != self._pointed:
+            self._failed, self._pointed = {}, pointed
         before = {version.number: version for version in self._all()}
         found: dict[str, Version] = {}
         for alias in self.settings.aliases:
@@ -165,16 +184,19 @@ class Versions:
         Raises:
             UserError: it cannot be opened.
         """
-        settings = self.settings
+        settings, folder = self.settings, None
+        if (failed := self._failed.get(number)) and failed.holds:
+            raise UserError(failed.what, remedy="bring back its files, or give another version")
         try:
             entry = registry.find(self._root, self._params, number)
             folder = registry.model_folder(entry.uri, self._root, self._params)
             writer = Writer(folder, settings.slots, settings.max_prompt_tokens + settings.max_tokens)
             engine = Engine(writer, settings.slots, settings.queue, settings.threads, self._users)
-        except UserError:
-            raise
         except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
-            raise UserError(f"version {number}: {first_line(error)}", remedy="give another version") from None
+            what = error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}"
+            if found := error.folder if isinstance(error, registry.DamagedError) else folder:
+                self._failed[number] = _Failed(what, found, _stamp(found), time.monotonic() + SECONDS_BETWEEN_TRIES)
+            raise UserError(what, remedy="bring back its files, or give another version") from None
         digest = entry.tags.get("sha256.files", "")
         return Version(f"{self.model}/{number}", number, digest, int(entry.created.timestamp()), engine)
 
@@ -199,6 +221,15 @@ class Versions:
         elif self.problems.get(place) != what:
             self.problems[place] = what
             logger.error("%s: %s", place, what)
+
+
+def _stamp(folder: Path) -> object:
+    """What changes when a file of a folder does."""
+    try:
+        files = [(path, path.stat()) for path in sorted(folder.rglob("*"))]
+    except OSError:  # one goes at this moment
+        return time.monotonic()
+    return [(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in files if not path.is_dir()]
 
 
 def _behind(work: Callable[[], None]) -> None:
