@@ -90,7 +90,7 @@ class _Answer:
     uniforms: Tensor  # (max_tokens,)
     last: int = -1
     count: int = 0
-    tokens: list[tuple[int, Token]] = field(default_factory=list)  # not told yet, each with where its text begins
+    tokens: list[Token] = field(default_factory=list)  # not told yet
 
     @property
     def held(self) -> int:
@@ -284,7 +284,7 @@ class Engine:
             answer.last = token
             answer.count += 1
             if row in told:
-                answer.tokens.append((answer.text.length, _told(token, told[row], requests[row].top or NO_TOP)))
+                answer.tokens.append(_told(token, told[row], requests[row].top or NO_TOP, answer.text.length))
             if finish := self._told_of(answer, token):
                 over.append((first + row, finish))
         for slot, finish in reversed(over):
@@ -296,10 +296,7 @@ class Engine:
         if token == self.writer.eos_id:
             answer.tokens = answer.tokens[:-1]  # it is no text
             return "stop"
-        text = answer.text.add(token)
-        if answer.text.stopped:
-            answer.tokens = [(start, kept) for start, kept in answer.tokens if start < answer.text.out]
-        if text:
+        if text := answer.text.add(token):
             self._tell(answer, text)
         if answer.text.stopped:
             return "stop"
@@ -307,8 +304,10 @@ class Engine:
         return "length" if answer.count == request.max_tokens or full else None
 
     def _tell(self, answer: _Answer, text: str) -> None:
-        tokens, answer.tokens = tuple(token for _, token in answer.tokens), []
-        answer.asked.tell(Piece(answer.choice, text, tokens))
+        kept = answer.tokens if not answer.text.stopped else [token for token in answer.tokens if token.start < answer.text.out]
+        answer.tokens = []
+        if text or kept:
+            answer.asked.tell(Piece(answer.choice, text, tuple(kept)))
 
     def _leave(self, slot: int, finish: Finish) -> None:
         """An answer is over: the last slot's moves into its place."""
@@ -317,12 +316,12 @@ class Engine:
             self.writer.move(len(self._writing) - 1, slot, last.held)
             self._writing[slot] = last
         self._writing.pop()
-        rest = answer.text.end()
-        if rest or answer.tokens:
-            self._tell(answer, rest)
+        self._tell(answer, answer.text.end())
+        if answer.text.stopped and finish == "length":  # it stood in what was held back
+            finish = "stop"
         answer.asked.tell(End(answer.choice, finish, answer.count))
 
 
-def _told(token: int, found: Tensor, top: int) -> Token:
+def _told(token: int, found: Tensor, top: int, start: int) -> Token:
     values, numbers = found.topk(top)
-    return Token(token, float(found[token]), tuple(zip(numbers.tolist(), values.tolist(), strict=True)))
+    return Token(token, float(found[token]), tuple(zip(numbers.tolist(), values.tolist(), strict=True)), start)

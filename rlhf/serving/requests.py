@@ -32,6 +32,7 @@ class Token:
     number: int
     log_prob: float
     top: tuple[tuple[int, float], ...]
+    start: int = 0  # characters of the answer before what it adds; of all parts of one character the same
 
 
 @dataclass(frozen=True)

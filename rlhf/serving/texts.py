@@ -25,7 +25,8 @@ class Text:
         self._read = 0  # tokens of the window whose text is out
         self._known = ""  # their text
         self._held = ""
-        self.length = 0  # characters that tokens have given so far, held ones included
+        self.length = 0  # characters that are certain, as no token changes them any more, held ones included
+        self._before = 0  # those of them that stand before the unread tokens of the window
         self.out = 0  # characters that were given away
         self.stopped = False
 
@@ -34,6 +35,7 @@ class Text:
         self._window.append(token)
         now = self._decode(self._window, skip_special_tokens=True)
         if now.endswith(UNKNOWN) and len(self._window) - self._read < LONGEST:
+            self.length = self._before + len(now[len(self._known) :].rstrip(UNKNOWN))
             return ""
         return self._found(now)
 
@@ -46,7 +48,7 @@ class Text:
 
     def _found(self, now: str) -> str:
         new = now[len(self._known) :]
-        self.length += len(new)
+        self.length = self._before = self._before + len(new)
         # the tokens before the last ones have no say any more
         self._window = self._window[self._read :]
         self._read = len(self._window)

@@ -18,7 +18,7 @@ from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.serving.engine import Engine, Users
 from rlhf.serving.requests import BusyError, End, Event, Piece, Request, Token
-from rlhf.serving.texts import Text
+from rlhf.serving.texts import LONGEST, Text
 from rlhf.serving.writer import Writer
 
 LIMIT = 40
@@ -108,6 +108,34 @@ def test_an_answer_ends_before_a_text_to_stop_at(engine: Engine) -> None:
     ((text, end, tokens),) = answers(engine, replace(ASKED, stops=(stop, "never"), top=0)).values()
     assert (text, end.finish) == (whole[: whole.index(stop)], "stop")
     assert 0 < len(tokens) <= end.tokens < LIMIT
+
+
+def test_a_text_to_stop_at_in_what_is_held_back_at_the_end_is_heeded(engine: Engine) -> None:
+    found = 0
+    for seed in range(40):  # a part of a character is read as unknown once nothing follows it
+        asked = replace(ASKED, seed=seed, max_tokens=6, top=0)
+        ((whole, end, _),) = answers(engine, asked).values()
+        if end.finish == "length" and whole.endswith("\ufffd") and whole.count("\ufffd") == 1:
+            ((text, end, tokens),) = answers(engine, replace(asked, stops=("\ufffd",))).values()
+            assert (text, end.finish) == (whole[:-1], "stop")
+            assert all(token.start < len(text) for token in tokens)
+            found += 1
+    assert found
+
+
+def test_each_token_is_told_with_where_its_text_begins(engine: Engine, tokenizer: PreTrainedTokenizerFast) -> None:
+    for seed in range(10):
+        ((text, _, tokens),) = answers(engine, replace(ASKED, seed=seed, top=0)).values()
+        starts = [token.start for token in tokens]
+        assert starts == sorted(starts)
+        assert starts[0] == 0 < starts[-1] < len(text)
+        own = [str(tokenizer.decode([token.number], skip_special_tokens=True)) for token in tokens]
+        whole = [(start, said) for start, said in zip(starts, own, strict=True) if "\ufffd" not in said]
+        assert len(whole) > 5
+        # of a part of a character that none completes it is known only later that it is a character by itself
+        assert all(said in text[start : start + len(said) + LONGEST] for start, said in whole)
+        before = len(text.partition("\ufffd")[0])
+        assert all(text.startswith(said, start) for start, said in whole if start < before)
 
 
 def test_the_queue_is_bounded_and_who_leaves_makes_room(engine: Engine) -> None:
