@@ -16,7 +16,7 @@ STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 78em; margin: 2em auto; padding: 0 1em; color: #1f2933; background: #fff }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
 td, th { border: 1px solid #cbd2d9; padding: .25em .6em; text-align: right; vertical-align: top }
-td.text, th.text { text-align: left } th { background: #f5f7fa; cursor: pointer; user-select: none }
+td.text, th.text { text-align: left } td:first-child { white-space: nowrap } th { background: #f5f7fa; cursor: pointer; user-select: none }
 tr.front td { background: #fff4ec } tr.failed td { color: #b42318 }
 .wide { overflow-x: auto } .pictures { display: flex; gap: 1em } .pictures img { flex: 1 1 0; min-width: 0 } img { max-width: 100% }
 code { background: #f5f7fa; padding: .1em .3em } p.note { color: #52606d }
