@@ -89,6 +89,7 @@ def settings(job: Job) -> dict[str, Any]:
         "temperature": params.temperature,
         "max_steps": params.steps * params.updates_per_step,
         "beta": params.kl.coefficient,
+        "use_bias_correction_kl": params.kl.with_ratio,
         "epsilon": params.policy_clip[0],
         "max_grad_norm": params.actor.max_grad_norm,
         "shuffle_dataset": False,

@@ -6,16 +6,19 @@ import json
 import random
 import zipfile
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import typer
 import yaml
 
-from bench.real_model import folder, intervals, results, tasks
+from bench.real_model import folder, intervals, peer_grpo, results, tasks
+from rlhf.job import Job
 from rlhf.rewards.answers import pattern
 from rlhf.rewards.instructions import instructions
+from rlhf.workspace import presets
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +110,14 @@ def test_course_of_training_is_told_where_the_evaluation_was_cut_off(tmp_path: P
         archive.writestr("hh-1-ppo ppo/ppo.csv", "step,kl,score\n" + "".join(f"{n},{n},{-n}\n" for n in range(1, 13)))
         results.courses([trained, trained | {"name": "hh-1-ppo evaluate", "stage": "evaluate", "how": "cut off"}], archive)
     assert "| hh-1-ppo, KL | 1.50 | 3.50 | 5.50 | 7.50 | 9.50 | 11.50 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_ratio", [False, True])
+def test_trl_computes_the_same_loss(with_ratio: bool) -> None:
+    text = (ROOT / "presets/smollm2-135m-checkable.yaml").read_text(encoding="utf-8")
+    params = presets.with_values(text, ["base.model=.", "base.revision=null", f"grpo.kl.with_ratio={with_ratio}".lower()], "preset")[1]
+    given = peer_grpo.settings(cast("Job", SimpleNamespace(params=params, device="cpu")))
+    assert (given["use_bias_correction_kl"], given["beta"], given["loss_type"]) == (with_ratio, params.grpo.kl.coefficient, "grpo")
 
 
 def _preset() -> dict[str, Any]:
