@@ -44,6 +44,7 @@ class Recorder:
         self._next_clearing = 0.0
         self._database: Database | None = None
         self._rows: Queue[Row] = Queue(most)
+        self._now: list[Row] = []  # those that are being written
         self.written = self.dropped = 0
         self.problem: str | None = None  # why nothing is written
         self._stopping = threading.Event()
@@ -54,6 +55,12 @@ class Recorder:
     @property
     def waiting(self) -> int:
         return self._rows.qsize()
+
+    def awaits(self, reply: str) -> bool:
+        """Whether an answer of a reply is still to be written."""
+        with self._rows.mutex:
+            rows = [*self._rows.queue, *self._now]
+        return any(row["reply"] == reply for row in rows)
 
     def put(self, row: Row) -> None:
         """Have an answer recorded; it never waits, and never fails."""
@@ -73,13 +80,14 @@ class Recorder:
     def _run(self) -> None:
         while rows := self._batch():
             self._write(rows)
+            self._now = []
             self._clear()
         if self._database:
             self._database.close()
 
     def _batch(self) -> list[Row]:
         """The next answers; none once all are written and no more come."""
-        rows: list[Row] = []
+        rows = self._now = list[Row]()
         while not rows and not (self._stopping.is_set() and self._rows.empty()):
             try:
                 rows.append(self._rows.get(timeout=SECONDS_TO_GATHER))

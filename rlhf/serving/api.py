@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from rlhf.errors import UserError, first_line
 from rlhf.feedback.database import is_away
@@ -22,10 +23,11 @@ from rlhf.serving import pages
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
 from rlhf.serving.door import Door, caller_of, needs
-from rlhf.serving.exchange import begin
+from rlhf.serving.exchange import Exchange, begin
 from rlhf.serving.replies import Json, RefusedError
-from rlhf.serving.schema import ERRORS, HEALTH, ChatReply, ModelsReply, TextReply, answered
+from rlhf.serving.schema import ERRORS, HEALTH, ChatReply, ListedModel, ModelsReply, TextReply, answered
 from rlhf.serving.service import Service
+from rlhf.serving.versions import Version
 
 logger = logging.getLogger(__name__)
 INSIDE = re.compile(r"(function-\w+|list)\[")  # where a field takes one of several: how pydantic calls which of them it tried
@@ -52,10 +54,10 @@ def create(service: Service) -> FastAPI:
         head = {"x-model-version": exchange.version.name}
         if body.stream:
             head["cache-control"] = "no-cache"
-            return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers=head)
+            return Events(exchange, head)
         return JSONResponse(await exchange.whole(call.is_disconnected), headers=head)
 
-    app.include_router(pages.routes(service.ratings))
+    app.include_router(pages.routes(service.ratings, service.record.recorder))
 
     @app.post("/v1/chat/completions", dependencies=[needs("ask")], responses=answered(ChatReply))
     async def chat(call: Call, body: ChatBody) -> Response:
@@ -67,11 +69,13 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/v1/models", dependencies=[needs("ask")], responses={200: {"model": ModelsReply}})
     async def models() -> Json:
-        listed = [
-            {"id": name, "object": "model", "created": version.created, "owned_by": "rlhf", "version": version.name}
-            for name, version in versions.names.items()
-        ]
-        return {"object": "list", "data": listed}
+        return {"object": "list", "data": [_listed(name, version) for name, version in versions.names.items()]}
+
+    @app.get("/v1/models/{name:path}", dependencies=[needs("ask")], responses={200: {"model": ListedModel}})
+    async def model(name: str) -> Json:
+        if version := versions.names.get(name):
+            return _listed(name, version)
+        raise RefusedError(404, f"model {name!r} is not served", "model_not_found", "model")
 
     @app.get("/health", responses=HEALTH)
     async def health(call: Call) -> JSONResponse:
@@ -88,6 +92,24 @@ def create(service: Service) -> FastAPI:
     return app
 
 
+def _listed(name: str, version: Version) -> Json:
+    return {"id": name, "object": "model", "created": version.created, "owned_by": "rlhf", "version": version.name}
+
+
+class Events(StreamingResponse):
+    """The stream of an exchange, which ends with it, though the client has left before it began."""
+
+    def __init__(self, exchange: Exchange, head: Mapping[str, str]) -> None:
+        super().__init__(exchange.stream(), media_type="text/event-stream", headers=head)
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._exchange.end()
+
+
 def _answer_errors(app: FastAPI, counts: Counts) -> None:
     """Have every error told in OpenAI's form."""
 
@@ -101,7 +123,8 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(call: Call, error: RequestValidationError) -> JSONResponse:
-        first: dict[str, Any] = dict(error.errors()[0])
+        # where a field takes one of several, the one that went furthest says what is wrong
+        first: dict[str, Any] = dict(max(error.errors(), key=lambda each: len(each["loc"])))
         if call.method == "POST" and not JSON.match(call.headers.get("content-type", "")):
             return told(RefusedError(400, "the header content-type must be application/json", "invalid_content_type"))
         place = [str(part) for part in first["loc"][1:] if not INSIDE.match(str(part))]

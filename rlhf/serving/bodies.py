@@ -11,6 +11,7 @@ MOST_CHOICES = 16
 MOST_PROMPTS = 64
 FIRST = Field(fail_fast=True)  # of a list: a body of half a million wrong elements must not become as many errors, which take gigabytes
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
+Empty = Annotated[list[Any], Field(max_length=0)] | None
 
 
 def _whole(text: str) -> str:
@@ -37,6 +38,13 @@ class Part(Body):
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: Words | Annotated[list[Part], FIRST]
+    # so that an answer can be sent again as it came
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    name: None = None
+    annotations: Empty = None
+    tool_calls: Empty = None
 
     @property
     def plain(self) -> dict[str, str]:
@@ -47,6 +55,7 @@ class Message(Body):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Metadata(Body):
@@ -97,17 +106,27 @@ class Asked(Body, ABC):
         """Likeliest tokens to tell beside each one; None: no log-probabilities at all."""
 
 
+class TextFormat(Body):
+    type: Literal["text"]
+
+
 class ChatBody(Asked):
     messages: Annotated[list[Message], Field(min_length=1), FIRST]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Empty = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _asks_for_an_answer(self) -> ChatBody:
         if self.messages[-1].role != "user":
             raise ValueError("messages: the last one must be the user's")
+        if self.messages[0].role == "assistant":
+            raise ValueError("messages: the first one must not be the assistant's")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is for logprobs: true alone")
         return self

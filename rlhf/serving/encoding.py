@@ -35,6 +35,8 @@ def encoded(versions: Versions, version: Version, body: Asked) -> list[Request]:
         prompts = _tokens(writer.tokenizer, body)
     except UserError as error:
         raise RefusedError(400, error.what, "invalid_messages", param) from None
+    if len(prompts) > settings.queue:  # else it would be told to come again, for ever
+        raise RefusedError(400, f"prompt: {len(prompts)} are more than may wait at a time (serving.queue is {settings.queue})", None, param)
     for prompt in prompts:
         if not 0 < len(prompt) <= room:
             raise _too_long(len(prompt), room, param)

@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 
@@ -55,7 +56,7 @@ class Exchange:
         self._begun, self._told = time.monotonic(), False
         self._events = Mailbox()
         self._written = [Written() for request in requests for _ in range(request.choices)]
-        self._ends, self._finish = 0, "cancelled"
+        self._ends, self._finish, self._is_over = 0, "cancelled", False
         self.form = Form(isinstance(body, ChatBody), self.version, uuid.uuid4().hex, int(time.time()))
         self._taken: list[Taken] = []
         try:
@@ -121,25 +122,36 @@ class Exchange:
         Raises:
             RefusedError: one ended as none should.
         """
+        looked = self._begun
         try:
             while self._ends < len(self._written):
-                try:
+                event = None
+                with suppress(TimeoutError):
                     event = await asyncio.wait_for(self._events.get(), SECONDS_BETWEEN_LOOKS if left else None)
-                except TimeoutError:
-                    if left and await left():
-                        raise RefusedError(*SPECIAL["cancelled"]) from None
-                    continue
-                self._note(event)
-                yield event
+                if left and time.monotonic() - looked >= SECONDS_BETWEEN_LOOKS:  # though text comes without a pause
+                    looked = time.monotonic()
+                    if await left():
+                        raise RefusedError(*SPECIAL["cancelled"])
+                if event:
+                    self._note(event)
+                    yield event
         finally:
-            self._cancel()
-            counts = self._service.counts
-            if self._arm.alias:
-                counts.arms.labels(self._arm.alias).inc()
-            counts.requests.labels(self.version.name, self._finish).inc()
-            counts.prompts.labels(self.version.name).inc(self._usage["prompt_tokens"])
-            counts.answers.labels(self.version.name).inc(self._usage["completion_tokens"])
-            self._record()
+            self.end()
+
+    def end(self) -> None:
+        """Nobody waits any more: count and record what came of it, once. A client may leave before a stream has begun."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._cancel()
+        counts = self._service.counts
+        if self._arm.alias:
+            counts.arms.labels(self._arm.alias).inc()
+        whole = self._ends == len(self._written) or self._finish in SPECIAL
+        counts.requests.labels(self.version.name, self._finish if whole else "cancelled").inc()
+        counts.prompts.labels(self.version.name).inc(self._usage["prompt_tokens"])
+        counts.answers.labels(self.version.name).inc(self._usage["completion_tokens"])
+        self._record()
 
     def _note(self, event: Event) -> None:
         written, seconds = self._written[event.choice], time.monotonic() - self._begun

@@ -7,6 +7,7 @@ script run.
 from __future__ import annotations
 
 import hashlib
+import time
 import uuid
 from collections.abc import Callable
 from importlib.resources import files
@@ -22,6 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from rlhf.feedback import pairs
 from rlhf.feedback.database import Database
 from rlhf.feedback.rating import Given, Rater, Shown, StaleError
+from rlhf.feedback.recorder import Recorder
 from rlhf.feedback.tables import Answer, Choice, Opinion, Pair, held
 from rlhf.serving.bodies import Body, Words
 from rlhf.serving.door import caller_of, needs
@@ -37,6 +39,7 @@ HEADERS = {
     "cache-control": "no-cache",
 }
 MOST_CHARACTERS = 20_000
+SECONDS_TO_WAIT = 3.0  # for an answer that is being recorded: an application may speak of it at once
 
 
 def _name(text: str) -> str:
@@ -76,7 +79,7 @@ class OpinionBody(Body):
     token: Token | None = None
 
 
-def routes(ratings: Ratings) -> APIRouter:
+def routes(ratings: Ratings, recorder: Recorder) -> APIRouter:
     """The pages, and what they ask."""
     router = APIRouter()
     _add_files(router)
@@ -134,13 +137,18 @@ def routes(ratings: Ratings) -> APIRouter:
         with ratings.record.reading() as session:
             return figures(session, ratings.params).content
 
-    _add_opinions(router, ratings)
+    _add_opinions(router, ratings, recorder)
     return router
 
 
-def _add_opinions(router: APIRouter, ratings: Ratings) -> None:
+def _add_opinions(router: APIRouter, ratings: Ratings, recorder: Recorder) -> None:
     @router.post("/v1/feedback", dependencies=[needs("ask")])
     def opinion(call: Call, body: OpinionBody) -> Json:
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while recorder.awaits(body.id):
+            if time.monotonic() > deadline:
+                raise RefusedError(503, "the answer is still to be recorded; try again", "record_away", headers={"retry-after": "2"})
+            time.sleep(0.05)
         return _take_opinion(ratings.record, body, caller_of(call).name)
 
 

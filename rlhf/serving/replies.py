@@ -11,6 +11,8 @@ from rlhf.serving.versions import Version
 
 Json = dict[str, Any]
 MOST = 500  # characters of a message
+# JSON may hold them as they are, but clients that read lines as Python's str.splitlines cuts them would cut a text there
+ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 class RefusedError(Exception):
@@ -36,7 +38,7 @@ def _short(text: str) -> str:
 
 def line(content: Mapping[str, Any]) -> str:
     """An event of a stream."""
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':')).translate(ENDS)}\n\n"
 
 
 def usage(prompt: int, answer: int) -> Json:
@@ -86,7 +88,7 @@ class Form:
                 "tokens": [self._text(token.number) for token in tokens],
                 "token_logprobs": [token.log_prob for token in tokens],
                 "top_logprobs": [{self._text(number): value for number, value in token.top} for token in tokens],
-                "text_offset": [],
+                "text_offset": [token.start for token in tokens],
             }
         told = [
             self._of(token.number, token.log_prob) | {"top_logprobs": [self._of(number, value) for number, value in token.top]}

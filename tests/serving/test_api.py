@@ -27,9 +27,11 @@ from openai import OpenAI
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import registry
+from rlhf.errors import UserError
 from rlhf.serving.api import create
 from rlhf.serving.exchange import Exchange
 from rlhf.serving.service import Service
+from rlhf.serving.versions import Versions
 from tests.registry.workspaces import load, train, workspace
 
 PROJECT = Path(__file__).parents[2]
@@ -181,7 +183,7 @@ def test_what_is_not_honoured_or_wrong_is_refused_in_the_form_of_openai(server: 
         server.ask(model="gpt-5")
     with pytest.raises(openai.BadRequestError, match="frequency_penalty"):
         server.ask(frequency_penalty=0.5)
-    with pytest.raises(openai.BadRequestError, match="response_format: this field is not known here"):
+    with pytest.raises(openai.BadRequestError, match=r"response_format.type: Input should be 'text'"):
         server.ask(response_format={"type": "json_object"})
     good = {"model": "assistant", "messages": ASKED}
     for more, word in (
@@ -197,6 +199,10 @@ def test_what_is_not_honoured_or_wrong_is_refused_in_the_form_of_openai(server: 
         ({"messages": [{"role": "user", "content": 5}]}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "user's"),
+        ({"messages": [{"role": "assistant", "content": "x"}, *ASKED[1:]]}, "first one"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}, "should be 'text'"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "word " * 500}]}, "tokens"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 5000 + ASKED[1:]},
@@ -278,6 +284,47 @@ def test_a_damaged_version_is_not_served_and_the_old_one_stays(server: Server, l
     assert server.health()["versions"] == {"champion": "assistant/1"}
     assert server.ask().model == "assistant/1"
     assert "was changed" in server.said()
+
+
+def test_a_version_that_cannot_be_opened_is_not_read_again_until_something_changes(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = workspace(tmp_path / "work", llama, tokenizer)
+    small(root)
+    params, read, look = load(root), list[str](), registry.model_folder
+
+    def reading(uri: str, *more: Any) -> Path:
+        read.append(uri)
+        return look(uri, *more)
+
+    monkeypatch.setattr(registry, "model_folder", reading)
+    config = look("models:/assistant/1", root, params) / "config.json"
+    config.chmod(0o644)
+    whole = config.read_bytes()
+    config.write_bytes(whole + b" ")
+    versions = Versions(root, params)
+
+    def refresh(count: int) -> int:
+        before = len(read)
+        for _ in range(count):
+            versions.refresh()
+        return len(read) - before
+
+    assert refresh(3) == 1
+    assert "was changed" in versions.problems["champion"]
+    with pytest.raises(UserError, match="was changed"):
+        versions.open("assistant/1")
+    assert len(read) == 1
+    config.write_bytes(whole + b"\n")
+    assert refresh(2) == 1
+    MlflowClient().set_registered_model_alias("assistant", "candidate", "1")
+    assert refresh(2) == 1
+    config.write_bytes(whole)
+    assert refresh(2) == 1
+    assert versions.problems == {}
+    assert versions.by_alias["champion"].name == "assistant/1"
+    versions.by_alias["champion"].engine.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

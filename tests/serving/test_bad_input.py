@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from bench.faults.interface import words
 from rlhf.serving import door
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
+from rlhf.serving.replies import line as line_of
 from tests.registry.workspaces import small, workspace
 from tests.serving.test_api import ASKED, Server
 
@@ -171,6 +172,17 @@ def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     assert "within" in json.loads(told[1]["body"])["error"]["message"]
 
 
+def test_a_stream_is_read_whole_however_its_lines_are_cut() -> None:
+    said = "a\u2028b\u2029c\x85d\x0be"
+    assert line_of({"a": said}).count("\n") == 2
+    assert [json.loads(part.removeprefix("data: ")) for part in line_of({"a": said}).splitlines() if part] == [{"a": said}]
+
+
+def test_more_prompts_than_may_ever_wait_are_refused(server: Server) -> None:
+    status, message = server.refused({"model": "assistant", "prompt": ["The"] * 5}, COMPLETIONS)
+    assert (status, "serving.queue is 4" in message) == (400, True)
+
+
 def test_scripts_come_back_as_the_text_that_they_are(server: Server) -> None:
     reply = answer(server, json.dumps(GOOD | {"messages": [{"role": "user", "content": SCRIPT}], "model": SCRIPT}).encode())
     assert SCRIPT in error_of(server, reply)["message"]
@@ -223,6 +235,13 @@ def test_what_docs_name_is_heeded(server: Server) -> None:
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert len({text(seed=seed, top_p=1e-6) for seed in range(4)}) == 1
     assert text(n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], user="me") == text()
+    asks_nothing: dict[str, Any] = {"tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}}
+    assert text(**asks_nothing, modalities=["text"]) == text()
+    said, more = server.ask().choices[0].message, {"role": "user", "content": "And?"}
+    assert text(messages=[*ASKED, said, more]) == text(messages=[*ASKED, said.model_dump() | {"annotations": []}, more])
+    assert {server.client.models.retrieve(name).id for name in ("assistant", "assistant@champion", "assistant/1")} == {
+        model.id for model in server.client.models.list()
+    }
     parts = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": ASKED[1]["content"]}]}]
     assert text(messages=parts) == text()
     usual = server.ask(max_tokens=None, temperature=0.0).usage
@@ -235,6 +254,11 @@ def test_what_docs_name_is_heeded(server: Server) -> None:
     assert [choice.index for choice in done.choices] == [0, 1]
     assert done.choices[0].logprobs
     assert all(len(top) == 2 for top in done.choices[0].logprobs.top_logprobs or [])
+    asked: Any = {"model": "assistant", "prompt": "The", "max_tokens": 12, "seed": 1, "logprobs": 0, "stream": True}
+    begins = [one.choices[0].logprobs for one in server.client.completions.create(**asked)]
+    offsets = [start for one in begins if one for start in one.text_offset or []]
+    assert offsets == sorted(offsets)
+    assert offsets[0] == 0 < offsets[-1]
     with pytest.raises(openai.NotFoundError) as missing:
         server.client.completions.create(model="assistant/7", prompt="a")
     assert missing.value.code == "model_not_found"

@@ -112,6 +112,16 @@ def test_a_record_that_is_locked_fails_no_answer(server: Server, record: Databas
         answers(record, reply, 1)
 
 
+def test_an_application_may_speak_of_an_answer_at_once(server: Server, record: Database) -> None:
+    said = {"id": server.ask(store=True).id, "thumb": "up"}
+    assert server.raw.post("/v1/feedback", json=said).status_code == 200
+    other = sqlite3.connect(server.root / "feedback/feedback.db")
+    other.execute("BEGIN IMMEDIATE")
+    found = server.raw.post("/v1/feedback", json=said | {"id": server.ask(store=True).id})
+    other.rollback()
+    assert (found.status_code, found.json()["error"]["code"]) == (503, "record_away")
+
+
 def test_a_user_is_forgotten_at_a_word(server: Server, record: Database) -> None:
     answers(record, server.ask(user="otto", store=True).id, 1)
     command = [sys.executable, "-m", "rlhf.cli", "feedback", "forget", "otto"]
