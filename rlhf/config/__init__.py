@@ -145,6 +145,11 @@ class Params(Section):
         return self.rounds * self.answers.prompts + (self.answers.heldout_prompts if self.policy == "iterative" else 0)
 
     @property
+    def pairs_needed(self) -> int:
+        """How many prompts of preference pairs there must be, of which the same is true."""
+        return self.rounds * self.answers.pairs if self.policy in STORED else 0
+
+    @property
     def warm_starts(self) -> bool:
         """Whether stage awac comes before the policy's own."""
         return self.awac.versions > 0

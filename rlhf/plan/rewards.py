@@ -36,8 +36,9 @@ def check(root: Path, params: Params, findings: Findings) -> None:
 
 def _rows(root: Path, params: Params) -> Iterator[dict[str, Any]]:
     """The first good row of each source that prompts are taken from, as prepare would write it."""
+    taken = ("ppo", "reward") if params.pairs_needed else ("ppo",)
     for number, source in enumerate(params.data.sources):
-        if not source.split.uses("ppo"):
+        if not any(map(source.split.uses, taken)):
             continue
         try:
             for row, _ in zip(read(source, f"data.sources.{number}", root, 0), range(LOOKED_AT), strict=False):

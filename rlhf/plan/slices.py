@@ -13,7 +13,7 @@ from rlhf.data.formats import Row, Seen
 from rlhf.data.table import Table
 from rlhf.job import Job, read_lines
 from rlhf.plan.findings import Findings
-from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files, too_few_prompts
+from rlhf.stages.prepare import deal_and_blend, lacking, rows_of_files, too_few_pairs, too_few_prompts
 
 FEW = 10
 _SPREAD = ": {policy}, which takes the spread of rewards from them, may stop as diverged"
@@ -26,10 +26,11 @@ def job(root: Path, params: Params) -> Job:
 
 def check_prepared(root: Path, params: Params, findings: Findings) -> None:
     """Look for too few prompts where stage prepare is up to date."""
-    path = root / "data" / "prepared" / "ppo.jsonl"
-    if params.prompts_needed > 1 and path.is_file():
-        prompts = len({json.dumps(row["prompt"]) for row in read_lines(path)})
-        findings.problems += [error for error in [too_few_prompts(params, prompts)] if error]
+    paths = [root / "data" / "prepared" / f"{name}.jsonl" for name in ("ppo", "reward")]
+    if params.prompts_needed > 1 and all(path.is_file() for path in paths):
+        prompts, given = ({json.dumps(row["prompt"]) for row in read_lines(path)} for path in paths)
+        errors = too_few_prompts(params, len(prompts)), too_few_pairs(params, len(given - prompts))
+        findings.problems += [error for error in errors if error]
 
 
 def check(root: Path, params: Params, known: Mapping[int, Sequence[Row]], findings: Findings) -> None:

@@ -50,7 +50,9 @@ def round_prompts(job: Job, prompts: Sequence[Prompt], tokenizer: PreTrainedToke
     apart = params.heldout_prompts if job.params.policy == "iterative" else 0
     own = dealt(prompts, apart + (number - 1) * params.prompts, params.prompts, "prompts", job)
     if params.pairs:
-        own += dealt(read_given(job, tokenizer), (number - 1) * params.pairs, params.pairs, "prompts of pairs", job)
+        asked = {json.dumps(prompt.row["prompt"]) for prompt in prompts}  # in this round, in another one, or held out
+        given = [one for one in read_given(job, tokenizer) if json.dumps(one.row["prompt"]) not in asked]
+        own += dealt(given, (number - 1) * params.pairs, params.pairs, "prompts of pairs", job)
     return own
 
 

@@ -183,6 +183,9 @@ def lacking(
     prompts = len(np.unique(table.prompt[files["ppo"]]))
     if prompts and (error := too_few_prompts(params, prompts)):
         found.append((params.data.feeding("ppo"), error))
+    given = len(np.setdiff1d(table.prompt[files["reward"]], table.prompt[files["ppo"]]))
+    if len(files["reward"]) and (error := too_few_pairs(params, given)):
+        found.append((params.data.feeding("reward"), error))
     return found
 
 
@@ -195,6 +198,15 @@ def too_few_prompts(params: Params, prompts: int) -> UserError | None:
     what = f"ppo.jsonl has {prompts} different prompts, but {asked} ask for {params.prompts_needed}"
     fewer = ", or fewer iterative.rounds" if params.policy == "iterative" else ""
     return UserError(what, remedy=f"give more prompts (split.ppo), lower answers.prompts{fewer}")
+
+
+def too_few_pairs(params: Params, prompts: int) -> UserError | None:
+    """What is wrong where too few prompts of preference pairs are no other prompts."""
+    if prompts >= params.pairs_needed:
+        return None
+    what = f"reward.jsonl has {prompts} different prompts that are not in ppo.jsonl, but answers.pairs {params.answers.pairs}"
+    what += f" in each of {params.rounds} rounds asks for {params.pairs_needed}"
+    return UserError(what, remedy="give more pairs (split.reward), or lower answers.pairs")
 
 
 def write_quarantine(path: Path, cores: Cores, table: Table, bad: Mapping[str, Numbers]) -> None:

@@ -372,3 +372,18 @@ def test_reward_functions_are_tried_before_anything_trains(root: Path) -> None:
     assert "my.py has no function gone" in found[1]
     assert "missing a required argument: 'most'" in found[2]
     assert "the row's reference is None" in found[3]
+
+
+def test_pairs_that_are_answered_are_looked_at_before_anything_trains(root: Path) -> None:
+    (root / "my.py").write_text("def numbered(prompt, answer):\n    return int(prompt[-1]['content'][8:-1])\n", encoding="utf-8")
+    rows = [pair(number) | {"prompt": [{"role": "user", "content": f"Who is {number}?"}]} for number in range(40)]
+    write(root / "data/raw/more.jsonl", rows)
+    (only,) = tiny_params()["data"]["sources"]
+    more = {"name": "more", "path": "data/raw/more.jsonl", "split": dict.fromkeys(only["split"], 0) | {"reward": 1}}
+    sources = [only | {"split": only["split"] | {"reward": 0}}, only | more]
+    rewards = [{"name": "model", "kind": "model", "weight": 1.0}, reward("numbered", "my.py:numbered")]
+    params = change(root, algorithm="rrhf", answers__pairs=0, answers__max_prompt_tokens=64, data__sources=sources, rewards=rewards)
+    assert said(plan.check(root, params, config.STAGES_OF["rrhf"])) == []
+    found = "; ".join(said(plan.check(root, change(root, answers__pairs=41), config.STAGES_OF["rrhf"])))
+    assert "reward.jsonl has 40 different prompts that are not in ppo.jsonl, but answers.pairs 41 in each of 1 rounds asks for 41" in found
+    assert "reward 'numbered' fails on the answer 'I do not know.' to the first row of a source: ValueError" in found

@@ -19,11 +19,14 @@ from rlhf import config
 from rlhf.algorithms.rrhf import better, rrhf_loss
 from rlhf.config.stored import RoundPairs
 from rlhf.errors import UserError
-from rlhf.job import read_lines
+from rlhf.job import Job, read_lines, write_lines
 from rlhf.models.policy import load_policy
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.stages.answers import round_prompts
 from rlhf.stages.round import as_pair, make_pairs
 from rlhf.stages.rounds import Ranked
 from rlhf.stages.rrhf import laid_out
+from rlhf.stages.sampled import read_prompts
 from rlhf.workspace import fingerprint, presets
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
@@ -176,6 +179,18 @@ def test_rewards_that_differ_by_little_are_ranked_as_they_are_counted(places: Pa
     _, stats = rrhf_loss(log_probs, lengths, rewards, there, 1.0, 1.0, ranked_prompts=1, best_tokens=1)
     assert stats["best_loss"].item() == pytest.approx(-log_probs[0, row.best].item())
     assert better(rewards, there).sum() == 2
+
+
+def test_no_pair_is_asked_whose_prompt_is_a_rounds_or_held_out(places: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(places / "rrhf/data/prepared", root / "data/prepared")
+    pairs, prompts = (read_lines(root / f"data/prepared/{name}.jsonl") for name in ("reward", "ppo"))
+    write_lines(root / "data/prepared/reward.jsonl", [{**pair, "prompt": row["prompt"]} for pair, row in zip(pairs, prompts, strict=True)])
+    set_params(root, params_of("iterative", pairs=4))
+    job = Job("answers-1", config.load(root / "params.yaml"), root, root / "runs/answers-1", "cpu", 0, 1, 0)
+    tokenizer = load_tokenizer(places / "rrhf/models/sft")
+    with pytest.raises(UserError, match="4 prompts of pairs from number 0 on are asked for, but 0 different ones are short enough"):
+        round_prompts(job, read_prompts(job, tokenizer), tokenizer)
 
 
 def test_killed_stages_go_on_to_the_same_bytes(places: Path, tmp_path: Path) -> None:
