@@ -36,7 +36,7 @@ class Job:
     rank: int
     world_size: int
     local_rank: int
-    clock: dict[str, float] = field(default_factory=dict)  # when the last line was printed
+    clock: dict[str, float] = field(default_factory=dict)  # when the last line was printed, and when the step under way began
     rollouts: Path | None = None  # stored answers to train from, instead of sampling
 
     @classmethod
@@ -97,6 +97,8 @@ class Job:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             line = {"step": step, "total": total, "at": int(time.time() * 1000), "metrics": dict(metrics)}
+            if "step" in self.clock:
+                line["seconds"] = time.monotonic() - self.clock["step"]
             file.write(json.dumps(line) + "\n")
         # a quick stage would spend its processor time on its own log
         if step in (1, total) or time.monotonic() - self.clock.get("line", 0.0) >= SECONDS_BETWEEN_LINES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 from rlhf.engine import checkpoints
@@ -25,12 +26,14 @@ class Steps:
         before = signal.signal(signal.SIGTERM, self._ask)
         try:
             for number in range(self.first, self.total):
+                self.job.clock["step"] = time.monotonic()
                 yield number
                 if self.stopping:
                     checkpoints.settle()
                     self.job.say(f"stopped after step {number + 1}")
                     sys.exit(128 + signal.SIGTERM)
         finally:
+            self.job.clock.pop("step", None)
             signal.signal(signal.SIGTERM, before)
 
     def checkpoint_due(self, number: int) -> bool:

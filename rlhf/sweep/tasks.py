@@ -78,7 +78,7 @@ class Task:
             took = state.seconds(stage, fingerprint)
             if took is None:
                 logs = [place / "runs" / stage / fingerprint / "metrics.jsonl" for place in (self.place.workspace, root)]
-                took = next((_seconds(log) for log in logs if log.exists()), None)
+                took = next((taken(log) for log in logs if log.exists()), None)
                 if took is not None:
                     state.add_seconds(stage, fingerprint, took)
             total = total if took is None else (total or 0.0) + took
@@ -121,7 +121,7 @@ def of(points: Sequence[tuple[Point, Result]], root: Path, name: str, revision: 
     return tasks
 
 
-def _seconds(log: Path) -> float:
+def taken(log: Path) -> float:
     """The seconds of all steps of a stage; of a step that was repeated after a kill, the last time."""
     steps: dict[int, float] = {}
     for line in log.read_text(encoding="utf-8").splitlines():
@@ -129,5 +129,5 @@ def _seconds(log: Path) -> float:
             entry: dict[str, Any] = json.loads(line)
         except ValueError:
             continue  # a kill has cut it off
-        steps[entry["step"]] = float(entry["metrics"].get("seconds", 0.0))
+        steps[entry["step"]] = float(entry.get("seconds", 0.0))
     return sum(steps.values())

@@ -27,6 +27,7 @@ from rlhf.stages.round import as_pair, make_pairs
 from rlhf.stages.rounds import Ranked
 from rlhf.stages.rrhf import laid_out
 from rlhf.stages.sampled import read_prompts
+from rlhf.sweep import tasks
 from rlhf.workspace import fingerprint, presets
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
@@ -145,6 +146,10 @@ def test_rrhf_ranks_the_given_answers_too_and_best_of_n_learns_the_best(places: 
     assert read(places / "best/metrics/best_of_n.json")["rows"] == 8
     losses = [float(row["loss"]) for row in table(places / "rrhf/plots/rrhf.csv")]
     assert len(losses) == 3
+    # what a sweep takes for the cost of a point
+    logged = read_lines(places / "rrhf/runs/rrhf/metrics.jsonl")
+    assert all(0 < line["seconds"] < 600 for line in logged)
+    assert tasks.taken(places / "rrhf/runs/rrhf/metrics.jsonl") == pytest.approx(sum(line["seconds"] for line in logged))
     for name in ("rrhf", "best"):
         weights = [
             (places / name / f"models/{model}/model.safetensors").read_bytes() for model in ("sft", {"best": "best_of_n"}.get(name, name))
