@@ -28,6 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import registry
 from rlhf.errors import UserError
+from rlhf.serving import exchange, mailbox
 from rlhf.serving.api import create
 from rlhf.serving.exchange import Exchange
 from rlhf.serving.service import Service
@@ -325,6 +326,42 @@ def test_a_version_that_cannot_be_opened_is_not_read_again_until_something_chang
     assert versions.problems == {}
     assert versions.by_alias["champion"].name == "assistant/1"
     versions.by_alias["champion"].engine.close()
+
+
+def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_without_a_pause(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(exchange, "SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr(mailbox, "SECONDS_BETWEEN", 0.01)
+    root = workspace(tmp_path / "work", llama, tokenizer)
+    small(root, ("slots: 64\n  queue", "slots: 1\n  queue"))
+    service = Service(root, load(root))
+    head = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    place = {"method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "root_path": ""}
+    asgi = {"type": "http", "http_version": "1.1", "asgi": {"spec_version": "2.3"}, "scheme": "http", "client": None, "server": None}
+
+    async def leave(app: Any, stream: bool) -> None:
+        body = json.dumps({"model": "assistant", "prompt": ["The", "A"] * 4, "n": 16, "stream": stream}).encode()
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Any:
+            return next(messages, {"type": "http.disconnect"})
+
+        async def send(_: Any) -> None:
+            pass
+
+        await app(asgi | place | {"headers": head, "state": {}}, receive, send)
+
+    app = create(service)
+    with TestClient(app, base_url="http://localhost") as client:
+        until(lambda: client.get("/health").status_code == 200, "it is not ready")
+        assert client.portal
+        engine = service.versions.by_alias["champion"].engine
+        for count, stream in enumerate((True, False), start=1):
+            client.portal.call(leave, app, stream)
+            until(lambda: engine.waiting == engine.writing == 0, "it is written for nobody")
+            assert f'finish="cancelled",version="assistant/1"}} {count}.0' in client.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [False, True])
