@@ -113,9 +113,8 @@ def train_engine(module: nn.Module, params: Optimizer, job: Job, name: str, tota
 def _spare(engine: DeepSpeedEngine, zero_stage: int, job: Job) -> None:
     """Leave out what DeepSpeed does with all gradients, which changes none of them."""
     optimizer: Any = engine.optimizer
-    if (
-        zero_stage == 1 and job.world_size == 1
-    ):  # with nobody to add them up with, it copies them there, divides them by one and copies them back
+    if zero_stage == 1 and job.world_size == 1:
+        # with nobody to add them up with, it copies them there, divides them by one and copies them back
         optimizer.buffered_reduce_fallback = lambda *_, **__: None
     if zero_stage in (1, 2) and job.params.launch.precision == "bf16":  # infinite ones show in their norm as well
         optimizer.check_overflow = lambda **_: None
