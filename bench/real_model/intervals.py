@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
+
+from bench.learning.warm_start import interval
 
 SAMPLES = 10_000
 Bounds = Sequence[float]
@@ -40,7 +41,4 @@ def pooled(values: Sequence[tuple[float, Bounds]], shared: Callable[[int, int], 
 
 def over_runs(values: Sequence[float]) -> list[float] | None:
     """Student's interval of the mean of one value of each run; None of a single one."""
-    if len(values) < 2:
-        return None
-    error = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.fmean(values) - error, statistics.fmean(values) + error]
+    return list(interval(values)[1:]) if len(values) > 1 else None
