@@ -88,7 +88,7 @@ class GraphDecoder(Decoder):
         self.captures = all(parameter.shape == shape(parameter) for parameter in model.parameters())  # else each pass gathers layers
 
     @property
-    def foresees(self) -> bool:  # type: ignore[override]
+    def foresees(self) -> bool:  # type: ignore[override]  # of the base class it is the same at all times
         return bool(self.graphs) and self.captures
 
     def ask(self, tokens: Sequence[int] | None, lengths: Sequence[int], uniforms: Tensor) -> Asked:
