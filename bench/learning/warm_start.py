@@ -4,23 +4,27 @@ python bench/learning/warm_start.py                            grpo, seeds 1 to 
 python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed values of stage awac or of what follows
 
 In each clone a first version is trained and registered. Then rows are added to pairs and prompts, and the policy is trained again, once
-from sft and once with stage awac before it. The gold score is that of each step's answers, a mean over WINDOW steps; that of the first
-version is what its evaluation found. A run that never comes there counts with all that it sampled.
+from sft and once with stage awac before it, which leaves less to learn: at a third of the rate. Every other step's policy answers PROMPTS
+new prompts, as the first version does, with the same random numbers. A run that never comes to its gold score counts with all that it
+sampled.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,43 +33,95 @@ from scipy import stats
 from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
 from bench.learning.seeds import ARITHMETICS, numbers_of
 from rlhf import config
-from tests.stage_runs import table as rows_of
+from rlhf.data.sandbox import gold_score, make_rows
+from rlhf.feedback.sample import answers
+from rlhf.models.policy import load_policy
 
 ALGORITHM = "grpo"
 NEW_DATA = ("data.sources.2.rows=12000", "data.sources.3.rows=5000")  # 10000 pairs and 4000 prompts before
-VARIANTS = {"without": "awac.versions=0", "with": "awac.versions=1"}
-WINDOW = 5
+VARIANTS = {"without": ("sft", "awac.versions=0"), "with": ("awac", "awac.versions=1", "grpo.actor.learning_rate=1.0e-4")}
+STEPS, EVERY = 30, 2
+KEPT = (f"grpo.steps={STEPS}", f"grpo.checkpoint_every={EVERY}", f"launch.checkpoints.keep={STEPS // EVERY}")
+PROMPTS, DRAWN = 800, 100_003  # and the seed of these prompts
+SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[str, Any]:
     """A first version, then both ways to the next; what each took to reach the first one's gold score."""
+    use = ("rlhf", "use", "sandbox", f"seed={seed}", f"algorithm={ALGORITHM}", *own)
     if not (clone.root / "first.json").exists():
-        clone.run("rlhf", "use", "sandbox", f"seed={seed}", f"algorithm={ALGORITHM}", *own)
+        clone.run(*use)
         clone.run("rlhf", "run")
-        (clone.root / "first.json").write_text(json.dumps(evaluation(clone.root, ALGORITHM)), encoding="utf-8")
+        (clone.root / "first.json").write_text(json.dumps({"gold": gold(clone.root, ALGORITHM)}), encoding="utf-8")
     first = json.loads((clone.root / "first.json").read_text(encoding="utf-8"))["gold"]
     row: dict[str, Any] = {"seed": seed, "first": first}
-    for name, versions in VARIANTS.items():
-        clone.run("rlhf", "use", "sandbox", f"seed={seed}", f"algorithm={ALGORITHM}", *own, *NEW_DATA, versions, *values)
+    for name, (start, *changes) in VARIANTS.items():
+        clone.run(*use, *NEW_DATA, *KEPT, *changes, *values)
+        clone.run("dvc", "repro", start, "reward")
+        weights = clone.root.parent / f"weights-{name}"
+        with linked(clone.root / "runs" / ALGORITHM, weights):
+            clone.run("dvc", "repro", "--force", "--single-item", ALGORITHM)
         clone.run("dvc", "repro", "evaluate")
+        steps = range(EVERY, STEPS, EVERY)
+        scores = [
+            gold(clone.root, start),
+            *(gold(clone.root, start, weights / f"{step}.pt") for step in steps),
+            gold(clone.root, ALGORITHM),
+        ]
+        row |= {f"answers_{name}": answers_until(clone.root, scores, first), f"start_{name}": scores[0], f"end_{name}": scores[-1]}
         found = evaluation(clone.root, ALGORITHM)
-        row |= {f"answers_{name}": answers_until(clone.root, first), f"start_{name}": gold(clone.root)[0]}
-        row |= {f"{measured}_{name}": found[measured] for measured in ("gold", "kl", "perplexity_ratio")}
+        row |= {f"{measured}_{name}": found[measured] for measured in ("kl", "perplexity_ratio")} | {f"scores_{name}": scores}
     row["effective_sample_size"] = json.loads((clone.root / "metrics/awac.json").read_text(encoding="utf-8"))["effective_sample_size"]
     return row
 
 
-def gold(root: Path) -> list[float]:
-    """Gold score of the answers of each step, as a mean over it and those before it in the window."""
-    scores = [float(row["gold"]) for row in rows_of(root / "plots/gold_against_kl.csv")]
-    return [statistics.fmean(scores[max(0, step - WINDOW) : step]) for step in range(1, len(scores) + 1)]
+@contextmanager
+def linked(runs: Path, place: Path) -> Iterator[None]:
+    """While a stage trains, give the weights of its checkpoints a second name: it deletes them in the end."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(SECONDS_BETWEEN_LOOKS):
+            for seal in runs.glob("*/checkpoints/step-*/COMPLETE-0"):
+                weights = place / f"{seal.parent.name.removeprefix('step-')}.pt"
+                if not weights.exists():
+                    os.link(seal.parent / "actor/mp_rank_00_model_states.pt", weights)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
 
 
-def answers_until(root: Path, score: float) -> int:
+def gold(root: Path, model: str, weights: Path | None = None) -> float:
+    """Mean gold score of a policy's answers to the new prompts.
+
+    Args:
+        root: of the workspace.
+        model: whose folder below models/.
+        weights: of a checkpoint, in the place of the folder's.
+    """
+    rows = make_rows("prompts", PROMPTS, DRAWN, 0.0)
+    with tempfile.TemporaryDirectory(prefix="rlhf-policy-") as place:
+        folder = Path(place) / "model"
+        shutil.copytree(root / "models" / model, folder)
+        if weights:
+            policy = load_policy(folder, "fp32")
+            policy.load_state_dict(torch.load(weights, weights_only=False)["module"])
+            policy.save_pretrained(folder)
+        written = answers(folder, "policy", [row["prompt"] for row in rows], config.load(root / "params.yaml"), 1.0, 1)
+    return statistics.fmean(gold_score(row["gold"], said[0].text) for row, said in zip(rows, written, strict=True))
+
+
+def answers_until(root: Path, scores: Sequence[float], wanted: float) -> int:
     """Answers that were sampled until the gold score was reached; all of them where it was not."""
-    params = config.load(root / "params.yaml").grpo
-    steps = next((step for step, found in enumerate(gold(root), start=1) if step >= WINDOW and found >= score), params.steps)
-    return steps * params.rollout_batch_size
+    first = next((number for number, score in enumerate(scores) if score >= wanted), len(scores) - 1)
+    return first * EVERY * config.load(root / "params.yaml").grpo.rollout_batch_size
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -80,10 +136,11 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def drawn(title: str, rows: list[dict[str, Any]]) -> Table:
     """One line a row."""
     table = Table(title=title, title_justify="left")
-    for name in rows[0]:
+    names = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    for name in names:
         table.add_column(name.replace("_", "\n", 1), justify="right")
     for row in rows:
-        table.add_row(*map(cell, row.values()))
+        table.add_row(*(cell(row[name]) for name in names))
     return table
 
 
