@@ -29,7 +29,7 @@ from rich.console import Console
 
 from bench.clone import REPOSITORY, machine
 from bench.faults.kills import table
-from bench.faults.sweeps import trained_twice
+from bench.faults.sweeps import ended_twice
 from bench.faults.workspace import PATIENCE, SMALL, Workspace
 
 OWN = shlex.split("""
@@ -96,7 +96,7 @@ def disturb(before: Workspace, folder: Path, way: tuple[str, ...], kills: int, c
         place.gone()
         if process.returncode:
             continue
-        same, twice = same and found(place) == expected, twice + trained_twice(place)
+        same, twice = same and found(place) == expected, twice + ended_twice(place, lambda tags: tags["fingerprint"])
         if victims.total() >= kills:
             break
         runs += 1

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +82,7 @@ def disturb(place: Workspace, kills: int, chance: random.Random) -> dict[str, An
         if process.poll() is None:
             continue  # a dvc that was killed is tried again by the sweep
         if process.returncode == 0:
-            twice += trained_twice(place)
+            twice += ended_twice(place, lambda tags: (tags["fingerprint"], tags["mlflow.parentRunId"]))
             if sum(victims.values()) >= kills:
                 break
             shutil.rmtree(place.root / ".dvc" / "cache")  # once more from the beginning
@@ -135,14 +136,18 @@ def trees(place: Workspace) -> dict[str, str]:
     return found
 
 
-def trained_twice(place: Workspace) -> int:
-    """How many stages came to their end more than once in MLflow, by what they read."""
+def ended_twice(place: Workspace, key: Callable[[Mapping[str, str]], object]) -> int:
+    """How many stages came to their end more than once in MLflow.
+
+    Args:
+        key: by which two runs of a stage are the same, from their tags.
+    """
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{place.root}/mlruns/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = client.search_runs(experiments, "attributes.status = 'FINISHED'")
-    ended = [(run.data.tags["fingerprint"], run.data.tags["mlflow.parentRunId"]) for run in runs if "fingerprint" in run.data.tags]
+    ended = [key(run.data.tags) for run in runs if "fingerprint" in run.data.tags]
     return len(ended) - len(set(ended))
 
 
