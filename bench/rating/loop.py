@@ -1,11 +1,12 @@
 """The whole loop with no hand on it: a champion is served and rated, ratings become data, the flow runs, the better version is served.
 
-python -m bench.rating.loop                           300 ratings, a champion that learnt from preferences without sense
+python -m bench.rating.loop                           300 ratings, of answers to what the first preferences say nothing of
 python -m bench.rating.loop --tiny --ratings 60       a model that has learnt nothing, gates that let it through: whether it closes
 python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often, and other values of params.yaml
 
 Raters are simulated: they know the sandbox's gold score, and err with some probability. They send what the script of `/rate` sends.
-Prompts that are rated and those that versions are compared on at the end are new ones, in no source.
+The first champion's preferences leave out some kinds of tasks; people ask for just those, and rate. Prompts that are rated and those
+that versions are compared on at the end are new ones, in no source.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +31,16 @@ import typer
 from bench.clone import Clone
 from rlhf import config, registry
 from rlhf.data.sandbox import gold_score, make_rows
+from rlhf.data.sandbox_facts import TASKS
 from rlhf.feedback.sample import answers
 
-# few preferences, which say nothing, as half of them are wrong; gates between the first version and sft that let it through all the same;
-# each pair for one rater: of so few ratings, more pairs teach more than the same ones twice
+# kinds of tasks that the first preferences say nothing of: what people ask the first champion
+NEW = ("opposite", "sound", "plural")
+FIRST_PAIRS = 6000  # of all kinds; those of NEW are left out
+NONE = dict.fromkeys(("text", "sft", "reward", "ppo", "judge", "heldout"), 0)
+# gates between a first version and sft that let this one through; each pair for one rater: of so few ratings, more pairs teach more than
+# the same ones twice
 WEAK = shlex.split("""
-data.sources.2.rows=300 data.sources.2.label_noise=0.5
 promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0 feedback.ratings=1 feedback.min_agreement=null
 """)
 TINY = shlex.split("""
@@ -48,7 +53,7 @@ promote.min_gold_difference=-1 promote.min_win_rate=0 promote.min_reward_accurac
 promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_tokens=1000
 promote.min_champion_win_rate=0 promote.min_kind_win_rate=0 serving.max_tokens=16 launch.accelerator=cpu
 """)
-RATED, COMPARED = 100_001, 100_002  # seeds of prompts
+RATED, COMPARED, FIRST = 100_001, 100_002, 100_004  # seeds of prompts and pairs
 SECONDS = 7200  # they only bound a failure
 Gold = dict[str, Any]
 
@@ -64,7 +69,7 @@ def main(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         clone = Clone(Path(folder))
         own = [f"feedback.ingest_ratings={ratings}", "serving.refresh_seconds=1.0"]
-        clone.run("rlhf", "use", "sandbox", *(TINY if tiny else WEAK), *own, *(values or []))
+        clone.run("rlhf", "use", "sandbox", *first_preferences(clone.root.parent), *(TINY if tiny else WEAK), *own, *(values or []))
         with timed("the first champion is trained"):
             clone.run("rlhf", "run")
         with serving(clone) as client:
@@ -83,6 +88,18 @@ def main(
                     until(lambda: champion(client) == f"assistant/{found.number}")
                 print("the server's answer is of", ask(client))
         print(compare(clone.root, found.number, prompts))
+
+
+def first_preferences(folder: Path) -> list[str]:
+    """Values by which the sandbox's reward model learns from pairs of all kinds but NEW; held-out pairs are of all kinds."""
+    pairs = [row for row in make_rows("pairs", FIRST_PAIRS, FIRST, 0.05) if row["gold"]["kind"] not in NEW]
+    file = folder / "first.jsonl"
+    file.write_text(
+        "".join(json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}) + "\n" for row in pairs), encoding="utf-8"
+    )
+    source: dict[str, Any] = {"name": "first", "format": "pairs", "path": str(file), "hub": None, "revision": None, "hub_split": None}
+    source |= {"split": NONE | {"reward": 1}, "weight": 1, "columns": {}}
+    return ["data.sources.2.rows=500", f"data.sources.2.split={json.dumps(NONE | {'heldout': 1})}", f"data.sources.4={json.dumps(source)}"]
 
 
 @contextmanager
@@ -136,13 +153,15 @@ def waiting(client: httpx.Client) -> int:
     return client.post("/figures/numbers").json()["waiting"]
 
 
-def new_prompts(count: int, seed: int) -> list[dict[str, Any]]:
-    return [{"prompt": row["prompt"], "gold": row["gold"]} for row in make_rows("prompts", count, seed, 0.0)]
+def new_prompts(count: int, seed: int, kinds: Sequence[str] = tuple(TASKS)) -> list[dict[str, Any]]:
+    """Prompts of these kinds, in no source."""
+    rows = make_rows("prompts", count * len(TASKS) // len(kinds), seed, 0.0)
+    return [{"prompt": row["prompt"], "gold": row["gold"]} for row in rows if row["gold"]["kind"] in kinds]
 
 
 def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     """Have the champion answer prompts twice each; what the gold score needs, by prompt."""
-    rows = new_prompts(4 * ratings, RATED)  # many more than are needed: answers may be alike
+    rows = new_prompts(4 * ratings, RATED, NEW)  # many more than are needed: answers may be alike
     file = clone.root.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
     clone.run("rlhf", "feedback", "sample", str(file))
@@ -181,7 +200,7 @@ def decided(root: Path) -> registry.Version | None:
 
 
 def compare(root: Path, number: int, count: int) -> str:
-    """How often the new version's answer to a new prompt has the higher gold score; a tie is half a win."""
+    """How often the new version's answer to a new prompt has the higher gold score, of all kinds and of NEW; a tie is half a win."""
     params = config.load(root / "params.yaml")
     rows = new_prompts(count, COMPARED)
     scores = []
@@ -190,11 +209,15 @@ def compare(root: Path, number: int, count: int) -> str:
         written = answers(folder, f"assistant/{version}", [row["prompt"] for row in rows], params, 1.0, 1)
         scores.append([gold_score(row["gold"], said[0].text) for row, said in zip(rows, written, strict=True)])
     new, old = map(np.array, scores)
-    wins = (new > old) + 0.5 * (new == old)
-    drawn = np.random.default_rng(1).choice(wins, (2000, len(wins))).mean(axis=1)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    said = f"of {count} new prompts version {number} wins {wins.mean():.3f} ({low:.3f} to {high:.3f}) against version 1"
-    return f"{said}; mean gold score {new.mean():.3f}, before {old.mean():.3f}"
+    rated = np.array([row["gold"]["kind"] in NEW for row in rows])
+    lines = [f"new prompts, version {number} against version 1:"]
+    for name, own in (("all kinds", rated | ~rated), ("the kinds that were rated", rated)):
+        wins = ((new > old) + 0.5 * (new == old))[own]
+        drawn = np.random.default_rng(1).choice(wins, (2000, len(wins))).mean(axis=1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        said = f"{name}, {len(wins)} prompts: wins {wins.mean():.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"{said}, mean gold score {new[own].mean():.3f}, before {old[own].mean():.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
