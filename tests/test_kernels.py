@@ -121,3 +121,17 @@ def test_a_draw(columns: int, dtype: torch.dtype) -> None:
     same = tokens == expected
     assert same.sum() >= 15  # one may lie within rounding of the next
     torch.testing.assert_close(log_probs[same], of_them[same], rtol=0, atol=1e-5)
+
+
+def test_a_draw_from_rows_that_do_not_lie_densely_or_have_no_probabilities() -> None:
+    torch.manual_seed(1)
+    logits, uniforms = 4 * torch.randn(4, 5000), torch.rand(4)
+    draw = kernels("drawing").draw
+    expected = draw(logits.to(DEVICE), uniforms.to(DEVICE), 1.0)
+    for one, other in zip(expected, draw(logits.to(DEVICE).T.contiguous().T, uniforms.to(DEVICE), 1.0), strict=True):
+        assert torch.equal(one, other)
+    logits[0, 4999], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
+    tokens, log_probs = draw(logits.to(DEVICE), uniforms.to(DEVICE), 1.0)
+    assert tokens.max() < 5000
+    assert log_probs.isnan().tolist() == [True, True, True, False]
+    assert log_probs[3] == expected[1][3]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from rlhf.config.section import NonNegative, Positive, Section
+from rlhf.config.section import NonNegative, Positive, Section, Temperature
 from rlhf.config.training import Lengths, Lora, Optimizer, Preference
 
 
@@ -21,7 +21,7 @@ class Answers(Lengths):
     heldout_prompts: PositiveInt = Field(
         description="iterative: so many prompts are kept apart, on which each round's policy is measured by the rewards"
     )
-    temperatures: list[Positive] = Field(min_length=1, description="sampling temperatures; the first is that of held-out prompts")
+    temperatures: list[Temperature] = Field(min_length=1, description="sampling temperatures; the first is that of held-out prompts")
     answers_per_temperature: PositiveInt = Field(description="answers to each prompt at each temperature")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")

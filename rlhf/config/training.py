@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from rlhf.config import ultho
-from rlhf.config.section import Fraction, NonNegative, PathText, Positive, Section
+from rlhf.config.section import Fraction, NonNegative, PathText, Positive, Section, Temperature
 from rlhf.config.ultho import Ultho
 
 
@@ -148,7 +148,7 @@ class Answering(Lengths):
     rollout_batch_size: PositiveInt = Field(description="answers per rollout, over all processes")
     mini_batch_size: PositiveInt = Field(description="answers per optimiser step, over all processes; divides rollout_batch_size")
     epochs: PositiveInt = Field(description="passes over each rollout batch")
-    temperature: Positive = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
+    temperature: Temperature = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
     reward_clip: Positive = Field(description="normalised reward-model scores are clipped to ± this")
@@ -245,7 +245,7 @@ class Evaluate(Section):
     )
     pairs: PositiveInt = Field(description="at most so many held-out pairs test the reward model (dpo: its implicit reward)")
     texts: PositiveInt = Field(description="at most so many held-out passages measure perplexity")
-    temperature: Positive = Field(description="sampling temperature of the answers compared")
+    temperature: Temperature = Field(description="sampling temperature of the answers compared")
     bootstrap_samples: PositiveInt = Field(description="resamples of the 95% intervals")
     shown: PositiveInt = Field(description="prompts shown with both answers")
     judge: Reward = Field(description="training of the second reward model that judges where there is no gold score")

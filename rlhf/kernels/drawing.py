@@ -20,7 +20,11 @@ def try_out() -> None:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token per row by inverse-CDF sampling, and its log-probability. Logits (B, V), uniforms (B,) → (B,), (B,)."""
+    """One token per row by inverse-CDF sampling, and its log-probability. Logits (B, V), uniforms (B,) → (B,), (B,).
+
+    A row without probabilities, as one of its logits is NaN or ∞, gives any token and NaN.
+    """
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     rows, columns = logits.shape
     blocks = triton.cdiv(columns, PART * PARTS)
     largest = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
@@ -30,16 +34,16 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     scales = (largest - most).double().exp()
     upto = (sums.view(rows, blocks, PARTS) * scales[:, :, None]).view(rows, -1).cumsum(-1)
     wanted = uniforms.double()[:, None] * upto[:, -1:]
-    part = torch.searchsorted(upto, wanted, right=True)
+    part = torch.searchsorted(upto, wanted, right=True).clamp_(max=upto.shape[1] - 1)  # it is beyond in a row of NaN
     before = pad(upto, (1, 0)).gather(1, part)
     column = part * PART + torch.arange(PART, device=logits.device)
     scaled = logits.gather(1, column.clamp(max=columns - 1)).float() / temperature
     within = (scaled - most).double().exp().masked_fill(column >= columns, 0).cumsum(-1)
     # the part's own sum may be rounded otherwise: the column is among those that have weight
     last = within[:, -1:].nextafter(torch.zeros_like(wanted))
-    place = torch.searchsorted(within, torch.minimum(wanted - before, last), right=True)
+    place = torch.searchsorted(within, torch.minimum(wanted - before, last), right=True).clamp_(max=PART - 1)
     log_probs = scaled.gather(1, place) - most - upto[:, -1:].log().float()
-    return (part * PART + place).squeeze(1), log_probs.squeeze(1)
+    return (part * PART + place).clamp_(max=columns - 1).squeeze(1), log_probs.squeeze(1)
 
 
 @triton.jit

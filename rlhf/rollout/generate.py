@@ -7,6 +7,7 @@ depends on its seed and not on its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.errors import UserError
 from rlhf.models.packed import begin_alike, pack
 from rlhf.models.policy import check_length, context_tokens
 from rlhf.rollout.cache import SPAN, Layer, SlotCache, attending, parts_of
@@ -29,6 +31,7 @@ Finish = Literal["eos", "length", "stop"]
 Stop = Callable[[int, list[int]], bool]
 # Tokens of prompts that are read in one forward pass, but for a longer prompt. On a CPU what a layer makes of them stays in its cache.
 READ = {"cpu": 2**11, "cuda": 2**14}
+REMEDY = "look whether its training diverged; in fp16 numbers beyond 65504 are infinite: set launch.precision to bf16 or fp32"
 # Told whether this rank goes on: whether any rank does. Ranks that must run forward passes together are given one.
 Together = Callable[[bool], bool]
 
@@ -76,7 +79,7 @@ def generate(
         slots: answers written at a time; their keys and values are what takes memory.
 
     Raises:
-        UserError: the longest prompt leaves no room for an answer.
+        UserError: the longest prompt leaves no room for an answer; the model gives no probabilities.
     """
     longest = max(map(len, prompts), default=0)
     check_length(model, longest + 1, "prompt and answer")
@@ -212,12 +215,18 @@ class _Batch:
         over, live = [], set(self.writing)
         for i, token, log_prob in zip(numbers, *drawn, strict=True):
             if i in live:
+                if math.isnan(log_prob):
+                    raise UserError(self._without_probabilities(i), remedy=REMEDY)
                 self.answers[i].append(token)
                 self.log_probs[i].append(log_prob)
                 if self._is_over(i, token):
                     over.append(self.writing.index(i))
         for slot in sorted(over, reverse=True):
             self._vacate(slot)
+
+    def _without_probabilities(self, number: int) -> str:
+        where = f"token {len(self.answers[number]) + 1} of an answer to a prompt of {len(self.prompts[number])} tokens"
+        return f"the model gives no probabilities for {where}: a logit is NaN or infinite"
 
     def _is_over(self, number: int, token: int) -> bool:
         stopped = self.stop is not None and self.stop(number, self.answers[number])

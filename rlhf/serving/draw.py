@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf.rollout.sampling import PART, drawn
-
-COLDEST = 1e-3  # below it the likeliest token is taken: a division would overflow
+from rlhf.rollout.sampling import COLDEST, PART, drawn, from_heaviest, nucleus
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_ps: Sequence[float]) -> list[int]:
-    """Tokens by inverse-CDF sampling, as `rlhf.rollout.sampling.sample` draws them. Logits (B, V) fp32, uniforms (B,) on the CPU."""
+    """Tokens by inverse-CDF sampling, as `rlhf.rollout.sampling.sample` draws them. Logits (B, V) fp32, uniforms (B,) on the CPU.
+
+    Raises:
+        ArithmeticError: a row has no probabilities.
+    """
     likeliest = logits.argmax(-1)
+    if not logits.gather(1, likeliest[:, None]).isfinite().all():  # to argmax nothing is larger than NaN
+        raise ArithmeticError("the model gives logits that are NaN or infinite")
     warm = [row for row, temperature in enumerate(temperatures) if temperature >= COLDEST]
     if warm:
         scaled = logits[warm] / torch.tensor([temperatures[row] for row in warm], device=logits.device)[:, None]
@@ -31,10 +35,10 @@ def draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_ps
 
 def _from_nucleus(weights: Tensor, uniforms: Tensor, bounds: Tensor) -> Tensor:
     """Among the likeliest tokens of each row that have so much of its mass together, the one that crosses the bound included."""
+    if weights.device.type == "cpu":
+        return from_heaviest(weights, uniforms, bounds[:, None], weights.shape[1])[0].squeeze(1)
     ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-    upto = ordered.cumsum(-1)
-    ordered = ordered.masked_fill(upto - ordered >= bounds[:, None] * upto[:, -1:], 0)
-    return order.gather(1, drawn(ordered, uniforms)).squeeze(1)
+    return order.gather(1, drawn(nucleus(ordered, bounds[:, None]), uniforms)).squeeze(1)
 
 
 def log_probs(logits: Tensor) -> Tensor:

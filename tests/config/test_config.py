@@ -80,6 +80,7 @@ def test_hh_lacks_its_file_only() -> None:
         ("data.sources.2.split.heldout", 0, "evaluate needs held-out pairs"),
         ("data.sources.2.split.reward", 0, "reward needs preference pairs"),
         ("algorithm", "grop", "algorithm: Input should be 'ppo', 'dpo', 'rloo', 'grpo', 'dr-grpo', 'dapo', "),
+        ("ppo.temperature", 1e-40, "ppo.temperature: Input should be greater than or equal to 0.001, got 1e-40"),
         ("awac.max_weight", 0.5, "awac.max_weight: Input should be greater than or equal to 1, got 0.5"),
         ("dpo.label_smoothing", 0.5, "dpo.label_smoothing: Input should be less than 0.5, got 0.5"),
         (

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.errors import UserError
 from rlhf.models.options import Options
 from rlhf.rollout.cache import SlotCache, attend
 from rlhf.rollout.decoding import size_for
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.gpu import attend_with_options
-from rlhf.rollout.sampling import Sampling, sample
+from rlhf.rollout.sampling import Sampling, drawn, sample
 
 PROMPTS = [[11, 12, 13, 14, 15], [21], [31, 32, 33, 34, 35, 36, 37, 38, 39], [41, 42]]
 SEEDS = [1, 2, 3, 4]
@@ -183,6 +186,66 @@ def test_extreme_uniform_numbers_draw_a_token_that_can_come() -> None:
     assert tokens.tolist() == [0, 2]
     tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2**-24]), Sampling(1.0, 1, 1.0, 1))
     assert tokens.tolist() == [0, 0]
+
+
+def by_sorting(logits: torch.Tensor, uniforms: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Tokens from all columns put into order, of those alike the first one first."""
+    chances, order = (logits.float() / sampling.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    chances[:, sampling.top_k or chances.shape[1] :] = 0
+    if sampling.top_p < 1:
+        chances = chances.masked_fill(chances.cumsum(-1) - chances >= sampling.top_p, 0)
+    return order.gather(1, drawn(chances, uniforms)).squeeze(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in which many logits are alike
+@pytest.mark.parametrize("columns", [3, 1025, 6000])
+def test_a_token_of_the_nucleus_is_that_of_all_columns_in_order(columns: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    logits, uniforms = torch.randn(24, columns) * torch.linspace(0, 6, 24)[:, None], torch.rand(24)  # from flat rows to steep ones
+    logits[3, columns // 2 :] = float("-inf")
+    uniforms[4], uniforms[5] = 0, 1 - 2**-24
+    for top_k in (0, 1, 50, 1500, 9000):
+        for top_p in (1e-9, 0.5, 0.9, 0.999, 1 - 1e-7, 1.0):
+            sampling = Sampling(0.9, top_k, top_p, 1)
+            tokens, _ = sample(logits.to(dtype), uniforms, sampling)
+            if top_k or top_p < 1:
+                assert torch.equal(tokens, by_sorting(logits.to(dtype), uniforms, sampling)), (top_k, top_p)
+            alone = torch.cat([sample(logits[row, None].to(dtype), uniforms[row, None], sampling)[0] for row in range(24)])
+            assert torch.equal(tokens, alone)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_nucleus_costs_little_beside_putting_all_columns_into_order(scale: float) -> None:
+    torch.manual_seed(1)
+    logits, uniforms, sampling = scale * torch.randn(8, 49152), torch.rand(8), Sampling(1.0, 0, 0.95, 1)
+
+    def seconds(made: Callable[..., Any]) -> float:
+        before = time.process_time()
+        made(logits, uniforms, sampling)
+        return time.process_time() - before
+
+    assert min(seconds(sample) for _ in range(5)) < min(seconds(by_sorting) for _ in range(3)) / 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1e-40, 0, 1.0, 1), Sampling(1e-40, 2, 0.9, 1), Sampling(1e-4, 0, 1.0, 1)])
+def test_at_a_temperature_that_is_too_low_to_divide_by_the_likeliest_token_comes(sampling: Sampling) -> None:
+    tokens, log_probs = sample(PROBABILITIES.log()[None], torch.tensor([0.99]), sampling)
+    assert tokens.tolist() == [1]
+    torch.testing.assert_close(log_probs, torch.tensor([0.4]).log())
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN, Sampling(1.0, 20, 1.0, LIMIT), Sampling(1.0, 0, 0.9, LIMIT)])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_model_without_probabilities_is_told(llama: LlamaForCausalLM, sampling: Sampling, wrong: float) -> None:
+    logits = torch.randn(3, 300)
+    logits[1, 7] = wrong
+    tokens, log_probs = sample(logits, torch.rand(3), sampling)
+    assert log_probs.isnan().tolist() == [False, True, False]
+    assert tokens.max() < 300
+    with torch.no_grad():
+        llama.model.layers[1].mlp.down_proj.weight[0, 0] = wrong
+    with pytest.raises(UserError, match=r"no probabilities for token 1 of an answer to a prompt of \d tokens: a logit is NaN or infinite"):
+        answer(llama, sampling)
 
 
 def test_seeds_draw_as_the_probabilities_say(llama: LlamaForCausalLM) -> None:

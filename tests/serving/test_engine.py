@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.rollout.generate import generate
-from rlhf.rollout.sampling import Sampling
+from rlhf.rollout.sampling import Sampling, sample
+from rlhf.serving.draw import draw
 from rlhf.serving.engine import Engine, Users
 from rlhf.serving.requests import BusyError, End, Event, Piece, Request, Token
 from rlhf.serving.texts import LONGEST, Text
@@ -76,6 +77,20 @@ def test_prompts_that_are_read_at_once_begin_as_each_by_itself(folder: Path) -> 
                 assert torch.equal(logits, alone[number][1])
                 assert all(torch.equal(*both) for pair in zip(layers, alone[number][0], strict=True) for both in zip(*pair, strict=True))
     writer.close()
+
+
+def test_each_row_is_drawn_by_its_own_sampling() -> None:
+    torch.manual_seed(1)
+    logits, uniforms = 3 * torch.randn(6, 3000), torch.rand(6)
+    temperatures, masses = [1.0, 0.7, 0.0, 1e-40, 1.0, 0.7], [0.9, 0.5, 0.9, 0.9, 1.0, 0.999]
+    expected = [
+        sample(logits[row, None], uniforms[row, None], Sampling(temperatures[row], 0, masses[row], 1))[0].item() for row in range(6)
+    ]
+    assert draw(logits, uniforms, temperatures, masses) == expected
+    for wrong in (float("nan"), float("inf")):
+        logits[1, 5] = wrong
+        with pytest.raises(ArithmeticError, match="NaN or infinite"):
+            draw(logits, uniforms, temperatures, masses)
 
 
 def test_a_seed_draws_what_rollouts_draw(engine: Engine, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
