@@ -72,10 +72,14 @@ def usable(
     kept = [len(each) for each in (lines, allowed, whole, short, several)]
     left_out = {name: more - less for name, (more, less) in zip(("held_out", "cut_off", "too_long", "alone"), pairwise(kept), strict=True)}
     if not several:
-        counted = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items())
         raise UserError(
-            f"{FOLDER}: of {len(lines)} answers no two are to one prompt that may be trained on ({counted})",
+            f"{FOLDER}: of {len(lines)} answers no two are to one prompt that may be trained on ({counted(left_out)})",
             remedy="raise awac.versions, as each version adds answers (one trained with several to a prompt has enough by itself), or "
             "awac.max_tokens, if they are too long; or set awac.versions to 0",
         )
     return several, left_out
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """How many were left out, for people."""
+    return ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in left_out.items())

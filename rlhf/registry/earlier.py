@@ -76,8 +76,8 @@ def _of_version(root: Path, version: Version) -> Iterator[dict[str, Any]]:
     for row in _lines(root, version, ROLLOUTS):
         yield _about(row) | {"answer": row["answer"], "ended": row.get("ended", True)}
     for row in _lines(root, version, ANSWERS) if f"md5.{ANSWERS}" in version.tags else ():
-        for answer in row["answers"].values():
-            yield _about(row) | {"answer": answer}
+        for name, answer in row["answers"].items():
+            yield _about(row) | {"answer": answer, "ended": row.get("ended", {}).get(name, True)}
 
 
 def _about(row: Mapping[str, Any]) -> dict[str, Any]:

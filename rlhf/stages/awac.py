@@ -56,6 +56,7 @@ def main(job: Job) -> None:
     params = job.params.awac
     tokenizer = load_tokenizer(job.input("models/sft"))
     answers, left_out = read_answers(job, tokenizer)
+    job.say(f"{len(answers)} answers to learn from; left out: {earlier.counted(left_out)}")
     rewards = torch.tensor(score(job, tokenizer, answers, device), dtype=torch.float64)
     better = advantages(rewards, torch.tensor([answer.prompt for answer in answers]))
     with born(settings(job, "policy")):

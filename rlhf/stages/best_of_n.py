@@ -19,15 +19,16 @@ def main(job: Job) -> None:
     start(job)
     params = job.params.best_of_n
     tokenizer = load_tokenizer(job.input("models/sft"))
-    ranked = rounds.read_ranked(job)
+    ranked, cut_off = rounds.read_ranked(job)
     with born(settings(job, "policy")):
         model = load_policy(job.input("models/sft"), job.params.launch.precision)
     adapters = lora.attach(model, params.lora, "models/sft", "best_of_n.lora", job)
     history = fit(job, model, [as_row(row) for row in ranked], params)
     saving.save(job, model, tokenizer, job.output("models/best_of_n"), adapters)
     if job.is_main:
-        counts = {"steps": len(history), "rows": len(ranked), "reward": statistics.fmean(max(row.rewards) for row in ranked)}
-        job.write_metrics({"loss": history[-1]["loss"], **counts, **lora.share(adapters)})
+        counts = {"steps": len(history), "rows": len(ranked), "cut_off": cut_off}
+        reward = statistics.fmean(row.rewards[row.best] for row in ranked)
+        job.write_metrics({"loss": history[-1]["loss"], "reward": reward, **counts, **lora.share(adapters)})
         job.write_plot("plots/best_of_n.csv", history)
 
 

@@ -52,13 +52,13 @@ def main(job: Job) -> None:
     prompts = short_enough(tokenizer, heldout_prompts, job.params.answering.max_prompt_tokens)[: params.prompts]
     new = job.params.policy
     policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
-    longest, key = job.params.answering.longest, job.params.answering_key
     for policy in policies.values():
-        check_length(policy, longest, f"{key}.max_prompt_tokens + max_answer_tokens")
+        check_length(policy, job.params.answering.longest, f"{job.params.answering_key}.max_prompt_tokens + max_answer_tokens")
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}
     answers = {name: [decode_answer(tokenizer, ids) for ids in rollouts[name].answers] for name in policies}
+    ended = {name: rollouts[name].ended for name in rollouts}
     # 2. the judge scores the answers
     judge = make_judge(job, tokenizer)
     scores = {name: judge.score(prompts, answers[name]) for name in policies}
@@ -75,7 +75,7 @@ def main(job: Job) -> None:
         "reward_model": reward_model,
         "kl": kl(job, policies, rollouts[new]),
         "perplexity": perplexities(job, policies, tokenizer),
-        "eos_rate": {name: statistics.fmean(rollouts[name].ended) for name in rollouts},
+        "eos_rate": {name: statistics.fmean(ended[name]) for name in ended},
         "answer_tokens": {name: statistics.fmean(map(len, rollouts[name].answers)) for name in rollouts},
         **measures.shares(answers),
         "prompts": len(prompts),
@@ -93,7 +93,7 @@ def main(job: Job) -> None:
     if job.is_main:
         job.write_metrics({**metrics, "judge": fingerprint})
         job.write_metrics(shown.summary(metrics, new), "summary")
-        write_lines(job.output(ANSWERS), shown.all_answers(prompts, answers, scores, rewards, right))
+        write_lines(job.output(ANSWERS), shown.all_answers(prompts, answers, scores, rewards, right, ended))
         write_lines(job.output("data/samples.jsonl"), shown.samples(prompts, answers, scores)[: params.shown])
         if has_course:
             job.write_plot("plots/gold_against_kl.csv", judged)

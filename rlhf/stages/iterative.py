@@ -14,6 +14,8 @@ from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages import rounds
 from rlhf.stages.sampled import Sampler, as_rollout, dealt, measure, read_prompts
 
+COUNTS = ("new_pairs", "pairs", "ties", "cut_off")
+
 
 def main(job: Job) -> None:
     device = start(job)
@@ -53,8 +55,8 @@ def write_numbers(job: Job, best: int, rewards: list[float], distances: list[flo
     """A row for each policy that was measured; sft's is round 0."""
     table = []
     for number, (reward, distance) in enumerate(zip(rewards, distances, strict=True)):
-        made = rounds.measured(job, number, "round") if number else {"new_pairs": 0, "pairs": 0, "ties": 0}
-        own = {name: made[name] for name in ("new_pairs", "pairs", "ties")}
+        made = rounds.measured(job, number, "round") if number else dict.fromkeys(COUNTS, 0)
+        own = {name: made[name] for name in COUNTS}
         table.append({"round": number, "heldout_reward": reward, "heldout_kl": distance, **own})
     job.write_plot("plots/iterative.csv", table)
     worse = len(rewards) > 1 and rewards[-1] < rewards[-2]

@@ -25,10 +25,14 @@ def main(job: Job) -> None:
     if rounds.measured(job, number)["over"]:
         pass_on(job, made, output)
         return
-    new, ties = make_pairs(read_lines(job.input(f"{rounds.folder(number)}/answers.jsonl")), params.pairs)
+    answered = read_lines(job.input(f"{rounds.folder(number)}/answers.jsonl"))
+    new, without = make_pairs(answered, params.pairs)
     if not new:
-        what = f"stage {job.stage}: of each prompt all answers have the same reward: no pair can be made"
-        raise UserError(what, remedy="more answers.answers_per_temperature, a higher temperature, or rewards that tell answers apart")
+        found = f"{without['ties']} prompts have answers with equal rewards, {without['cut_off']} such as were cut off"
+        what = f"stage {job.stage}: no pair can be made: {found}"
+        remedy = f"more answers.answers_per_temperature, a higher temperature, or rewards that tell answers apart; or {rounds.LONGER}"
+        raise UserError(what, remedy=remedy)
+    rounds.say_cut_off(job, without["cut_off"], len(answered))
     if job.is_main:
         write_lines(job.output(made), new)
     earlier = range(1, number) if params.pairs.rounds == "all" else range(0)
@@ -43,7 +47,7 @@ def main(job: Job) -> None:
     history = dpo.fit(job, policy, reference, [as_pair(row) for row in rows], params.dpo, "iterative.dpo")
     saving.save(job, policy, tokenizer, job.output(output), adapters)
     if job.is_main:
-        counts = {"steps": len(history), "new_pairs": len(new), "ties": ties, "pairs": len(rows)}
+        counts = {"steps": len(history), "new_pairs": len(new), **without, "pairs": len(rows)}
         learnt = {name: history[-1][name] for name in ("loss", "accuracy", "margin")}
         job.write_metrics({"over": False, **learnt, **counts, **lora.share(adapters)})
         job.write_plot(f"plots/{job.stage}.csv", history)
@@ -55,22 +59,26 @@ def pass_on(job: Job, pairs: str, model: str) -> None:
     rounds.hand_on(job, job.number - 1, model)
     if job.is_main:
         write_lines(job.output(pairs), [])
-        job.write_metrics({"over": True, "steps": 0, "new_pairs": 0, "ties": 0, "pairs": 0})
+        job.write_metrics({"over": True, "steps": 0, "new_pairs": 0, "ties": 0, "cut_off": 0, "pairs": 0})
         job.write_plot(f"plots/{job.stage}.csv", [{"step": 0, "loss": None, "accuracy": None}])
 
 
-def make_pairs(rows: Sequence[dict[str, Any]], params: RoundPairs) -> tuple[list[dict[str, Any]], int]:
-    """A pair of each prompt's answers, and how many prompts gave none, as their answers are equally good."""
+def make_pairs(rows: Sequence[dict[str, Any]], params: RoundPairs) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """A pair of each prompt's answers, and how many prompts gave none: their answers are equally good, or the best of them cut off."""
     found = []
+    without = {"ties": 0, "cut_off": 0}
     for row in rows:
         answers = row["answers"]
-        chosen = pair([one["score"] - params.length_penalty * len(one["answer"]) for one in answers], params.rejected)
-        if chosen:
+        rewards = [one["score"] - params.length_penalty * len(one["answer"]) for one in answers]
+        ended = [one["ended"] for one in answers]
+        if chosen := pair(rewards, ended, params.rejected):
             won, lost = (answers[number] for number in chosen)
             texts = {"prompt": row["prompt"], "chosen": won["answer"], "rejected": lost["answer"]}
             sides = {"chosen_tokens": won["tokens"], "rejected_tokens": lost["tokens"]}
             found.append({**texts, "scores": [won["score"], lost["score"]], "prompt_tokens": row["prompt_tokens"], **sides})
-    return found, len(rows) - len(found)
+        else:
+            without["ties" if any(ended) and len(set(rewards)) == 1 else "cut_off"] += 1
+    return found, without
 
 
 def as_pair(row: dict[str, Any]) -> dpo.Pair:

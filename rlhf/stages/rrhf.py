@@ -31,14 +31,15 @@ def main(job: Job) -> None:
     start(job)
     params = job.params.rrhf
     tokenizer = load_tokenizer(job.input("models/sft"))
-    ranked = read_ranked(job)
+    ranked, cut_off = read_ranked(job)
     with born(settings(job, "policy")):
         policy = load_policy(job.input("models/sft"), job.params.launch.precision)
     adapters = lora.attach(policy, params.lora, "models/sft", "rrhf.lora", job)
     history = fit(job, policy, ranked)
     saving.save(job, policy, tokenizer, job.output("models/rrhf"), adapters)
     if job.is_main:
-        counts = {"steps": len(history), "prompts": len(ranked), "answers": sum(len(row.answers) for row in ranked)}
+        answers = sum(len(row.answers) for row in ranked)
+        counts = {"steps": len(history), "prompts": len(ranked), "answers": answers, "cut_off": cut_off}
         learnt = {name: history[-1][name] for name in ("loss", "ranking_loss", "best_loss", "in_order")}
         job.write_metrics({**learnt, **counts, **lora.share(adapters)})
         job.write_plot("plots/rrhf.csv", history)
@@ -57,7 +58,7 @@ def fit(job: Job, policy: PreTrainedModel, ranked: Sequence[Ranked]) -> list[dic
         started = time.perf_counter()
         batch = [ranked[i] for i in order.batch(number)]
         mine = share(batch, job, "rrhf.batch_size")
-        ranked_prompts = sum(len(set(row.rewards)) > 1 for row in batch)
+        ranked_prompts = sum(row.is_ranked for row in batch)
         best_tokens = sum(len(row.answers[row.best]) for row in batch)
         sums: dict[str, Tensor] = {}
         parts = equal_micro_batches(mine, lambda row: len(row.prompt) + sum(map(len, row.answers)), job)
@@ -76,8 +77,8 @@ def fit(job: Job, policy: PreTrainedModel, ranked: Sequence[Ranked]) -> list[dic
     return history
 
 
-def laid_out(model: Any, part: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probability, tokens and reward of each answer, and whether there is one, each (B, K); one forward pass for all."""
+def laid_out(model: Any, part: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability, tokens and reward of each answer, whether there is one, and whether it ended, each (B, K); one forward pass."""
     answers = [(row.prompt, answer) for row in part for answer in row.answers]
     packed = pack([[*prompt, *answer] for prompt, answer in answers], model.device)
     wanted = packed.predictions([[0] * len(prompt) + [1] * len(answer) for prompt, answer in answers])
@@ -92,7 +93,8 @@ def laid_out(model: Any, part: Sequence[Ranked]) -> tuple[Tensor, Tensor, Tensor
     lengths = torch.tensor([float(len(answer)) for _, answer in answers], device=model.device)
     # which are equal is the same as where the batch's pairs are counted
     rewards = torch.tensor([reward for row in part for reward in row.rewards], dtype=torch.float64, device=model.device)
-    return filled(sums), filled(lengths), filled(rewards), there
+    ended = torch.tensor([float(ended) for row in part for ended in row.ended], device=model.device)
+    return filled(sums), filled(lengths), filled(rewards), there, filled(ended)
 
 
 if __name__ == "__main__":

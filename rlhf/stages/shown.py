@@ -31,9 +31,11 @@ def all_answers(
     scores: dict[str, list[float]],
     rewards: dict[str, list[float]],
     right: dict[str, dict[int, list[bool]]],
+    ended: dict[str, list[bool]],
 ) -> list[dict[str, Any]]:
-    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo), and what is right."""
-    columns: dict[str, dict[str, list[Any]]] = {"answers": answers, "scores": scores, "rewards": rewards}
+    """A line per held-out prompt: both answers, the judge's scores and the reward model's (none after dpo), what ended by itself, and
+    what is right."""
+    columns: dict[str, dict[str, list[Any]]] = {"answers": answers, "scores": scores, "rewards": rewards, "ended": ended}
     lines = [{**row, **{key: {name: by[name][i] for name in by} for key, by in columns.items()}} for i, row in enumerate(prompts)]
     return [line | ({"right": {name: by[i] for name, by in right.items() if i in by}} if right else {}) for i, line in enumerate(lines)]
 

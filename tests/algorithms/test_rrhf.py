@@ -17,7 +17,7 @@ THERE = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]])
 
 
 def test_the_loss_by_hand() -> None:
-    loss, stats = rrhf_loss(LOG_PROBS, LENGTHS, REWARDS, THERE, 1.0, 10.0, ranked_prompts=1, best_tokens=2 + 3)
+    loss, stats = rrhf_loss(LOG_PROBS, LENGTHS, REWARDS, THERE, THERE, 1.0, 10.0, ranked_prompts=1, best_tokens=2 + 3)
     # of three pairs one is in the wrong order: the second answer, worse than the first, is likelier by 0.5; the other prompt has no pair
     assert stats["ranking_loss"].item() == pytest.approx(0.5 / 3)
     # the best answers: the first of each prompt, of equally good ones the first; 2 + 3 tokens
@@ -26,8 +26,20 @@ def test_the_loss_by_hand() -> None:
     assert stats["in_order"].item() == pytest.approx(2 / 3)
 
 
+def test_an_answer_that_was_cut_off_is_no_better_one() -> None:
+    ended = torch.tensor([[0.0, 1.0, 1.0], [0.0, 1.0, 0.0]])
+    _, stats = rrhf_loss(LOG_PROBS, LENGTHS, REWARDS, THERE, ended, 1.0, 1.0, ranked_prompts=1, best_tokens=4 + 2)
+    # what is left is the pair of the second and the third answer, in order
+    assert stats["ranking_loss"].item() == 0
+    assert stats["in_order"].item() == 1
+    assert stats["best_loss"].item() == pytest.approx((2 + 2) / 6)
+    # as the worse one it counts: the first answer, cut off, is likelier than the third, which is better here
+    _, stats = rrhf_loss(LOG_PROBS[:1], LENGTHS[:1], -REWARDS[:1], THERE[:1], ended[:1], 1.0, 1.0, ranked_prompts=1, best_tokens=1)
+    assert stats["ranking_loss"].item() == pytest.approx((2.0 + 2.5) / 3)
+
+
 def test_without_the_exponent_sums_are_ranked() -> None:
-    _, stats = rrhf_loss(LOG_PROBS, LENGTHS, REWARDS, THERE, 0.0, 1.0, ranked_prompts=1, best_tokens=5)
+    _, stats = rrhf_loss(LOG_PROBS, LENGTHS, REWARDS, THERE, THERE, 0.0, 1.0, ranked_prompts=1, best_tokens=5)
     assert stats["ranking_loss"].item() == 0  # −2, −2, −3
     assert stats["in_order"].item() == pytest.approx(2 / 3)  # equally likely is not in order
 
@@ -38,7 +50,7 @@ def test_any_cut_has_the_same_loss_and_gradient_and_padding_none() -> None:
         total = torch.zeros(())
         for part in parts:
             a, b, c, d = (torch.nn.functional.pad(one[part], (0, padding)) for one in (log_probs, LENGTHS, REWARDS, THERE))
-            loss, _ = rrhf_loss(a, b, c, d, 1.0, 2.0, 1, 5)
+            loss, _ = rrhf_loss(a, b, c, d, d, 1.0, 2.0, 1, 5)
             total = total + loss
         total.backward()
         assert log_probs.grad is not None
@@ -54,7 +66,7 @@ def test_any_cut_has_the_same_loss_and_gradient_and_padding_none() -> None:
 def test_more_answers_alike_do_not_change_the_scale() -> None:
     def loss(times: int) -> float:
         a, b, c, d = (torch.cat([one[:1]] * times, dim=1) for one in (LOG_PROBS, LENGTHS, REWARDS, THERE))
-        return rrhf_loss(a, b, c, d, 1.0, 1.0, 1, 2)[0].item()
+        return rrhf_loss(a, b, c, d, d, 1.0, 1.0, 1, 2)[0].item()
 
     assert loss(2) == pytest.approx(loss(1))
 
@@ -76,7 +88,7 @@ def test_the_released_arithmetic_differs_by_its_two_denominators_alone() -> None
     tokens = -torch.rand(5, width, generator=generator) * mask
     rewards = torch.tensor([0.3, 1.2, -0.5, 0.3, 0.9])
     ranking, best = released(tokens, mask, rewards)
-    row = (tokens.sum(-1)[None], lengths[None].float(), rewards[None], torch.ones(1, 5))
+    row = (tokens.sum(-1)[None], lengths[None].float(), rewards[None], torch.ones(1, 5), torch.ones(1, 5))
     _, stats = rrhf_loss(*row, 1.0, 1.0, ranked_prompts=1, best_tokens=7)
     # it sums the 9 pairs of different rewards, and divides by the padded length
     assert stats["ranking_loss"].item() * 9 == pytest.approx(ranking, rel=1e-5)
@@ -97,4 +109,11 @@ def test_the_released_arithmetic_differs_by_its_two_denominators_alone() -> None
     ],
 )
 def test_the_best_answer_wins_and_equal_ones_make_no_pair(rewards: list[float], rejected: str, expected: tuple[int, int] | None) -> None:
-    assert pair(rewards, rejected) == expected
+    assert pair(rewards, [True] * len(rewards), rejected) == expected
+
+
+def test_an_answer_that_was_cut_off_wins_no_pair() -> None:
+    assert pair([0.0, 2.0, -1.0], [True, False, True], "worst") == (0, 2)
+    assert pair([0.0, 2.0, -1.0], [False, True, False], "worst") == (1, 2)
+    assert pair([-3.0, -2.0], [True, False], "worst") is None
+    assert pair([1.0, 0.0], [False, False], "worst") is None

@@ -20,6 +20,8 @@ from tests.registry.test_verify import PROJECT, dvc, git, load
 
 PROMPT = [{"role": "user", "content": "What is hot?"}]
 
+EVALUATED = {"prompt": PROMPT, "gold": None, "answers": {"sft": "Ice.", "ppo": "Snow."}}  # of a version that does not say what was cut off
+
 
 def rollout(answer: str, **more: Any) -> dict[str, Any]:
     about = {"step": 1, "prompt": PROMPT, "gold": {"secret": 1}, "reference": "cold", "kl": 0.1, "score": 2.0}
@@ -46,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "models/ppo/lineage.json").write_text(json.dumps({"fingerprint": "f00d"}), encoding="utf-8")
     (root / "metrics/evaluate.json").write_text("{}", encoding="utf-8")
     write_lines(root / "data/rollouts.jsonl", [rollout("Cold.", ended=True), rollout("Not so", ended=False)])
-    write_lines(root / "data/answers.jsonl", [{"prompt": PROMPT, "gold": None, "answers": {"sft": "Ice.", "ppo": "Snow."}}])
+    write_lines(root / "data/answers.jsonl", [EVALUATED, EVALUATED | {"ended": {"sft": False, "ppo": True}}])
     dvc(root, "commit", "--force")
     git(root, "add", "--all")
     git(root, "commit", "--quiet", "--message", "first")
@@ -75,11 +77,12 @@ def test_earlier_answers_become_data_of_the_workspace(root: Path) -> None:
     write_lines(root / "data/raw/ratings/day.jsonl", [{"prompt": PROMPT, "chosen": "A.", "rejected": "B."}])
     (root / "data/rollouts.jsonl").unlink()  # DVC's cache has it
     said = presets.use(root, "sandbox", ["awac.versions=2"], lambda params: earlier.bring(root, params))
-    assert "answers of earlier versions in data/raw/earlier: v1 4, ratings 2" in said
+    assert "answers of earlier versions in data/raw/earlier: v1 6, ratings 2" in said
     assert "versioned data/raw/earlier with DVC: commit data/raw/earlier.dvc" in said
     about = {"prompt": PROMPT, "reference": "cold"}
     found = [about | {"answer": "Cold.", "ended": True}, about | {"answer": "Not so", "ended": False}]
-    evaluated = [{"prompt": PROMPT, "answer": word} for word in ("Ice.", "Snow.")]
+    ends = (("Ice.", True), ("Snow.", True), ("Ice.", False), ("Snow.", True))
+    evaluated = [{"prompt": PROMPT, "answer": word, "ended": ended} for word, ended in ends]
     assert read_lines(root / data.FOLDER / "v1.jsonl") == found + evaluated
     assert [line["answer"] for line in read_lines(root / data.FOLDER / "ratings.jsonl")] == ["A.", "B."]
     assert (root / "data/raw/earlier.dvc").is_file()

@@ -24,7 +24,7 @@ from rlhf.models.policy import load_policy
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.answers import round_prompts
 from rlhf.stages.round import as_pair, make_pairs
-from rlhf.stages.rounds import Ranked
+from rlhf.stages.rounds import Ranked, read_ranked
 from rlhf.stages.rrhf import laid_out
 from rlhf.stages.sampled import read_prompts
 from rlhf.sweep import tasks
@@ -39,6 +39,7 @@ def params_of(algorithm: str, **answers: Any) -> dict[str, Any]:
     raw = tiny_params() | {"algorithm": algorithm}
     raw["answers"] |= answers
     raw["iterative"] |= {"rounds": 2}
+    raw["rrhf"] |= {"epochs": 1.5}
     return raw
 
 
@@ -93,7 +94,8 @@ def test_each_round_answers_prompts_of_its_own_and_learns_from_all_pairs(places:
     assert temperatures == [1.0, 1.0, 0.7, 0.7]
     assert [row["step"] for row in heldout] == [0] * 6 + [1] * 6 + [2] * 6
     one, two = (read(root / f"metrics/round-{number}.json") for number in (1, 2))
-    assert one["pairs"] == one["new_pairs"] == len(read_lines(root / "data/rounds/1/pairs.jsonl")) == 8 - one["ties"]
+    assert one["pairs"] == one["new_pairs"] == len(read_lines(root / "data/rounds/1/pairs.jsonl")) == 8 - one["ties"] - one["cut_off"]
+    assert one["cut_off"] >= sum(not any(answer["ended"] for answer in row["answers"]) for row in first) > 0
     assert two["pairs"] == one["pairs"] + two["new_pairs"]
     assert (root / "models/round-1/model.safetensors").read_bytes() != (root / "models/round-2/model.safetensors").read_bytes()
 
@@ -106,7 +108,9 @@ def test_the_best_round_is_handed_on_and_evaluated(places: Path) -> None:
     assert rewards[str(found["best"])] == max(rewards.values())
     handed, made = (root / f"models/{name}/model.safetensors" for name in ("iterative", f"round-{found['best']}"))
     assert handed.read_bytes() == made.read_bytes()
-    assert read(root / "metrics/evaluate.json")["eos_rate"].keys() == {"sft", "iterative"}
+    rates, lines = read(root / "metrics/evaluate.json")["eos_rate"], read_lines(root / "data/answers.jsonl")
+    assert rates.keys() == {"sft", "iterative"}
+    assert {name: pytest.approx(sum(line["ended"][name] for line in lines) / len(lines)) for name in rates} == rates
     assert [row["step"] for row in table(root / "plots/gold_against_kl.csv")] == ["0", "1", "2"]
 
 
@@ -143,7 +147,6 @@ def test_rrhf_ranks_the_given_answers_too_and_best_of_n_learns_the_best(places: 
     own = read_lines(places / "best/data/rounds/1/answers.jsonl")
     # both ask the same prompts the same way, whatever algorithm will learn from that
     assert [row["answers"] for row in own] == [row["answers"] for row in rows[:8]]
-    assert read(places / "best/metrics/best_of_n.json")["rows"] == 8
     losses = [float(row["loss"]) for row in table(places / "rrhf/plots/rrhf.csv")]
     assert len(losses) == 3
     # what a sweep takes for the cost of a point
@@ -155,6 +158,25 @@ def test_rrhf_ranks_the_given_answers_too_and_best_of_n_learns_the_best(places: 
             (places / name / f"models/{model}/model.safetensors").read_bytes() for model in ("sft", {"best": "best_of_n"}.get(name, name))
         ]
         assert weights[0] != weights[1]
+
+
+def test_a_prompt_whose_answers_were_all_cut_off_teaches_nothing(places: Path, tmp_path: Path) -> None:
+    said = (places / "said.txt").read_text(encoding="utf-8")
+    for name, stage, left in (("best", "best_of_n", "rows"), ("rrhf", "rrhf", "prompts")):
+        rows = read_lines(places / name / "data/rounds/1/answers.jsonl")
+        cut_off = sum(not any(one["ended"] for one in row["answers"]) for row in rows)
+        found = read(places / name / f"metrics/{stage}.json")
+        assert (found["cut_off"], found[left]) == (cut_off, len(rows) - cut_off)
+        assert f"{stage}: {cut_off} of {len(rows)} prompts teach nothing, as their best answers were cut off" in said
+    root = copied(places / "best", tmp_path / "root", params_of("best-of-n"))
+    job = Job("best_of_n", config.load(root / "params.yaml"), root, root / "runs/best_of_n", "cpu", 0, 1, 0)
+    ranked, _ = read_ranked(job)
+    assert all(row.ended[row.best] for row in ranked)
+    for row in rows:
+        row["answers"] = [one | {"ended": False} for one in row["answers"]]
+    write_lines(root / "data/rounds/1/answers.jsonl", rows)
+    with pytest.raises(UserError, match=r"all answers to all of 12 prompts were cut off"):
+        read_ranked(job)
 
 
 def test_any_cut_of_the_answers_and_of_rrhf_comes_to_the_same(places: Path, tmp_path: Path) -> None:
@@ -179,11 +201,11 @@ def test_any_cut_of_the_answers_and_of_rrhf_comes_to_the_same(places: Path, tmp_
 
 def test_rewards_that_differ_by_little_are_ranked_as_they_are_counted(places: Path) -> None:
     """A sum of rewards may miss another one by its last bit: where that makes a pair, it does so in the loss as in its denominator."""
-    row = Ranked([1, 2], [[3, 4], [5], [6]], [0.3, 0.1 + 0.2, 0.3])
-    log_probs, lengths, rewards, there = laid_out(load_policy(places / "rrhf/models/sft", "fp32"), [row])
-    _, stats = rrhf_loss(log_probs, lengths, rewards, there, 1.0, 1.0, ranked_prompts=1, best_tokens=1)
+    row = Ranked([1, 2], [[3, 4], [5], [6]], [0.3, 0.1 + 0.2, 0.3], [True] * 3)
+    log_probs, lengths, rewards, there, ended = laid_out(load_policy(places / "rrhf/models/sft", "fp32"), [row])
+    _, stats = rrhf_loss(log_probs, lengths, rewards, there, ended, 1.0, 1.0, ranked_prompts=1, best_tokens=1)
     assert stats["best_loss"].item() == pytest.approx(-log_probs[0, row.best].item())
-    assert better(rewards, there).sum() == 2
+    assert better(rewards, there, ended).sum() == 2
 
 
 def test_no_pair_is_asked_whose_prompt_is_a_rounds_or_held_out(places: Path, tmp_path: Path) -> None:
@@ -217,15 +239,18 @@ def test_killed_stages_go_on_to_the_same_bytes(places: Path, tmp_path: Path) -> 
 
 def answers(*scores: float, texts: Sequence[str] = ("a", "bb", "ccc")) -> dict[str, Any]:
     rows = [
-        {"answer": text, "score": score, "tokens": [7, number]} for number, (text, score) in enumerate(zip(texts, scores, strict=False))
+        {"answer": text, "score": score, "tokens": [7, number], "ended": True}
+        for number, (text, score) in enumerate(zip(texts, scores, strict=False))
     ]
     return {"prompt": [{"role": "user", "content": "?"}], "prompt_tokens": [1, 2], "answers": rows}
 
 
 def test_pairs_are_the_sampled_tokens_and_ties_are_counted() -> None:
     rows = [answers(0.0, 2.0, 1.0), answers(1.0, 1.0, 1.0)]
-    (made,), ties = make_pairs(rows, WORST)
-    assert (made["chosen"], made["rejected"], made["scores"], ties) == ("bb", "a", [2.0, 0.0], 1)
+    cut_off = [one | {"ended": False} for one in rows[0]["answers"]]
+    better = [rows[0]["answers"][0], *cut_off[1:]]  # only what was cut off is better than another one
+    (made,), without = make_pairs([*rows, rows[0] | {"answers": cut_off}, rows[0] | {"answers": better}], WORST)
+    assert (made["chosen"], made["rejected"], made["scores"], without) == ("bb", "a", [2.0, 0.0], {"ties": 1, "cut_off": 2})
     assert as_pair(made) == (([1, 2, 7, 1], [0, 0, 1, 1]), ([1, 2, 7, 0], [0, 0, 1, 1]))
     # 0.8 a character: 0 − 0.8, 2 − 1.6, 1 − 2.4
     (made,), _ = make_pairs(rows[:1], WORST.model_copy(update={"length_penalty": 0.8}))
