@@ -3,10 +3,10 @@
 python bench/learning/warm_start.py                            grpo, seeds 1 to 5
 python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed values of stage awac or of what follows
 
-In each clone a first version is trained and registered. Then rows are added to pairs and prompts, and the policy is trained again, once
-from sft and once with stage awac before it, which leaves less to learn: at a third of the rate. Every other step's policy answers PROMPTS
-new prompts, as the first version does, with the same random numbers. A run that never comes to its gold score counts with all that it
-sampled.
+In each clone a first version is trained and registered. People then compare its answers to new prompts with sft's, in pairs; those are
+data, prompts are added, and the policy is trained again: once from sft, once with stage awac before it. Every other step's policy answers
+PROMPTS more prompts, as the first version does, with the same random numbers. A run that never comes to its gold score counts with all
+that it sampled.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -30,19 +31,21 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from bench import pairs
 from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
 from bench.learning.seeds import ARITHMETICS, numbers_of
 from rlhf import config
-from rlhf.data.sandbox import gold_score, make_rows
+from rlhf.data.sandbox import MIN_GOLD_GAP, gold_score, make_rows
 from rlhf.feedback.sample import answers
 from rlhf.models.policy import load_policy
 
 ALGORITHM = "grpo"
-NEW_DATA = ("data.sources.2.rows=12000", "data.sources.3.rows=5000")  # 10000 pairs and 4000 prompts before
-VARIANTS = {"without": ("sft", "awac.versions=0"), "with": ("awac", "awac.versions=1", "grpo.actor.learning_rate=1.0e-4")}
+NEW_PROMPTS = "data.sources.3.rows=5000"  # 4000 before
+VARIANTS = {"without": ("sft", "awac.versions=0"), "with": ("awac", "awac.versions=1")}
 STEPS, EVERY = 30, 2
 KEPT = (f"grpo.steps={STEPS}", f"grpo.checkpoint_every={EVERY}", f"launch.checkpoints.keep={STEPS // EVERY}")
 PROMPTS, DRAWN = 800, 100_003  # and the seed of these prompts
+COMPARED, ASKED, NOISE = 2000, 100_005, 0.05  # prompts, their seed, and how often who compares errs
 SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -52,11 +55,13 @@ def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[
     if not (clone.root / "first.json").exists():
         clone.run(*use)
         clone.run("rlhf", "run")
-        (clone.root / "first.json").write_text(json.dumps({"gold": gold(clone.root, ALGORITHM)}), encoding="utf-8")
-    first = json.loads((clone.root / "first.json").read_text(encoding="utf-8"))["gold"]
+        found = {"gold": gold(clone.root, ALGORITHM), "pairs": compared(clone.root, ALGORITHM, seed)}
+        (clone.root / "first.json").write_text(json.dumps(found), encoding="utf-8")
+    before = json.loads((clone.root / "first.json").read_text(encoding="utf-8"))
+    first, source = before["gold"], pairs.source(clone.root.parent / "compared.jsonl", before["pairs"])
     row: dict[str, Any] = {"seed": seed, "first": first}
     for name, (start, *changes) in VARIANTS.items():
-        clone.run(*use, *NEW_DATA, *KEPT, *changes, *values)
+        clone.run(*use, NEW_PROMPTS, f"data.sources.4={source}", *KEPT, *changes, *values)
         clone.run("dvc", "repro", start, "reward")
         weights = clone.root.parent / f"weights-{name}"
         with linked(clone.root / "runs" / ALGORITHM, weights):
@@ -73,6 +78,20 @@ def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[
         row |= {f"{measured}_{name}": found[measured] for measured in ("kl", "perplexity_ratio")} | {f"scores_{name}": scores}
     row["effective_sample_size"] = json.loads((clone.root / "metrics/awac.json").read_text(encoding="utf-8"))["effective_sample_size"]
     return row
+
+
+def compared(root: Path, model: str, seed: int) -> list[dict[str, Any]]:
+    """A version's answers to new prompts beside sft's, as pairs, where the gold score tells them apart."""
+    rows, params, chance = make_rows("prompts", COMPARED, ASKED, 0.0), config.load(root / "params.yaml"), random.Random(seed)
+    prompts = [row["prompt"] for row in rows]
+    written = [answers(root / "models" / name, name, prompts, params, 1.0, 1) for name in (model, "sft")]
+    found = []
+    for row, *both in zip(rows, *written, strict=True):
+        low, high = sorted((gold_score(row["gold"], said[0].text), said[0].text) for said in both)
+        if high[0] - low[0] >= MIN_GOLD_GAP:
+            chosen, rejected = (low, high) if chance.random() < NOISE else (high, low)
+            found.append({"prompt": row["prompt"], "chosen": chosen[1], "rejected": rejected[1]})
+    return found
 
 
 @contextmanager

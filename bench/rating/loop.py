@@ -28,6 +28,7 @@ import httpx
 import numpy as np
 import typer
 
+from bench import pairs
 from bench.clone import Clone
 from rlhf import config, registry
 from rlhf.data.sandbox import gold_score, make_rows
@@ -37,8 +38,6 @@ from rlhf.feedback.sample import answers
 # kinds of tasks that the first preferences say nothing of: what people ask the first champion
 NEW = ("opposite", "sound", "plural")
 FIRST_PAIRS = 6000  # of all kinds; those of NEW are left out
-COLUMNS = ("prompt", "chosen", "rejected", "messages", "question", "answer", "text")
-NONE = dict.fromkeys(("text", "sft", "reward", "ppo", "judge", "heldout"), 0)
 # gates between a first version and sft that let this one through; each pair for one rater: of so few ratings, more pairs teach more than
 # the same ones twice
 WEAK = shlex.split("""
@@ -93,14 +92,9 @@ def main(
 
 def first_preferences(folder: Path) -> list[str]:
     """Values by which the sandbox's reward model learns from pairs of all kinds but NEW; held-out pairs are of all kinds."""
-    pairs = [row for row in make_rows("pairs", FIRST_PAIRS, FIRST, 0.05) if row["gold"]["kind"] not in NEW]
-    file = folder / "first.jsonl"
-    file.write_text(
-        "".join(json.dumps({key: row[key] for key in ("prompt", "chosen", "rejected")}) + "\n" for row in pairs), encoding="utf-8"
-    )
-    source: dict[str, Any] = {"name": "first", "format": "pairs", "path": str(file), "hub": None, "revision": None, "hub_split": None}
-    source |= {"split": NONE | {"reward": 1}, "weight": 1, "columns": {name: name for name in COLUMNS}}
-    return ["data.sources.2.rows=500", f"data.sources.2.split={json.dumps(NONE | {'heldout': 1})}", f"data.sources.4={json.dumps(source)}"]
+    rows = [row for row in make_rows("pairs", FIRST_PAIRS, FIRST, 0.05) if row["gold"]["kind"] not in NEW]
+    source = pairs.source(folder / "first.jsonl", rows)
+    return ["data.sources.2.rows=500", f"data.sources.2.split={json.dumps(pairs.NONE | {'heldout': 1})}", f"data.sources.4={source}"]
 
 
 @contextmanager
