@@ -54,6 +54,7 @@ promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_toke
 promote.min_champion_win_rate=0 promote.min_kind_win_rate=0 serving.max_tokens=16 launch.accelerator=cpu
 """)
 RATED, COMPARED, FIRST = 100_001, 100_002, 100_004  # seeds of prompts and pairs
+TEMPERATURE = 1.5  # of the answers that are rated: at 1 a trained policy's two answers are mostly alike
 SECONDS = 7200  # they only bound a failure
 Gold = dict[str, Any]
 
@@ -159,7 +160,7 @@ def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     rows = new_prompts(4 * ratings, RATED, NEW)  # many more than are needed: answers may be alike
     file = clone.root.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
-    clone.run("rlhf", "feedback", "sample", str(file))
+    clone.run("rlhf", "feedback", "sample", str(file), "--temperature", str(TEMPERATURE))
     return {json.dumps(row["prompt"]): row["gold"] for row in rows}
 
 
@@ -169,7 +170,7 @@ def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float,
     Args:
         tiny: the answers are hardly words, and of the same score: the shorter one is taken for the better one.
     """
-    draw = random.Random(1)
+    draw, ties = random.Random(1), 0
     shown = {rater: client.post("/rate/next", json={"rater": rater}).json()["pair"] for rater in ("Ada", "Bob")}
     given = 0
     while any(shown.values()):
@@ -178,12 +179,14 @@ def rate(client: httpx.Client, golds: dict[str, Gold], count: int, noise: float,
                 gold = golds[json.dumps(pair["prompt"])]
                 scores = [gold_score(gold, pair[side]) - 1e-4 * tiny * len(pair[side]) for side in "ab"]
                 choice = "tie" if scores[0] == scores[1] else "ab"[(scores[1] > scores[0]) != (draw.random() < noise)]
+                ties += choice == "tie"
                 body = {"rater": rater, "token": pair["token"], "pair": pair["id"], "choice": choice, "seconds": 1.0}
                 reply = client.post("/rate/vote", json=body)
                 reply.raise_for_status()
                 shown[rater] = reply.json()["pair"]
                 given += 1
         if given >= count and not 0 < waiting(client) < count:
+            print(f"{given} ratings, {ties} of them ties")
             return
     raise AssertionError("there are too few pairs: most answers are alike")
 
