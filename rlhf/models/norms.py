@@ -30,7 +30,8 @@ class RMSNorm(LlamaRMSNorm):
         if hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         if hidden_states.device.type == "cpu":
-            return cast(Tensor, Normed.apply(hidden_states, self.weight, self.variance_epsilon))
+            given = hidden_states, self.weight, self.variance_epsilon
+            return cast(Tensor, Normed.apply(*given) if torch.is_grad_enabled() else norm(*given)[0])
         if (found := kernels("layers")) is None:
             return super().forward(hidden_states)
         return cast(Tensor, found.Norm.apply(hidden_states, self.weight, self.variance_epsilon))
@@ -41,10 +42,9 @@ class Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        full = states.float()
-        scale = full.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        found, scale = norm(states, weight, epsilon)
         ctx.save_for_backward(states, weight, scale)
-        return _scaled(states, full, scale).to(states.dtype).mul_(weight)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -57,6 +57,13 @@ class Normed(torch.autograd.Function):
         pull = (slopes[0] * weight).float()
         along = torch.linalg.vecdot(pull, normed).div_(states.shape[-1])[..., None]
         return pull.addcmul_(normed, along, value=-1).mul_(scale).to(states.dtype), for_weight, None
+
+
+def norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """A norm, and what each row (…, 1) was scaled by."""
+    full = states.float()
+    scale = full.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return _scaled(states, full, scale).to(states.dtype).mul_(weight), scale
 
 
 def _scaled(states: Tensor, full: Tensor, scale: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from rlhf.rollout.gpu import attend_at_once, attend_with_options
 
 ATTENTION = "rollout"  # name under which transformers' models find `attend`
 SPAN = 16  # slots that attend in one call, to as many columns as the longest of them fills
+WASTE = 1.25  # times the columns of the spans that one call over all slots may read: each call costs as much as some slots
 FEW = 3  # queries of one slot up to which MKL adds up all columns one after the other, whatever their number
 COLUMNS = 16  # a span's width is a multiple of so many: a whole vector, and oneDNN makes a program for each width
 Layer = tuple[Tensor, Tensor]  # keys and values of one layer
@@ -45,7 +46,7 @@ class SlotCache:
         self.fresh: list[Layer] | None = None  # (1, H, N, D) each, while prompts are read
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) tokens in each slot in use
         self.width = 0  # columns that a decoding step reads
-        self.spans: list[tuple[int, int]] = []  # first slot of each and its width
+        self.spans: list[tuple[slice, int]] = []  # slots of each and its width
 
     @contextmanager
     def reading(self) -> Iterator[list[Layer]]:
@@ -65,8 +66,15 @@ class SlotCache:
         self.lengths, self.width = torch.tensor(lengths, device=device), _columns(lengths)
         hidden = torch.arange(self.width, device=device) > self.lengths[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        self.spans = [(first, _columns(lengths[first : first + SPAN])) for first in range(0, len(lengths), SPAN)]
+        self.spans = self._spans(lengths)
         return {"position_ids": self.lengths[:, None], "attention_mask": mask[:, None, None], "held": self}
+
+    def _spans(self, lengths: Sequence[int]) -> list[tuple[slice, int]]:
+        spans = [slice(first, min(first + SPAN, len(lengths))) for first in range(0, len(lengths), SPAN)]
+        found = [(span, _columns(lengths[span])) for span in spans]
+        least = sum((span.stop - span.start) * columns for span, columns in found)
+        whole = self.alone and len(lengths) * self.width <= WASTE * least
+        return [(slice(0, len(lengths)), self.width)] if whole else found
 
     def decode_at_once(self, lengths: Tensor) -> dict[str, Any]:
         """The same on a GPU. Nothing but the number of slots decides what will be computed, so that it can be captured.
@@ -182,11 +190,12 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
     if not asked.plain:
         return weigh(query, key, value, mask, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
-    found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
     most = FEW if held.alone else grouped.shape[2]
+    if len(held.spans) == 1 and grouped.shape[2] <= most:
+        return _attend_to_span(grouped, key, value, mask, asked.scale).reshape(rows, 1, heads, value.shape[-1])
+    found = grouped.new_empty(*grouped.shape[:-1], value.shape[-1])
     slices = [slice(first, first + most) for first in range(0, grouped.shape[2], most)]
-    for first, columns in held.spans:
-        part = slice(first, first + SPAN)
+    for part, columns in held.spans:
         inputs = (key[part, :, :columns], value[part, :, :columns], mask[part, ..., :columns])
         for some in slices:
             found[part, :, some] = _attend_to_span(grouped[part, :, some], *inputs, asked.scale)

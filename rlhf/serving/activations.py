@@ -1,7 +1,7 @@
 """Activations whose bits do not hang on how many rows are computed at once.
 
 torch computes them on a CPU by vectors, and the rest of a tensor that fills none, or of a thread's part of it, otherwise. So no call takes
-more rows than one thread computes, and none has such a rest in which another row's would begin.
+more rows than one thread computes where there are several, and none has such a rest in which another row's would begin.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def _in_parts(activate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
         rows = states.reshape(-1, states.shape[-1])
         width = rows.shape[1]
         most = max(1, PART // width) if width % VECTORS == 0 else 1
+        if len(rows) <= most or (most > 1 and torch.get_num_threads() == 1):
+            return activate(rows).view(states.shape)
         return torch.cat([activate(part) for part in rows.split(most)]).view(states.shape)
 
     return forward

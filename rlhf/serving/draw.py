@@ -17,20 +17,33 @@ def draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_ps
     Raises:
         ArithmeticError: a row has no probabilities.
     """
-    likeliest = logits.argmax(-1)
-    if not logits.gather(1, likeliest[:, None]).isfinite().all():  # to argmax nothing is larger than NaN
-        raise ArithmeticError("the model gives logits that are NaN or infinite")
     warm = [row for row, temperature in enumerate(temperatures) if temperature >= COLDEST]
+    if len(warm) == len(temperatures):
+        return _draw(logits, uniforms, temperatures, top_ps).tolist()
+    tokens = logits.argmax(-1)
+    _check(logits.gather(1, tokens[:, None]))  # to argmax nothing is larger than NaN
     if warm:
-        scaled = logits[warm] / torch.tensor([temperatures[row] for row in warm], device=logits.device)[:, None]
-        weights = scaled.softmax(-1)
-        given = uniforms[warm].to(logits.device)
-        tokens = drawn(weights, given).squeeze(1)
-        if narrow := [place for place, row in enumerate(warm) if top_ps[row] < 1]:
-            bounds = torch.tensor([top_ps[warm[place]] for place in narrow], device=logits.device)
-            tokens[narrow] = _from_nucleus(weights[narrow], given[narrow], bounds)
-        likeliest[warm] = tokens
-    return likeliest.tolist()
+        given = ([values[row] for row in warm] for values in (temperatures, top_ps))
+        tokens[warm] = _draw(logits[warm], uniforms[warm], *given)
+    return tokens.tolist()
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperatures: Sequence[float], top_ps: Sequence[float]) -> Tensor:
+    device = logits.device
+    if set(temperatures) != {1.0}:
+        logits = logits / torch.tensor(temperatures, device=device)[:, None]
+    weights, given = logits.softmax(-1), uniforms.to(device)
+    _check(weights[:, 0])  # where one logit of a row is NaN or infinite, all its weights are NaN
+    tokens = drawn(weights, given).squeeze(1)
+    if narrow := [row for row, top_p in enumerate(top_ps) if top_p < 1]:
+        bounds = torch.tensor([top_ps[row] for row in narrow], device=device)
+        tokens[narrow] = _from_nucleus(weights[narrow], given[narrow], bounds)
+    return tokens
+
+
+def _check(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise ArithmeticError("the model gives logits that are NaN or infinite")
 
 
 def _from_nucleus(weights: Tensor, uniforms: Tensor, bounds: Tensor) -> Tensor:

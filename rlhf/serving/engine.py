@@ -87,7 +87,7 @@ class _Answer:
     asked: Asked
     choice: int
     text: Text
-    uniforms: Tensor  # (max_tokens,)
+    uniforms: list[float]  # one for each token
     last: int = -1
     count: int = 0
     tokens: list[Token] = field(default_factory=list)  # not told yet
@@ -266,7 +266,7 @@ class Engine:
 
     def _begin(self, asked: Asked, choice: int, layers: list[Layer]) -> None:
         request = asked.request
-        numbers = uniforms([(request.seed + choice) % 2**63], request.max_tokens)[0]
+        numbers = uniforms([(request.seed + choice) % 2**63], request.max_tokens)[0].tolist()
         self.writer.place(len(self._writing), layers)
         self._writing.append(_Answer(asked, choice, Text(self.writer.tokenizer, request.stops), numbers))
         asked.begun += 1
@@ -275,7 +275,7 @@ class Engine:
         """Draw a token for the answer in each slot from `first` on, and tell its text."""
         answers = self._writing[first:]
         requests = [answer.asked.request for answer in answers]
-        numbers = torch.stack([answer.uniforms[answer.count] for answer in answers])
+        numbers = torch.tensor([answer.uniforms[answer.count] for answer in answers])
         drawn = draw(logits, numbers, [request.temperature for request in requests], [request.top_p for request in requests])
         wanted = [row for row, request in enumerate(requests) if request.top is not None]
         told = dict(zip(wanted, log_probs(logits[wanted]), strict=True)) if wanted else {}

@@ -93,6 +93,26 @@ def test_each_row_is_drawn_by_its_own_sampling() -> None:
             draw(logits, uniforms, temperatures, masses)
 
 
+def test_answers_of_about_the_same_length_attend_in_one_call_as_each_by_itself(folder: Path) -> None:
+    writer, chance = Writer(folder, 64, 128), random.Random(1)
+    prompts = [[chance.randrange(5, 200) for _ in range(chance.randrange(33, 47))] for _ in range(64)]
+
+    def steps(some: range) -> torch.Tensor:
+        for slot, number in enumerate(some):
+            writer.place(slot, begun[number])
+        return writer.step([7] * len(some), [len(prompts[number]) for number in some])
+
+    with torch.no_grad():
+        begun = [layers for layers, _ in writer.read(prompts)]
+        alone = torch.cat([steps(range(number, number + 1)) for number in range(64)])
+        assert torch.equal(steps(range(64)), alone)
+        assert len(writer._cache.spans) == 1
+        prompts[0], begun[0] = prompts[0] * 2, [(keys.repeat(1, 2, 1), values.repeat(1, 2, 1)) for keys, values in begun[0]]
+        assert torch.equal(steps(range(64))[1:], alone[1:])
+        assert len(writer._cache.spans) == 4  # the others are not to read so many columns
+    writer.close()
+
+
 def test_a_seed_draws_what_rollouts_draw(engine: Engine, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     for temperature, top_p in ((0.0, 1.0), (1.0, 1.0), (0.8, 0.9)):
         sampling = Sampling(temperature, 0, top_p, LIMIT)
