@@ -12,6 +12,7 @@ from rlhf.kernels import kernels
 # Logits that are turned to fp32 at a time. On a CPU they stay in its cache from one operation to the next; on a GPU a few large kernels
 # are better than many small ones, and the number bounds the memory.
 CHUNK = {"cpu": 2**18, "cuda": 2**26}
+LOWEST = torch.finfo(torch.float32).min  # in the place of -∞, which is no number once it is multiplied by a probability of 0
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -67,6 +68,7 @@ class _LogProbsAndEntropy(torch.autograd.Function):
             sums = weights.sum(-1)
             totals[at] = largest.squeeze(-1) + sums.log()
             log_probs[at] = scaled.gather(-1, targets[at, None]).squeeze(-1) - totals[at]
+            scaled.clamp_(min=LOWEST)
             entropies[at] = totals[at] - torch.linalg.vecdot(weights, scaled) / sums  # −Σ p·log p, with log p = scaled − total
         ctx.save_for_backward(logits, targets, totals, entropies)
         return log_probs, entropies
@@ -76,6 +78,8 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         """d log p(target) / d logits = (1[target] − p) / temperature; d entropy / d logits = −p·(log p + entropy) / temperature."""
         slopes, entropy_slopes = of_outputs
         logits, targets, totals, entropies = ctx.saved_tensors
+        if slopes is None:  # of log-probabilities that no loss is made of
+            slopes = torch.zeros_like(totals)
         if ctx.kernels:
             return ctx.kernels.slopes(*ctx.saved_tensors, slopes, entropy_slopes, ctx.temperature), None, None
         result = torch.empty_like(logits)
@@ -85,7 +89,7 @@ class _LogProbsAndEntropy(torch.autograd.Function):
                 change.exp_().mul_(-slopes[at, None])
             else:
                 chances = change.exp()
-                change.add_(entropies[at, None]).mul_(-entropy_slopes[at, None]).sub_(slopes[at, None]).mul_(chances)
+                change.clamp_(min=LOWEST).add_(entropies[at, None]).mul_(-entropy_slopes[at, None]).sub_(slopes[at, None]).mul_(chances)
             change.scatter_add_(1, targets[at, None], slopes[at, None])
             result[at] = change.div_(ctx.temperature)
         return result, None, None

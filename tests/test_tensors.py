@@ -79,3 +79,23 @@ def test_no_row_has_no_log_probs() -> None:
     found.sum().backward()
     assert found.shape == (0,)
     assert logits.grad is not None
+
+
+def test_a_token_that_cannot_come_adds_nothing() -> None:
+    logits, targets = random_logits()
+    narrow = logits.detach()[:, :-1].clone().requires_grad_()
+    with torch.no_grad():
+        logits[:, -1] = -math.inf
+    targets = targets.clamp(max=5)
+    found = [log_probs_and_entropy(some, targets, 0.7) for some in (logits, narrow)]
+    slopes = [torch.autograd.grad(sum(part.cos().sum() for part in made), some) for made, some in zip(found, (logits, narrow), strict=True)]
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(slopes[0][0][:, :-1], slopes[1][0])
+    assert not slopes[0][0][:, -1].any()
+
+
+def test_an_entropy_alone_has_a_gradient() -> None:
+    logits, targets = random_logits()
+    found, entropies = log_probs_and_entropy(logits, targets)
+    (alone,) = torch.autograd.grad(entropies.sum(), logits, retain_graph=True)
+    torch.testing.assert_close(alone, torch.autograd.grad(entropies.sum() + 0 * found.sum(), logits)[0])

@@ -37,7 +37,7 @@ class SlotCache:
         slots: answers at a time.
         capacity: tokens of the longest prompt with its answer.
         alone: on a CPU, no bit of what a slot gives may hang on its neighbours or their lengths: a masked column adds nothing, whole
-            vectors of columns are added up alike, and FEW queries go at a time.
+            vectors of columns are added up alike, and FEW queries go at a time; with options that no kernel knows, one slot.
     """
 
     def __init__(self, slots: int, capacity: int, *, alone: bool = False) -> None:
@@ -188,7 +188,7 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
         before = torch.arange(held.width) <= (held.lengths - window)[:, None]
         mask = mask.masked_fill(before[:, None, None], float("-inf"))
     if not asked.plain:
-        return weigh(query, key, value, mask, asked).transpose(1, 2)
+        return _weigh_in_spans(query, key, value, mask, held, asked).transpose(1, 2)
     grouped = query.reshape(rows, key.shape[1], -1, width)
     most = FEW if held.alone else grouped.shape[2]
     if len(held.spans) == 1 and grouped.shape[2] <= most:
@@ -200,6 +200,14 @@ def _attend_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, he
         for some in slices:
             found[part, :, some] = _attend_to_span(grouped[part, :, some], *inputs, asked.scale)
     return found.reshape(rows, 1, heads, value.shape[-1])
+
+
+def _weigh_in_spans(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, held: SlotCache, asked: Options) -> Tensor:
+    found, size = list[Tensor](), 1 if held.alone else SPAN
+    for lengths in held.lengths.split(size):
+        part, width = slice(first := size * len(found), first + size), _columns(lengths.tolist())
+        found.append(weigh(query[part], key[part, :, :width], value[part, :, :width], mask[part, ..., :width], asked))
+    return torch.cat(found)
 
 
 def _attend_to_span(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:

@@ -275,7 +275,7 @@ def test_one_token_of_each_answer_attends_to_its_slot_with_all_options(window: i
         torch.testing.assert_close(found[row : row + 1], weights @ values.repeat_interleave(2, 1))
 
 
-def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], *, alone: bool) -> torch.Tensor:
+def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]], *, alone: bool, **options: Any) -> torch.Tensor:
     """What one query (B, Q, 1, D) of each slot brings from slots filled with keys and values (H, T, D), the last token's being new."""
     cache, layer = SlotCache(len(slots) + 1, 640, alone=alone), torch.nn.Module()
     cast("Any", layer).layer_idx = 0
@@ -285,7 +285,7 @@ def attended(query: torch.Tensor, slots: list[tuple[torch.Tensor, torch.Tensor]]
     inputs = cache.decode([keys.shape[1] - 1 for keys, _ in slots], query.dtype, query.device)
     new_keys, new_values = (torch.stack([states[:, -1:] for states in some]) for some in zip(*slots, strict=True))
     held = cache.update(new_keys, new_values, 0)
-    return attend(layer, query, *held, inputs["attention_mask"], cache)[0][:, 0]
+    return attend(layer, query, *held, inputs["attention_mask"], cache, **options)[0][:, 0]
 
 
 def made_up(lengths: list[int], queries: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -304,15 +304,21 @@ def test_scores_of_slots_are_fp32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.float(), expected[:, 0], atol=1e-5 if dtype == torch.float32 else 0.015, rtol=0.004)
 
 
+def sinks(queries: int) -> torch.Tensor:
+    return torch.randn(queries, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("queries", [2, 6, 14])
-def test_what_a_slot_brings_hangs_on_no_neighbour_to_the_last_bit(queries: int, threads: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"s_aux": sinks}, {"softcap": 5.0, "sliding_window": 30}])
+def test_what_a_slot_brings_hangs_on_no_neighbour_to_the_last_bit(options: dict[str, Any], queries: int, threads: int) -> None:
     query, slots = made_up([200, 5, 620, 33, *range(210, 222)], queries, torch.float32)
+    asked = {name: value(queries) if callable(value) else value for name, value in options.items()}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        together = attended(query, slots, alone=True)
+        together = attended(query, slots, alone=True, **asked)
         for row, slot in enumerate(slots):
-            assert torch.equal(attended(query[row : row + 1], [slot], alone=True)[0], together[row])
+            assert torch.equal(attended(query[row : row + 1], [slot], alone=True, **asked)[0], together[row])
     finally:
         torch.set_num_threads(before)
