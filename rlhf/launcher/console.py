@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from rlhf.launcher import failures
 from rlhf.redact import redact
+from rlhf.workspace.find import is_deleted
 
 LINES_SHOWN = 20
 LINES_KEPT = 1000  # of those that tell of a failure
@@ -76,4 +77,5 @@ class Console:
         ending = "before its end: one of its processes was killed (out of memory?)" if killed else f"with exit code {code}"
         if not self._explained and failures.may_pass(code, self._told):
             ending += f"; {failures.MAY_PASS}"
-        print("\n".join([*lines, f"stage {self._stage} ended {ending}; its log: {self._path}"]), file=sys.stderr, flush=True)
+        where = "; DVC deletes its log" if is_deleted(self._path) else f"{failures.LOG}{self._path}"
+        print("\n".join([*lines, f"stage {self._stage} ended {ending}{where}"]), file=sys.stderr, flush=True)

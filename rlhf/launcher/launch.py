@@ -24,7 +24,7 @@ from rlhf.launcher.given import check_base, check_base_is_apart
 from rlhf.locks import lock
 from rlhf.paths import inside
 from rlhf.workspace import fingerprint
-from rlhf.workspace.find import home
+from rlhf.workspace.find import home, is_deleted
 
 
 class StageError(Exception):
@@ -67,7 +67,8 @@ def launch(stage: str, root: Path, package: str = "rlhf.stages") -> int:
             clean(run)
             forget_committed(root)
     except processes.Stopped as stop:
-        print(f"{stage}: stopped by {stop}; a rerun goes on from the last checkpoint", file=sys.stderr, flush=True)
+        anew = "DVC deletes its folder: queued again, it begins anew" if is_deleted(root) else "a rerun goes on from the last checkpoint"
+        print(f"{stage}: stopped by {stop}; {anew}", file=sys.stderr, flush=True)
         return 128 + stop.number
     except StageError as failure:
         return failure.code

@@ -18,7 +18,6 @@ from rlhf.launcher import processes
 from rlhf.sweep.points import Point
 from rlhf.workspace import snapshot
 
-EXPERIMENTS = Path(".dvc/tmp/exps")
 KEPT = ("runs", ".dvc", "mlruns")
 SECONDS_TO_WRITE = 5  # an entry of DVC's run cache
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from rlhf.launcher import failures
 from rlhf.redact import redact
-from rlhf.sweep.places import EXPERIMENTS, Place
+from rlhf.sweep.places import Place
 from rlhf.sweep.points import Point
 from rlhf.sweep.state import Result, State
+from rlhf.workspace.find import EXPERIMENTS, OF_SWEEP
 from rlhf.workspace.fingerprint import LINEAGE
 
 LAST_LINES = 12
@@ -102,7 +103,7 @@ def of(points: Sequence[tuple[Point, Result]], root: Path, name: str, revision: 
         revision: that the workspaces are checkouts of.
         done: keys of shared stages that are done.
     """
-    folder = root / EXPERIMENTS / f"sweep-{name}"
+    folder = root / EXPERIMENTS / f"{OF_SWEEP}{name}"
     sharing: dict[str, list[tuple[Point, Result]]] = {}
     for point, result in points:
         for key in point.stages.values():

@@ -122,6 +122,7 @@ class Tracker:
         self._record.update(**(first | self._record.values | start | {"status": "RUNNING", "ended": None, "sent": False}))
         self._sampler: AbstractContextManager[Any] = Sampler(folder / "system.jsonl") if sampled else nullcontext()
         self._ending = threading.Event()
+        self._deleted = False  # that its folder was, is said once
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     @property
@@ -146,15 +147,22 @@ class Tracker:
             self._record.update(status=status, ended=_now(), tags=tags)
         except OSError as problem:
             # a full disk, most likely, of which the stage has told; what is not recorded counts as killed, and is sent later
-            _warn(self._waiting, str(problem))
+            self._warn(str(problem))
         self._ending.set()
         self._thread.join(SECONDS_AT_THE_END)
         if self._thread.is_alive():
-            _warn(self._waiting, "no answer yet")
-        if not self._record.values["sent"] and self._waiting != self._record.folder:
+            self._warn("no answer yet")
+        if not self._record.values["sent"] and self._waiting != self._record.folder and self._record.folder.exists():
             besides = ("out", "checkpoints", "hidden", "tracking.lock", "PUBLISHED")
             shutil.copytree(self._record.folder, self._waiting, ignore=shutil.ignore_patterns(*besides))
         self._record.release()
+
+    def _warn(self, reason: str) -> None:
+        if self._record.folder.exists():
+            _warn(self._waiting, reason)
+        elif not self._deleted:  # `dvc queue kill --force` does that under a stage that is being stopped
+            print(f"warning: MLflow: {self._record.folder} was deleted: what was logged last is lost", file=sys.stderr, flush=True)
+            self._deleted = True
 
     def _follow(self) -> None:
         sender: Sender | None = None
@@ -176,7 +184,7 @@ class Tracker:
             # whatever goes wrong here, training goes on
             except Exception as error:
                 if not warned:
-                    _warn(self._waiting, " ".join(str(error).split())[:200])
+                    self._warn(" ".join(str(error).split())[:200])
                 warned = True
             if ending:
                 return

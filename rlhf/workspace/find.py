@@ -6,6 +6,9 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 
+EXPERIMENTS = Path(".dvc/tmp/exps")
+OF_SWEEP = "sweep-"  # how the name of a sweep's folder among them begins, of which DVC knows nothing
+
 
 def workspace() -> Path:
     """The nearest folder, from the current one upwards, that holds params.yaml and dvc.yaml.
@@ -22,11 +25,21 @@ def workspace() -> Path:
 
 def home(root: Path) -> Path:
     """The workspace itself; of a folder that DVC makes for a queued or temporary experiment, and deletes, the one that it is made of."""
-    for place in root.parents:
-        if place.parts[-3:] == (".dvc", "tmp", "exps"):
-            top = next(folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir())
-            return place.parents[2] / root.relative_to(top)
+    if place := _experiments(root):
+        top = next(folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir())
+        return place.parents[2] / root.relative_to(top)
     return root
+
+
+def is_deleted(path: Path) -> bool:
+    """Whether DVC deletes a path as soon as the command there has ended: it lies in the folder of a queued or temporary experiment."""
+    place = _experiments(path)
+    return place is not None and not path.relative_to(place).parts[0].startswith(OF_SWEEP)
+
+
+def _experiments(path: Path) -> Path | None:
+    """Where the folders of experiments are, of which the path lies in one; None where it does not."""
+    return next((place for place in path.parents if place.parts[-3:] == EXPERIMENTS.parts), None)
 
 
 def refuse_experiment(root: Path) -> None:
