@@ -20,6 +20,7 @@ from rlhf.errors import UserError
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
 from rlhf.feedback.export import Exported, export
+from rlhf.feedback.forgetting import INGESTING
 from rlhf.feedback.tables import TAKING, Opinion, Rating, now
 from rlhf.feedback.verdicts import Judged, agreement
 from rlhf.job import write_lines
@@ -59,7 +60,9 @@ def ingest(root: Path, params: Params) -> list[Ingested]:
 
 
 def _add(root: Path, params: Params, found: Exported, done: list[Ingested]) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    folder = database.folder(root)
+    folder.mkdir(mode=0o700, exist_ok=True)  # the record may be elsewhere
+    with tempfile.TemporaryDirectory(dir=folder, prefix=INGESTING) as scratch:
         for source, (kind, _, _) in SOURCES.items():
             file = Path(scratch) / f"{source}.jsonl"
             if _written(found, kind, file, params):

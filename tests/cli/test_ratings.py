@@ -24,11 +24,12 @@ from rlhf.errors import UserError
 from rlhf.feedback import database, pairs
 from rlhf.feedback.database import Database
 from rlhf.feedback.export import export
+from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.pairs import Written
 from rlhf.feedback.rating import Rater, StaleError
 from rlhf.feedback.tables import TAKING, Opinion, Pair, Rating, now
 from rlhf.feedback.verdicts import waiting
-from rlhf.job import Job, read_lines
+from rlhf.job import Job, read_lines, write_lines
 from rlhf.locks import lock
 from rlhf.serving.ingesting import Ratings
 from rlhf.stages.prepare import main as prepare
@@ -240,6 +241,53 @@ def test_nobody_is_forgotten_while_ratings_are_being_ingested(workspace: Workspa
     with lock(workspace.root, "ingest"), pytest.raises(UserError, match="may hold what this user asked"):
         forget("anna")
     forget("anna")
+
+
+def test_of_who_is_forgotten_no_row_stays_aside_and_what_is_data_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(PROJECT / "params.yaml", tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    record = database.connect(tmp_path, config.load(tmp_path / "params.yaml"))
+    undecided, left = tmp_path / "feedback/undecided/day.jsonl", tmp_path / "feedback/ingest-killed"
+    with record.writing() as session:
+        for name in ("anna", "bert"):  # both ask the same, and are answered differently
+            user = Hashes(tmp_path).of("user", name)
+            for number, choice in enumerate(("a", "tie", "b")):
+                both = [answer(f"{name}{number}{side}", user=user, text=f"{name} {number} {side}") for side in "xy"]
+                session.add_all(both)
+                session.flush()
+                written = tuple(Written(one.text, one.version, answer=one.id) for one in both)
+                assert pairs.add(session, "sample", both[0].messages or [], (written[0], written[1]))
+                pair = list(session.scalars(select(Pair).order_by(Pair.id)))[-1]
+                edit = f"{name}, mended" if choice == "b" else None
+                session.add(Rating(token=f"{name}{number}", pair=pair, rater="me", swapped=False, choice=choice, edit=edit))
+        rows = export(session).rows
+    earlier = [{"prompt": row["prompt"], "answer": row["rejected"]} for row in reversed(rows["pairs"])]
+    write_lines(undecided, rows["undecided"])
+    kinds = {"ratings/day": rows["pairs"], "corrections/1": rows["demonstrations"], "earlier/ratings": earlier}
+    for name, own in kinds.items():
+        write_lines(tmp_path / f"data/raw/{name}.jsonl", own)
+    (tmp_path / "data/raw/ratings/other.jsonl").write_text('7\n{"messages": []}\n{"prompt": "?", "chosen": {}}\nnothing\n')
+    left.mkdir()
+    monkeypatch.chdir(tmp_path)
+    forget("anna")
+    said = capsys.readouterr().out
+    assert "deleted: 6 answers, 0 opinions, 3 pairs, 3 ratings, 1 rows that were set aside as no pairs" in said
+    assert [row["answers"][0][:4] for row in read_lines(undecided)] == ["bert"]
+    assert not left.exists()
+    for name in kinds:
+        lines = (tmp_path / f"data/raw/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        mine = [str(number) for number, line in enumerate(lines, start=1) if "anna" in line]
+        assert mine
+        assert f"still data: data/raw/{name}.jsonl, line {', '.join(mine)}\n" in said
+    assert "other.jsonl" not in said
+    forget("bert")
+    assert not undecided.exists()
+    capsys.readouterr()
+    forget("bert")
+    assert "nothing that this user asked is recorded" in capsys.readouterr().out
+    record.close()
 
 
 def test_what_no_stage_takes_holds_up_no_others(workspace: Workspace) -> None:
