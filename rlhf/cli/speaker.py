@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
-from transformers.utils.logging import disable_progress_bar
 
 from rlhf.models.dialogues import encode_prompt
 from rlhf.models.policy import context_tokens, load_policy
@@ -36,7 +35,6 @@ class Speaker:
     """
 
     def __init__(self, folder: Path, temperature: float, max_tokens: int, stop_texts: Sequence[str]) -> None:
-        disable_progress_bar()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load_policy(folder, "fp32" if device == "cpu" else "bf16")
         self._model, self._tokenizer, self._stop_texts = model.to(device), load_tokenizer(folder), stop_texts

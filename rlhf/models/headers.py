@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from huggingface_hub import get_safetensors_metadata
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
-from transformers.utils import logging
 
 from rlhf.errors import UserError, first_line
-from rlhf.models.policy import ATTENTION
+from rlhf.models.policy import ATTENTION, silence
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 POINTER = b"version https://git-lfs"
@@ -144,20 +142,6 @@ def problems(heads: Heads, config: PreTrainedConfig) -> list[UserError]:
         if "conversion" in str(error):  # transformers puts experts together, and says no more than that it failed
             return [UserError("has weights that cannot be put together, as of experts that are not all there", remedy=WHOLE)]
         return [UserError(f"cannot be loaded as a language model: {first_line(error)}", remedy=WHOLE)]
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Have transformers say nothing: what it would warn of is returned."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _differences(report: dict[str, Any], heads: Heads, form: str) -> list[UserError]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,20 @@ def build_policy(params: BuiltBase, tokenizer: PreTrainedTokenizerBase, seed: in
     return model
 
 
+@contextmanager
+def silence() -> Iterator[None]:
+    """Have transformers say nothing: what it would warn of is returned."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_policy(folder: Path, precision: str) -> PreTrainedModel:
     """A causal language model, dropout off.
 
@@ -81,23 +97,20 @@ def load(form: Any, folder: Path, precision: str, purpose: str, new: frozenset[s
     Raises:
         UserError: the folder is missing, or holds no model of this form or not all of its weights.
     """
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report new weights as a fault; those that are one are named below
     try:
-        model, report = form.from_pretrained(
-            folder,
-            dtype=DTYPES[precision],
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            trust_remote_code=False,  # left open, somebody would be asked
-            **options,
-        )
+        with silence():  # it would report new weights as a fault; those that are one are named below
+            model, report = form.from_pretrained(
+                folder,
+                dtype=DTYPES[precision],
+                attn_implementation=ATTENTION,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                trust_remote_code=False,  # left open, somebody would be asked
+                **options,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be {purpose} ({first_line(error)})", remedy="give a Hugging Face model folder") from None
-    finally:
-        logging.set_verbosity(before)
     if other := sorted(name for name, *_ in report["mismatched_keys"]):
         what = f"{folder}: cannot be {purpose}: other shapes than its config.json says for {', '.join(other[:3])}"
         raise UserError(what, remedy="give the weights and the config.json of one model")

@@ -138,7 +138,9 @@ class Assistant(Answering, PythonModel):  # type: ignore[misc]  # the base class
         # late: whoever only checks the files does not wait for the frameworks
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # a server's log is no terminal
         folder = Path(context.artifacts["config"]).parent
         if wrong := differences(folder.parent):
             raise ValueError(f"this version is refused: {'; '.join(wrong)}")

@@ -137,6 +137,7 @@ def second_version(server: Server, llama: LlamaForCausalLM) -> int:
 
 
 def test_the_client_of_openai_asks_and_streams(server: Server) -> None:
+    assert "Loading weights" not in server.said()
     whole = server.ask(n=2, temperature=0.9, top_p=0.95, user="me", logprobs=True, top_logprobs=2)
     assert "no key is asked for" in server.greeting
     assert (whole.model, whole.object) == ("assistant/1", "chat.completion")
