@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -19,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from rlhf.errors import UserError, first_line
 from rlhf.feedback.database import is_away
-from rlhf.serving import pages
+from rlhf.serving import descriptors, pages
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.counts import Counts
 from rlhf.serving.door import Door, caller_of, needs
@@ -40,6 +41,7 @@ def create(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_exception_handler(descriptors.told)
         service.start()
         yield
         service.stop()

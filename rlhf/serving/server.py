@@ -16,6 +16,7 @@ from rlhf.config import Params
 from rlhf.errors import UserError
 from rlhf.serving.api import create
 from rlhf.serving.connections import protocol
+from rlhf.serving.descriptors import RAISE, available
 from rlhf.serving.service import Service
 
 SECONDS_TO_END = 10
@@ -36,14 +37,22 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = params.serving
+    kept = available(settings.slots + settings.queue + MORE)
     service = Service(root, params)
     listener = listen(settings.host, settings.port if port is None else port, bool(settings.named_keys))
     host, found = listener.getsockname()[:2]
     say(f"assistant http://{host}:{found}/v1 ({settings.asks_for})")
+    if kept.most < settings.slots + settings.queue:
+        logging.getLogger(__name__).warning(
+            "%d connections can be kept, and more are refused (503), though serving.slots + serving.queue is %d: the system lets this "
+            "process open no more files; %s",
+            *(kept.most, settings.slots + settings.queue, RAISE),
+        )
     # a stream that is under way may go on for so long; whoever waits then is told
     options = uvicorn.Config(
         create(service),
-        http=protocol(settings.slots + settings.queue + MORE),
+        http=protocol(kept.most),
+        backlog=kept.at_once,
         ws="none",
         log_level="warning",
         access_log=False,

@@ -151,6 +151,10 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(server: Server) ->
     assert (reply.status_code, error_of(server, reply)["code"]) == (413, "too_large")
 
 
+# in the place of keys and counts
+NOTHING: Any = SimpleNamespace(refused=Counter("refused", "Of a test.", ["status"], registry=CollectorRegistry()))
+
+
 def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "SECONDS_TO_SEND", 0.05)
     told: list[Any] = []
@@ -165,11 +169,55 @@ def test_a_body_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     async def never(*_: Any) -> None:
         raise AssertionError
 
-    nothing: Any = SimpleNamespace(refused=Counter("refused", "Of a test.", ["status"], registry=CollectorRegistry()))
-    place = door.Door(never, nothing, 1024, nothing)
+    place = door.Door(never, NOTHING, 1024, NOTHING)
     asyncio.run(place({"type": "http", "path": "/health", "headers": []}, receive, send))
     assert told[0]["status"] == 408
     assert "within" in json.loads(told[1]["body"])["error"]["message"]
+    assert place.held == 0
+
+
+def test_bodies_that_would_fill_the_memory_are_refused_while_others_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MOST_HELD", 1000)
+    answered = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        size = len((await receive())["body"])
+        await answered.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(size).encode()})
+
+    place = door.Door(app, NOTHING, 600, NOTHING)
+
+    async def ask(size: int) -> tuple[int, bytes]:
+        parts = iter(
+            [{"type": "http.request", "body": b"x" * part, "more_body": part != size // 2} for part in (size - size // 2, size // 2)]
+        )
+        told: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.sleep(0)
+            return next(parts)
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        await place({"type": "http", "path": "/health", "headers": []}, receive, send)
+        return told[0]["status"], told[1]["body"]
+
+    async def several() -> None:
+        first = asyncio.create_task(ask(599))
+        await asyncio.sleep(0.05)
+        assert place.held == 599
+        status, body = await ask(501)
+        assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full")
+        assert (await ask(701))[0] == 413
+        assert place.held == 599
+        answered.set()
+        assert await ask(401) == (200, b"401")
+        assert await first == (200, b"599")
+        assert place.held == 0
+
+    asyncio.run(several())
 
 
 def test_a_stream_is_read_whole_however_its_lines_are_cut() -> None:

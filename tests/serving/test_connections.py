@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-from rlhf.serving import connections
+from rlhf.serving import connections, descriptors
 from rlhf.serving.server import listen
 
+PROJECT = Path(__file__).parents[2]
 MOST = 6
 HEAD = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\n"
 
@@ -130,3 +136,61 @@ def test_what_is_no_request_is_refused_in_the_form_of_openai(line: Callable[...,
     reply = everything(line(b"\x16\x03\x01\x00\xff\x00\r\n\r\n"))
     assert reply.startswith(b"HTTP/1.1 400 ")
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+SMALL = """
+import uvicorn
+from rlhf.serving import descriptors
+from rlhf.serving.connections import protocol
+from rlhf.serving.server import listen
+from tests.serving.test_connections import app
+
+kept = descriptors.available(820)
+listener = listen("127.0.0.1", 0, asks=False)
+listener.listen(kept.at_once)
+print(kept.most, kept.at_once, listener.getsockname()[1], flush=True)
+config = uvicorn.Config(app, http=protocol(kept.most), backlog=kept.at_once, lifespan="off", log_level="warning")
+uvicorn.Server(config).run([listener])
+"""
+
+
+def limited(files: int) -> subprocess.Popen[str]:
+    """A server that may open so many files."""
+    command = ["bash", "-c", f'ulimit -n {files}; exec "$0" -c "$1"', sys.executable, SMALL]
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_where_the_system_allows_few_files_as_many_connections_are_kept_as_fit() -> None:
+    process = limited(256)
+    assert process.stdout
+    assert process.stderr
+    most, at_once, port = map(int, process.stdout.readline().split())
+    assert (most, at_once) == (256 - 32 - descriptors.SPARE, 32)
+    busy = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(most)]
+    for each in busy:
+        each.sendall(HEAD.replace(b"content", b"expect: 100-continue\r\ncontent"))
+        assert b" 100 " in each.recv(65536)  # it is at work
+    flood = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]  # more than there are files
+    for each in busy:
+        each.sendall(b"well")
+        assert b"200 OK" in each.recv(65536)
+    for each in flood:
+        each.close()
+    assert httpx.post(f"http://127.0.0.1:{port}", content=b"well", timeout=60).content == b"well"
+    process.terminate()
+    assert process.communicate()[1] == ""
+
+
+def test_where_it_allows_none_that_is_said_at_the_start() -> None:
+    said = limited(128).communicate()[1]
+    assert "UserError: the system lets this process open 128 files, which leaves none for a connection" in said.splitlines()[-1]
+
+
+def test_that_no_file_is_left_is_told_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    loop = asyncio.new_event_loop()
+    descriptors.told(loop, {"message": "socket.accept() out of system resource", "exception": OSError(errno.EMFILE, "Too many open files")})
+    descriptors.told(loop, {"message": "something else", "exception": OSError(errno.EIO, "Input/output error")})
+    loop.close()
+    first, second = caplog.records
+    assert (first.getMessage()[:47], first.exc_info) == ("no file is left for another connection (Too man", None)
+    assert second.exc_info
