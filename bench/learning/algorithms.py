@@ -50,8 +50,7 @@ def measure(clone: Clone, algorithm: str, seed: int, own: list[str], values: lis
     Args:
         count: how many answers it is to learn from; None: as many as its values say.
     """
-    chosen = ["algorithm=iterative", "iterative.rounds=1"] if algorithm == ONE_ROUND else [f"algorithm={algorithm}"]
-    clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, *chosen, *values)
+    clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, *chosen(algorithm), *values)
     if count:
         clone.run("rlhf", "use", "params.yaml", *at_equal_answers(config.load(clone.root / "params.yaml"), count))
     params = config.load(clone.root / "params.yaml")
@@ -74,6 +73,11 @@ def measure(clone: Clone, algorithm: str, seed: int, own: list[str], values: lis
         "peak_gib": peak,
         "gold_by_round": by_round(clone.root) if params.policy == "iterative" else [],
     }
+
+
+def chosen(algorithm: str) -> list[str]:
+    """The values that choose it."""
+    return ["algorithm=iterative", "iterative.rounds=1"] if algorithm == ONE_ROUND else [f"algorithm={algorithm}"]
 
 
 def at_equal_answers(params: config.Params, count: int) -> list[str]:
