@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 
-from bench.faults import kills, serve, sweeps, workspace
+from bench import pairs
+from bench.faults import kills, serve, stored, sweeps, workspace
 from bench.learning import ablations, algorithms, refusals, seeds, tuning, warm_start
 from bench.rating import loop
 from bench.real_model import seeds as real
@@ -52,11 +53,13 @@ def of_space() -> Iterator[tuple[str, list[str]]]:
     yield from (("sandbox", [*workspace.SMALL, *space.overrides(values)]) for values in space.corners())
 
 
-def uses() -> Iterator[tuple[str, list[str]]]:
-    """Preset and changes, as the benchmarks give them."""
+def uses(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Preset and changes, as the benchmarks give them; data that they make go to the folder."""
     yield "sandbox", test_end_to_end.TINY
-    yield "sandbox", loop.TINY
-    yield "sandbox", loop.WEAK
+    for values in (loop.TINY, loop.WEAK):
+        yield "sandbox", [*loop.first_preferences(folder), *values]
+    for way in stored.WAYS.values():
+        yield "sandbox", [*workspace.SMALL, *stored.OWN, *way]
     yield "hh", [*serve.PAIRS, "data.sources.0.path=pairs.jsonl"]
     yield from of_kills()
     yield from of_real_models()
@@ -67,15 +70,16 @@ def uses() -> Iterator[tuple[str, list[str]]]:
         yield "sandbox", values
     for start, chosen in product(tuning.STARTS, (False, True)):
         yield "sandbox", tuning.values_of(start, chosen=chosen)
-    for versions in warm_start.VARIANTS.values():
-        yield "sandbox", [f"algorithm={warm_start.ALGORITHM}", *warm_start.NEW_DATA, versions]
+    compared = f"data.sources.4={pairs.source(folder / 'compared.jsonl', [])}"
+    for _, *changes in warm_start.VARIANTS.values():
+        yield "sandbox", [f"algorithm={warm_start.ALGORITHM}", warm_start.NEW_PROMPTS, compared, *warm_start.KEPT, *changes]
     for algorithm in algorithms.KNOWN:
         yield "sandbox", algorithms.chosen(algorithm)
 
 
-def test_every_change_of_a_benchmark_is_taken_with_its_preset() -> None:
+def test_every_change_of_a_benchmark_is_taken_with_its_preset(tmp_path: Path) -> None:
     texts = {name: (ROOT / "presets" / f"{name}.yaml").read_text(encoding="utf-8") for name in presets.names(ROOT)}
-    cases = {(preset, *values): (preset, values) for preset, values in uses()}
+    cases = {(preset, *values): (preset, values) for preset, values in uses(tmp_path)}
     for preset, values in cases.values():
         presets.with_values(texts[preset], values, preset)
 
