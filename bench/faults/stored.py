@@ -87,11 +87,12 @@ def disturb(before: Workspace, folder: Path, way: tuple[str, ...], kills: int, c
     same, twice, runs, began = True, 0, 1, time.monotonic()
     while True:
         process = place.start("dvc", "repro")
-        if victims.total() < kills:
+        hit = victims.total() >= kills  # no more of them
+        while process.poll() is None and not hit:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(chance.uniform(0.5, LONGEST_WAIT))
-            if process.poll() is None:
-                victims += kill(place, process, chance.choice(VICTIMS))
+            if process.poll() is None and (killed := kill(place, process, chance.choice(VICTIMS))):
+                victims, hit = victims + killed, True
         process.wait(PATIENCE)
         place.gone()
         if process.returncode:
