@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from rlhf.errors import UserError, first_line
 from rlhf.feedback.database import is_away
@@ -106,10 +106,23 @@ class Events(StreamingResponse):
         self._exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.create_task(self.listen_for_disconnect(receive))
+        leaving.add_done_callback(lambda _: self._exchange.cancel())
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
         finally:
+            leaving.cancel()
             self._exchange.end()
+
+    async def stream_response(self, send: Send) -> None:
+        """The head goes out with the first text."""
+        begin: Message | None = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        async for text in self.body_iterator:
+            if begin:
+                await send(begin)
+                begin = None
+            await send({"type": "http.response.body", "body": str(text).encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _answer_errors(app: FastAPI, counts: Counts) -> None:

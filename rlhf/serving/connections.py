@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,6 +18,46 @@ from rlhf.serving.replies import RefusedError
 SECONDS_TO_ASK = 30.0  # for the head of a request, from the moment of connecting or of the last answer on
 SECONDS_TO_LEAVE = 2.0  # for who was refused: at once they would be told of a broken connection alone, if they are still sending
 SECONDS_TO_TAKE = 60.0  # what is sent, before no more is kept for it
+TOGETHER = 1 << 16  # bytes at most that go out with what is written after them
+
+
+class Together:
+    """A transport that sends together what is written in one turn of the loop: each sending is a call of the system, and a wait for the
+    interpreter's lock after it, while the engine computes.
+
+    Args:
+        transport: that sends.
+        loop: of it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        if not self._parts:
+            self._loop.call_soon(self._send)
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size >= TOGETHER:
+            self._send()
+
+    def _send(self) -> None:
+        parts, self._parts, self._size = self._parts, [], 0
+        if parts:
+            self._transport.write(b"".join(parts))
+
+    def write_eof(self) -> None:
+        self._send()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class Connection(H11Protocol):
@@ -36,7 +76,7 @@ class Connection(H11Protocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, Together(transport, self.loop)))
         self._look()
         if len(self.connections) > self._most:
             waiting = {found: found._idle.when() for found in self.connections if isinstance(found, Connection) and found._idle}

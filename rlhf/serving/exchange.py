@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice
 
 from rlhf.errors import UserError
-from rlhf.serving.bodies import Asked, ChatBody
+from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.encoding import encoded
 from rlhf.serving.engine import Asked as Taken
 from rlhf.serving.keys import Caller
@@ -26,6 +26,7 @@ from rlhf.serving.traffic import Arm
 logger = logging.getLogger(__name__)
 
 Left = Callable[[], Awaitable[bool]]
+SHORT, SHORT_TEXT = 8, 1000  # messages, and characters of them
 SECONDS_BETWEEN_LOOKS = 0.5  # whether the client is still there
 # not the errors themselves: each time that one is raised it would hold on to one request more
 SPECIAL = {
@@ -54,7 +55,7 @@ class Exchange:
         self.version, self._arm, self._service, self._body, self._requests = arm.version, arm, service, body, requests
         self._caller = caller
         self._begun, self._told = time.monotonic(), False
-        self._events = Mailbox()
+        self._events = Mailbox(service.bell)
         self._written = [Written() for request in requests for _ in range(request.choices)]
         self._ends, self._finish, self._is_over = 0, "cancelled", False
         self.form = Form(isinstance(body, ChatBody), self.version, uuid.uuid4().hex, int(time.time()))
@@ -63,7 +64,7 @@ class Exchange:
             for number, request in enumerate(requests):
                 self._taken.append(self.version.engine.submit(request, self._deliver(number * request.choices)))
         except (BusyError, ClosedError):
-            self._cancel()
+            self.cancel()
             raise
 
     def _deliver(self, first: int) -> Callable[[Event], None]:
@@ -74,7 +75,8 @@ class Exchange:
 
         return deliver
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """The client has left: the answers end at the next token."""
         for taken in self._taken:
             taken.cancel()
 
@@ -143,7 +145,7 @@ class Exchange:
         if self._is_over:
             return
         self._is_over = True
-        self._cancel()
+        self.cancel()
         counts = self._service.counts
         if self._arm.alias:
             counts.arms.labels(self._arm.alias).inc()
@@ -206,7 +208,8 @@ async def begin(service: Service, body: Asked, caller: Caller, wanted: str | Non
         if arm is None:
             ready = ", ".join(versions.names) or "none yet"
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
-        requests = await asyncio.to_thread(encoded, versions, arm.version, body)
+        given = versions, arm.version, body
+        requests = encoded(*given) if _is_short(body) else await asyncio.to_thread(encoded, *given)
         try:
             return Exchange(service, arm, body, caller, requests)
         except BusyError:
@@ -214,6 +217,13 @@ async def begin(service: Service, body: Asked, caller: Caller, wanted: str | Non
         except ClosedError:
             continue
     raise RefusedError(503, "the model is being exchanged; try again", "busy")
+
+
+def _is_short(body: Asked) -> bool:
+    """Whether it is encoded in less time than it takes to hand it to a thread and back, while others wait."""
+    if isinstance(body, ChatBody):
+        return len(body.messages) <= SHORT and sum(len(message.plain["content"]) for message in body.messages) <= SHORT_TEXT
+    return isinstance(body, CompletionBody) and isinstance(body.prompt, str) and len(body.prompt) <= SHORT_TEXT
 
 
 async def _opened(service: Service, name: str) -> Arm | None:

@@ -10,11 +10,37 @@ from rlhf.serving.requests import End, Event, Piece
 SECONDS_BETWEEN = 0.05  # pieces, but the first: with many streams most of the time would go into single tokens, and nobody reads so fast
 
 
-class Mailbox:
-    """Made in a loop, which alone may `get`; any thread may `put`."""
+class Bell:
+    """Tells the loop that it is made in which mailboxes something has come to: however many there are, it is woken once."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._for: deque[asyncio.Event] = deque()
+        self._rings = False
+
+    def ring(self, came: asyncio.Event) -> None:
+        """From any thread."""
+        self._for.append(came)
+        if not self._rings:
+            self._rings = True
+            self._loop.call_soon_threadsafe(self._heard)
+
+    def _heard(self) -> None:
+        self._rings = False  # first: what comes from now on rings again
+        while self._for:
+            self._for.popleft().set()
+
+
+class Mailbox:
+    """Made in a loop, which alone may `get`; any thread may `put`.
+
+    Args:
+        bell: of the loop; None: one of its own.
+    """
+
+    def __init__(self, bell: Bell | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bell = bell or Bell()
         self._events: deque[Event] = deque()
         self._came = asyncio.Event()
         self._called = False  # whether the loop knows, or need not know, that there is something
@@ -24,7 +50,7 @@ class Mailbox:
         self._events.append(event)
         if not self._called or isinstance(event, End):
             self._called = True
-            self._loop.call_soon_threadsafe(self._came.set)
+            self._bell.ring(self._came)
 
     async def get(self) -> Event:
         """The next event, all that has come of a piece included; it waits for it."""

@@ -10,6 +10,7 @@ from rlhf.serving.counts import Counts
 from rlhf.serving.encoding import encoded
 from rlhf.serving.ingesting import Ratings
 from rlhf.serving.keys import Keys
+from rlhf.serving.mailbox import Bell
 from rlhf.serving.record import Record
 from rlhf.serving.shadows import Shadows
 from rlhf.serving.traffic import Traffic
@@ -39,6 +40,8 @@ class Service:
         self.shadows = Shadows(self.versions, self.record, self.counts, params.serving.traffic, encoded)
 
     def start(self) -> None:
+        """In the loop that answers."""
+        self.bell = Bell()
         self.versions.start()
         self.ratings.start()
 

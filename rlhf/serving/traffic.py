@@ -45,8 +45,8 @@ class Traffic:
         if wanted is not None:
             return self._wanted(body, wanted)
         candidate = self._versions.by_alias.get(CANDIDATE)
-        drawn = body.model == self._versions.model and self._hashes.share("arm", _conversation(body)) < self._shares.candidate
-        if drawn and candidate:
+        drawn = candidate and self._shares.candidate and body.model == self._versions.model
+        if candidate and drawn and self._hashes.share("arm", _conversation(body)) < self._shares.candidate:
             return Arm(candidate, CANDIDATE)
         version, alias = self._versions.find(body.model)
         return Arm(version, alias) if version else None

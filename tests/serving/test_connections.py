@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from asyncio import selector_events
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,20 @@ def test_who_takes_nothing_is_let_go(line: Callable[..., socket.socket], server:
     line(b"GET /much HTTP/1.1\r\nhost: localhost\r\n\r\n")
     until(lambda: server[0].server_state.tasks)
     until(lambda: not server[0].server_state.tasks)
+
+
+def test_what_is_written_at_a_time_is_sent_together(line: Callable[..., socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    transport: Any = selector_events._SelectorSocketTransport  # type: ignore[attr-defined]  # asyncio's own, one call of the system each
+    sent, write = list[bytes](), transport.write
+
+    def counted(self: Any, data: bytes) -> None:
+        sent.append(data)
+        write(self, data)
+
+    monkeypatch.setattr(transport, "write", counted)
+    asking = line(HEAD + b"well")
+    assert asking.recv(65536).endswith(b"4\r\nwell\r\n0\r\n\r\n")
+    assert len(sent) == 1  # head, body and end
 
 
 def test_beyond_the_bound_who_waits_longest_without_a_request_goes(line: Callable[..., socket.socket]) -> None:

@@ -7,11 +7,13 @@ import socket
 import threading
 import time
 from collections import deque
+from itertools import repeat
+from typing import Any
 
 import pytest
 
 from rlhf.serving import mailbox
-from rlhf.serving.mailbox import Mailbox
+from rlhf.serving.mailbox import Bell, Mailbox
 from rlhf.serving.requests import End, Event, Piece, Token
 from rlhf.serving.server import listen
 
@@ -59,6 +61,29 @@ def test_the_first_piece_and_the_end_wait_for_nothing(monkeypatch: pytest.Monkey
     began = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - began < 30
+
+
+def test_what_comes_to_many_at_a_time_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop, calls, bell = asyncio.get_running_loop(), list[object](), Bell()
+        call = loop.call_soon_threadsafe
+
+        def counted(*given: Any) -> object:
+            calls.append(given)
+            return call(*given)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        boxes = [Mailbox(bell) for _ in range(20)]
+        for _ in range(2):
+            waiting = [asyncio.create_task(box.get()) for box in boxes]
+            await asyncio.sleep(0)
+            thread = threading.Thread(target=lambda: deque(map(Mailbox.put, boxes, repeat(End(0, "stop", 1)))))
+            thread.start()
+            thread.join()  # the loop cannot have heard of it before
+            assert await asyncio.gather(*waiting) == [End(0, "stop", 1)] * 20
+        assert len(calls) == 2
+
+    asyncio.run(main())
 
 
 def test_what_is_sent_goes_out_at_once() -> None:
