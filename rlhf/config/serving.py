@@ -63,7 +63,7 @@ class Serving(Section):
     max_prompt_tokens: PositiveInt = Field(description="tokens of the longest dialogue that is taken; less where the model takes less")
     max_tokens: PositiveInt = Field(description="tokens of the longest answer, and of one for which no limit is asked")
     max_body_kib: PositiveInt = Field(description="size of the largest request, in KiB")
-    threads: PositiveInt = Field(description="CPU threads that each version computes on")
+    threads: PositiveInt = Field(description="CPU threads that each version computes on; for a tiny model one is best")
     # not by its own name: what has keys is a mapping to dict(), by which Prefect looks through what a task is given
     named_keys: list[Key] = Field(alias="keys", description="who may use it; empty: every program of this machine, without a key")
     traffic: Traffic

@@ -40,7 +40,7 @@ def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
         root = workspace(tmp_path_factory.mktemp("bad") / "work", small(tokenizer), tokenizer)
         params = (root / "params.yaml").read_text()
         params = params.replace("max_prompt_tokens: 192", "max_prompt_tokens: 96")
-        params = params.replace("slots: 64\n  queue: 256", "slots: 4\n  queue: 4").replace("1024\n  threads: 2", "1024\n  threads: 1")
+        params = params.replace("slots: 64\n  queue: 256", "slots: 4\n  queue: 4")
         (root / "params.yaml").write_text(params)
         found = Server(root)
     yield found
