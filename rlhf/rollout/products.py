@@ -44,8 +44,10 @@ def laid_out(model: PreTrainedModel) -> Iterator[None]:
 def _blocked(model: nn.Module) -> dict[nn.Linear, Product]:
     if not torch.backends.mkldnn.is_available():
         return {}
+    # for bfloat16 oneDNN wants AVX-512 and refuses what has less, which torch multiplies by itself
+    kinds = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
     known = [module for module in model.modules() if _is_whole(module)]
-    return {layer: _product(layer) for layer in known if layer.weight.dtype in (torch.float32, torch.bfloat16)}
+    return {layer: _product(layer) for layer in known if layer.weight.dtype in kinds}
 
 
 def _is_whole(module: Any) -> TypeGuard[nn.Linear]:

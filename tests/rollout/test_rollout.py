@@ -157,6 +157,16 @@ def test_weights_laid_out_for_a_rollout_are_those_of_the_moment(llama: LlamaForC
     assert "forward" not in vars(layer)
 
 
+def test_a_processor_without_bfloat16_answers_in_it(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")  # what torch says there
+
+    torch.nn.Module.to(llama, torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    assert answer(llama).lengths == [24] * 4
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_layers_that_are_given_the_same_rows_make_one_product(llama: LlamaForCausalLM, flat: bool) -> None:
     layer = llama.model.layers[0]
