@@ -169,14 +169,14 @@ uvicorn.Server(config).run([listener])
 """
 
 
-def limited(files: int) -> subprocess.Popen[str]:
-    """A server that may open so many files."""
-    command = ["bash", "-c", f'ulimit -n {files}; exec "$0" -c "$1"', sys.executable, SMALL]
+def limited(files: int, program: str) -> subprocess.Popen[str]:
+    """A program that may open so many files."""
+    command = ["bash", "-c", f'ulimit -n {files}; exec "$0" -c "$1"', sys.executable, program]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_where_the_system_allows_few_files_as_many_connections_are_kept_as_fit() -> None:
-    process = limited(256)
+    process = limited(256, SMALL)
     assert process.stdout
     assert process.stderr
     most, at_once, port = map(int, process.stdout.readline().split())
@@ -197,7 +197,7 @@ def test_where_the_system_allows_few_files_as_many_connections_are_kept_as_fit()
 
 
 def test_where_it_allows_none_that_is_said_at_the_start() -> None:
-    said = limited(128).communicate()[1]
+    said = limited(128, "from rlhf.serving.descriptors import available; available(820)").communicate()[1]
     assert "UserError: the system lets this process open 128 files, which leaves none for a connection" in said.splitlines()[-1]
 
 
