@@ -1,10 +1,10 @@
 """What a warm start from earlier answers saves: new data after a first version, and the answers sampled until its gold score is reached.
 
-python bench/learning/warm_start.py                            grpo, seeds 1 to 5
+python bench/learning/warm_start.py                            seeds 1 to 5
 python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed values of stage awac or of what follows
 
-In each clone a first version is trained and registered. People then compare its answers to new prompts with sft's, in pairs; those are
-data, prompts are added, and the policy is trained again: once from sft, once with stage awac before it. Every other step's policy answers
+In each clone a first version is trained by grpo, which leaves several answers to a prompt, and registered. People then compare its answers to new prompts with sft's, in pairs; those are
+data, prompts are added, and the policy is trained again, by ppo: once from sft, once with stage awac before it. Every other step's policy answers
 PROMPTS more prompts, as the first version does, with the same random numbers. A run that never comes to its gold score counts with all
 that it sampled.
 """
@@ -32,18 +32,18 @@ from rich.table import Table
 from scipy import stats
 
 from bench import pairs
-from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
+from bench.clone import REPOSITORY, Clone, cell, machine
 from bench.learning.seeds import ARITHMETICS, numbers_of
 from rlhf import config
 from rlhf.data.sandbox import MIN_GOLD_GAP, gold_score, make_rows
 from rlhf.feedback.sample import answers
 from rlhf.models.policy import load_policy
 
-ALGORITHM = "grpo"
+FIRST, SECOND = "grpo", "ppo"
 NEW_PROMPTS = "data.sources.3.rows=5000"  # 4000 before
 VARIANTS = {"without": ("sft", "awac.versions=0"), "with": ("awac", "awac.versions=1")}
 STEPS, EVERY = 30, 2
-KEPT = (f"grpo.steps={STEPS}", f"grpo.checkpoint_every={EVERY}", f"launch.checkpoints.keep={STEPS // EVERY}")
+KEPT = (f"algorithm={SECOND}", f"{SECOND}.steps={STEPS}", f"{SECOND}.checkpoint_every={EVERY}", f"launch.checkpoints.keep={STEPS // EVERY}")
 PROMPTS, DRAWN = 800, 100_003  # and the seed of these prompts
 COMPARED, ASKED, NOISE = 2000, 100_005, 0.05  # prompts, their seed, and how often who compares errs
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -51,11 +51,11 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[str, Any]:
     """A first version, then both ways to the next; what each took to reach the first one's gold score."""
-    use = ("rlhf", "use", "sandbox", f"seed={seed}", f"algorithm={ALGORITHM}", *own)
+    use = ("rlhf", "use", "sandbox", f"seed={seed}", *own)
     if not (clone.root / "first.json").exists():
-        clone.run(*use)
+        clone.run(*use, f"algorithm={FIRST}")
         clone.run("rlhf", "run")
-        found = {"gold": gold(clone.root, ALGORITHM), "pairs": compared(clone.root, ALGORITHM, seed)}
+        found = {"gold": gold(clone.root, FIRST), "pairs": compared(clone.root, FIRST, seed)}
         (clone.root / "first.json").write_text(json.dumps(found), encoding="utf-8")
     before = json.loads((clone.root / "first.json").read_text(encoding="utf-8"))
     first, source = before["gold"], pairs.source(clone.root.parent / "compared.jsonl", before["pairs"])
@@ -64,20 +64,22 @@ def measure(clone: Clone, seed: int, own: list[str], values: list[str]) -> dict[
         clone.run(*use, NEW_PROMPTS, f"data.sources.4={source}", *KEPT, *changes, *values)
         clone.run("dvc", "repro", start, "reward")
         weights = clone.root.parent / f"weights-{name}"
-        with linked(clone.root / "runs" / ALGORITHM, weights):
-            clone.run("dvc", "repro", "--force", "--single-item", ALGORITHM)
-        clone.run("dvc", "repro", "evaluate")
+        with linked(clone.root / "runs" / SECOND, weights):
+            clone.run("dvc", "repro", "--force", "--single-item", SECOND)
         steps = range(EVERY, STEPS, EVERY)
         scores = [
             gold(clone.root, start),
             *(gold(clone.root, start, weights / f"{step}.pt") for step in steps),
-            gold(clone.root, ALGORITHM),
+            gold(clone.root, SECOND),
         ]
         row |= {f"answers_{name}": answers_until(clone.root, scores, first), f"start_{name}": scores[0], f"end_{name}": scores[-1]}
-        found = evaluation(clone.root, ALGORITHM)
-        row |= {f"{measured}_{name}": found[measured] for measured in ("kl", "perplexity_ratio")} | {f"scores_{name}": scores}
-    row["effective_sample_size"] = json.loads((clone.root / "metrics/awac.json").read_text(encoding="utf-8"))["effective_sample_size"]
+        row |= {f"kl_{name}": measured(clone.root, SECOND)["kl"], f"scores_{name}": scores}
+    row["effective_sample_size"] = measured(clone.root, "awac")["effective_sample_size"]
     return row
+
+
+def measured(root: Path, stage: str) -> dict[str, Any]:
+    return dict(json.loads((root / f"metrics/{stage}.json").read_text(encoding="utf-8")))
 
 
 def compared(root: Path, model: str, seed: int) -> list[dict[str, Any]]:
@@ -140,7 +142,7 @@ def gold(root: Path, model: str, weights: Path | None = None) -> float:
 def answers_until(root: Path, scores: Sequence[float], wanted: float) -> int:
     """Answers that were sampled until the gold score was reached; all of them where it was not."""
     first = next((number for number, score in enumerate(scores) if score >= wanted), len(scores) - 1)
-    return first * EVERY * config.load(root / "params.yaml").grpo.rollout_batch_size
+    return first * EVERY * config.load(root / "params.yaml").ppo.rollout_batch_size
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -39,9 +39,10 @@ from rlhf.feedback.sample import answers
 NEW = ("opposite", "sound", "plural")
 FIRST_PAIRS = 6000  # of all kinds; those of NEW are left out
 # gates between a first version and sft that let this one through; each pair for one rater: of so few ratings, more pairs teach more than
-# the same ones twice
+# the same ones twice; so many held-out prompts that a difference in some kinds shows among all of them
 WEAK = shlex.split("""
 promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0 feedback.ratings=1 feedback.min_agreement=null
+data.sources.3.rows=6000 data.sources.3.split.ppo=0.7 data.sources.3.split.heldout=0.3 evaluate.prompts=1500
 """)
 TINY = shlex.split("""
 data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200

@@ -72,7 +72,7 @@ def uses(folder: Path) -> Iterator[tuple[str, list[str]]]:
         yield "sandbox", tuning.values_of(start, chosen=chosen)
     compared = f"data.sources.4={pairs.source(folder / 'compared.jsonl', [])}"
     for _, *changes in warm_start.VARIANTS.values():
-        yield "sandbox", [f"algorithm={warm_start.ALGORITHM}", warm_start.NEW_PROMPTS, compared, *warm_start.KEPT, *changes]
+        yield "sandbox", [warm_start.NEW_PROMPTS, compared, *warm_start.KEPT, *changes]
     for algorithm in algorithms.KNOWN:
         yield "sandbox", algorithms.chosen(algorithm)
 
