@@ -3,10 +3,10 @@
 python bench/learning/warm_start.py                            seeds 1 to 5
 python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed values of stage awac or of what follows
 
-In each clone a first version is trained by grpo, which leaves several answers to a prompt, and registered. People then compare its answers to new prompts with sft's, in pairs; those are
-data, prompts are added, and the policy is trained again, by ppo: once from sft, once with stage awac before it. Every other step's policy answers
-PROMPTS more prompts, as the first version does, with the same random numbers. A run that never comes to its gold score counts with all
-that it sampled.
+In each clone a first version is trained by grpo, which leaves several answers to a prompt, and registered. People then compare its answers
+to new prompts with sft's, in pairs; those are data, prompts are added, and the policy is trained again, by ppo: once from sft, once with
+stage awac before it. Every other step's policy answers PROMPTS more prompts, as the first version does, with the same random numbers. A run
+that never comes to its gold score counts with all that it sampled.
 """
 
 from __future__ import annotations
