@@ -31,7 +31,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         rows = filled_up(input)
         made = Product.apply(rows, self.weight, self.bias) if torch.is_grad_enabled() else multiply(rows, self.weight, self.bias)
-        return _cut(cast(Tensor, made), input.shape)
+        return cut(cast(Tensor, made), input.shape)
 
 
 class Product(torch.autograd.Function):
@@ -59,7 +59,7 @@ def filled_up(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % STEP)) if len(flat) > STEP else flat
 
 
-def _cut(made: Tensor, shape: torch.Size) -> Tensor:
+def cut(made: Tensor, shape: torch.Size) -> Tensor:
     """The rows (n, out) that belong to rows of a shape (…, in), in that shape."""
     return made[: math.prod(shape[:-1])].view(*shape[:-1], made.shape[-1])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from rlhf.models.linear import Linear, multiply
+from rlhf.models.linear import Linear, cut, filled_up, multiply
 
 Product = Callable[[Tensor], Tensor]
 # what transformers calls layers that are given the same rows: of attention, and of a gated multilayer perceptron
@@ -58,7 +58,12 @@ def _is_whole(module: Any) -> TypeGuard[nn.Linear]:
 def _product(layer: nn.Linear) -> Product:
     weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
     bias = None if layer.bias is None else layer.bias.detach()
-    return lambda rows: multiply(rows, weight, bias)
+
+    def product(rows: Tensor) -> Tensor:
+        """Rows (B, 1, in) of a decoding step as they are, of prompts (1, N, in) as in training: few numbers of them have few programs."""
+        return multiply(rows, weight, bias) if rows.shape[-2] == 1 else cut(multiply(filled_up(rows), weight, bias), rows.shape)
+
+    return product
 
 
 def joined(model: nn.Module) -> dict[nn.Linear, Product]:

@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models.options import Options
 from rlhf.rollout.cache import SlotCache, attend
 from rlhf.rollout.decoding import size_for
-from rlhf.rollout.generate import Rollouts, generate
+from rlhf.rollout.generate import READ, Rollouts, generate
 from rlhf.rollout.gpu import attend_with_options
 from rlhf.rollout.sampling import Sampling, drawn, sample
 
@@ -116,6 +116,20 @@ def test_generation_leaves_the_model_in_its_mode(llama: LlamaForCausalLM) -> Non
         llama.train(training)
         answer(llama, GREEDY, [0])
         assert llama.training is training
+
+
+def test_prompts_of_many_lengths_take_few_programs(llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, product = set[int](), torch.ops.mkldnn._linear_pointwise
+
+    def counted(inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.add(inputs.shape[:-1].numel())
+        return product(inputs, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    monkeypatch.setitem(READ, "cpu", 1)
+    prompts = [[length] * length for length in range(65, 101)]
+    generate(llama, prompts, range(len(prompts)), Sampling(1.0, 0, 1.0, 2), eos_id=NO_TOKEN, pad_id=PAD, slots=3)
+    assert rows == {1, 3, 128}  # of the last layer; of the slots in use; of prompts
 
 
 def test_a_captured_step_is_of_as_many_slots_as_are_in_use_or_some_more() -> None:
