@@ -56,6 +56,11 @@ class Together:
         self._send()
         self._transport.close()
 
+    def abort(self) -> None:
+        """As without this: what was written before has gone out, as far as the client takes it."""
+        self._send()
+        self._transport.abort()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
