@@ -38,7 +38,7 @@ class Asked:
 def of_kills() -> Iterator[tuple[str, list[str]]]:
     asked = Asked()
     for algorithm in kills.STAGES:
-        kills.use(asked, algorithm, 2, [])  # type: ignore[arg-type]
+        kills.use(asked, algorithm, 2, [])  # type: ignore[arg-type]  # it only runs `rlhf use`
     yield from asked.uses
 
 
