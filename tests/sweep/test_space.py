@@ -104,7 +104,7 @@ def test_a_value_that_is_wrong_is_refused_before_anything_trains(root: Path, val
 
 
 def test_ends_of_ranges_are_held_against_the_schema(root: Path) -> None:
-    with pytest.raises(UserError, match=r"sweep.yaml: ppo.temperature: Input should be greater than 0, got -1"):
+    with pytest.raises(UserError, match=r"sweep.yaml: ppo.temperature: Input should be greater than or equal to 0.001, got -1"):
         maker(root, method="random", values={"ppo.temperature": {"low": -1.0, "high": 1.0}}).corners()
 
 
