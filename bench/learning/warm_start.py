@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -107,7 +107,7 @@ def linked(runs: Path, place: Path) -> Iterator[None]:
         while not over.wait(SECONDS_BETWEEN_LOOKS):
             for seal in runs.glob("*/checkpoints/step-*/COMPLETE-0"):
                 weights = place / f"{seal.parent.name.removeprefix('step-')}.pt"
-                if not weights.exists():
+                with suppress(FileExistsError, FileNotFoundError):  # it has one; the stage has just ended
                     os.link(seal.parent / "actor/mp_rank_00_model_states.pt", weights)
 
     looking = threading.Thread(target=look)
