@@ -2,6 +2,7 @@
 
 python bench/learning/tuning.py                     every start, fixed and chosen, with seeds 1 to 5
 python bench/learning/tuning.py slow --seeds 1      the learning rate a quarter of the good one
+python bench/learning/tuning.py --only fixed        the values as they stand
 
 Each start has the values of the preset sandbox but for one that is off by a factor of 4. Chosen means that learning rate and KL
 coefficient can become a quarter or four times of what they were. Exit code 1: from a start that is off, what was chosen comes out more than
@@ -27,6 +28,7 @@ from bench.clone import REPOSITORY, Clone, cell, evaluation, machine
 from bench.learning.seeds import ARITHMETICS, numbers_of
 
 NEAR = 0.03
+VALUES = ("fixed", "chosen")
 # peak learning rate of the actor, and KL coefficient
 STARTS = {"good": (3e-4, 0.1), "slow": (7.5e-5, 0.1), "fast": (1.2e-3, 0.1), "loose": (3e-4, 0.025), "tight": (3e-4, 0.4)}
 MEASURED = ("gold", "ci95_low", "win_rate", "kl", "perplexity_ratio")
@@ -62,6 +64,7 @@ def below_good(rows: list[dict[str, Any]], start: str, values: str) -> float | N
 def main(
     starts: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(STARTS)}; all where none is named.")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, with commas between them, or a range: 1,2,5-7.")] = "1-5",
+    only: Annotated[str | None, typer.Option(help=f"One of: {', '.join(VALUES)}; both where none is named.")] = None,
     steps: Annotated[int, typer.Option(help="Of PPO: a bandit needs some.")] = 60,
     arithmetic: Annotated[str, typer.Option(help=f"One of: {', '.join(ARITHMETICS)}.")] = "1 thread",
     clones: Annotated[
@@ -73,6 +76,8 @@ def main(
     names = starts or list(STARTS)
     if unknown := [name for name in names if name not in STARTS]:
         raise typer.BadParameter(f"unknown start {', '.join(unknown)}: one of {', '.join(STARTS)}")
+    if only and only not in VALUES:
+        raise typer.BadParameter(f"{only}: one of {', '.join(VALUES)}", param_hint="--only")
     console = Console(width=None if sys.stdout.isatty() else 160)
     own, environment = ARITHMETICS[arithmetic]
     rows: list[dict[str, Any]] = []
@@ -83,7 +88,7 @@ def main(
         for seed in numbers_of(seeds):
             clone = Clone(place / str(seed))
             clone.environment |= environment
-            for start, values in ((start, values) for start in names for values in ("fixed", "chosen")):
+            for start, values in ((start, values) for start in names for values in VALUES if only in (None, values)):
                 changes = values_of(start, chosen=values == "chosen")
                 clone.run("rlhf", "use", "sandbox", f"seed={seed}", *own, f"ppo.steps={steps}", *changes)
                 clone.run("dvc", "repro", "evaluate")
