@@ -38,7 +38,7 @@ SMALL = [
 ]
 DISTURBED = ("sft", "ppo")  # the stages that cases disturb; those before them are done, those after them come out of DVC's run cache
 MARK = "RLHF_FAULTS"  # the variable by which all processes of a workspace are known
-LONGEST_STOP = 30  # seconds in which every process of a stopped run has to be gone
+LONGEST_STOP = 60  # seconds in which every process of a stopped run has to be gone; one that still imports looks afterwards
 PATIENCE = 600  # seconds after which a case is given up
 
 # how a process of a run is known by its command line
