@@ -109,9 +109,10 @@ class Server:
 
     @property
     def processor(self) -> float:
-        """Seconds of processor time so far."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
+        """Seconds of processor time so far, of the server and of its engines' process."""
+        own = psutil.Process(self.process.pid)
+        times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+        return sum(each.user + each.system for each in times)
 
     def __enter__(self) -> Server:
         return self

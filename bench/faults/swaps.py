@@ -25,7 +25,7 @@ from bench.served import Client, Heard, Json, Server, bodies_of, prompts, second
 from rlhf import config, registry
 from rlhf.models.dialogues import encode_prompt
 from rlhf.serving.engine import Engine
-from rlhf.serving.requests import Piece, Request
+from rlhf.serving.requests import Piece, Request, events
 from rlhf.serving.writer import Writer
 
 LIMIT, QUESTIONS = 48, 96
@@ -94,7 +94,7 @@ def faults(root: Path, bodies: list[Json], told: list[Told]) -> list[str]:
     for number in (1, 2):
         folder = registry.model_folder(f"models:/assistant/{number}", root, params)
         writer = Writer(folder, len(bodies), params.serving.max_prompt_tokens + params.serving.max_tokens)
-        with closing(Engine(writer, len(bodies), len(bodies), params.serving.threads)) as engine:
+        with closing(Engine(writer, len(bodies), params.serving.threads)) as engine:
             texts[f"assistant/{number}"] = [text_of(engine, body) for body in bodies]
     wrong = []
     for number, heard in told:
@@ -107,8 +107,8 @@ def faults(root: Path, bodies: list[Json], told: list[Told]) -> list[str]:
 
 def text_of(engine: Engine, body: Json) -> str:
     prompt = tuple(encode_prompt(engine.writer.tokenizer, body["messages"]))
-    events = engine.events(Request(prompt, body["max_tokens"], body["seed"], 600, body["temperature"]))
-    return "".join(event.text for event in events if isinstance(event, Piece))
+    asked = Request(prompt, body["max_tokens"], body["seed"], 600, body["temperature"])
+    return "".join(event.text for event in events(engine, asked) if isinstance(event, Piece))
 
 
 if __name__ == "__main__":

@@ -228,9 +228,15 @@ def serve(
     root = workspace()
     params = config.load(root / "params.yaml")
     if only:
-        from rlhf.serving import server
+        from rlhf.serving.process import EngineProcess
 
-        server.serve(root, params, port, lambda line: print(line, flush=True))
+        engines = EngineProcess()  # before what the server imports: both take seconds
+        try:
+            from rlhf.serving import server
+
+            server.serve(root, params, port, lambda line: print(line, flush=True), engines)
+        finally:
+            engines.kill()
         return
     from rlhf.cli import serve as serving
 

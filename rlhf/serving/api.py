@@ -81,7 +81,7 @@ def create(service: Service) -> FastAPI:
 
     @app.get("/health", responses=HEALTH)
     async def health(call: Call) -> JSONResponse:
-        ready = {alias: version.name for alias, version in versions.by_alias.items()}
+        ready = {alias: version.name for alias, version in versions.by_alias.items() if version.engine.alive}
         content: Json = {"status": "ok" if ready else "no version is served"}
         if service.keys.knows(dict(call.scope["headers"])):
             content |= {"versions": ready, "problems": service.problems, "warnings": service.warnings}

@@ -37,11 +37,12 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily("rlhf_waiting", "Requests that wait for a slot.", labels=["version"])
-        writing = GaugeMetricFamily("rlhf_writing", "Answers that are being written.", labels=["version"])
+        writing = GaugeMetricFamily("rlhf_writing", "Answers that are being written, shadows aside.", labels=["version"])
         for name, version in self._versions.names.items():
             if name == version.name:
-                waiting.add_metric([name], version.engine.waiting)
-                writing.add_metric([name], version.engine.writing)
+                count = version.engine.at_work
+                waiting.add_metric([name], count.waiting)
+                writing.add_metric([name], count.writing)
         yield from (waiting, writing)
         yield GaugeMetricFamily("rlhf_swaps", "Times that an alias came to mean another version.", value=self._versions.swaps)
         yield GaugeMetricFamily("rlhf_problems", "What /health tells of.", value=len(self._problems()))

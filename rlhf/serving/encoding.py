@@ -26,13 +26,13 @@ def encoded(versions: Versions, version: Version, body: Asked) -> list[Request]:
     Raises:
         RefusedError: the version cannot answer it.
     """
-    settings, writer = versions.settings, version.engine.writer
-    room = min(settings.max_prompt_tokens, writer.capacity - 1)
+    settings, engine = versions.settings, version.engine
+    room = min(settings.max_prompt_tokens, engine.capacity - 1)
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     if isinstance(body, ChatBody) and len(body.messages) > room:
         raise _too_long(len(body.messages), room, param)  # each takes a token at least
     try:
-        prompts = _tokens(writer.tokenizer, body)
+        prompts = _tokens(engine.tokenizer, body)
     except UserError as error:
         raise RefusedError(400, error.what, "invalid_messages", param) from None
     if len(prompts) > settings.queue:  # else it would be told to come again, for ever
@@ -40,7 +40,7 @@ def encoded(versions: Versions, version: Version, body: Asked) -> list[Request]:
     for prompt in prompts:
         if not 0 < len(prompt) <= room:
             raise _too_long(len(prompt), room, param)
-        if max(prompt) >= len(writer.tokenizer):
+        if max(prompt) >= len(engine.tokenizer):
             raise RefusedError(400, f"prompt: {max(prompt)} is no token of the model", "invalid_value", param)
     if body.limit and body.limit > settings.max_tokens:
         raise RefusedError(

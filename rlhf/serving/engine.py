@@ -12,9 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -22,13 +21,12 @@ from torch import Tensor
 from rlhf.rollout.cache import Layer
 from rlhf.rollout.sampling import uniforms
 from rlhf.serving.draw import draw, log_probs
-from rlhf.serving.requests import BusyError, ClosedError, End, Event, Finish, Piece, Request, Token
+from rlhf.serving.requests import ClosedError, Deliver, End, Event, Finish, Piece, Request, Token
 from rlhf.serving.texts import Text
 from rlhf.serving.writer import Writer
 
 logger = logging.getLogger(__name__)
 
-Deliver = Callable[[Event], None]  # called on the engine's thread: it must not wait
 READ = 512  # tokens of prompts that are read at once, before the others go on by one token; but for a longer prompt
 NO_TOP = 0
 PAUSE = 0.005  # seconds between looks whether users still wait
@@ -104,14 +102,16 @@ class Engine:
     Args:
         writer: the model.
         slots: answers at a time.
-        queue: requests that wait at most.
         threads: of the processor, where the model computes on one.
         users: of all engines; None: it is the only one.
+        stepped: called on the engine's thread once all events of a step are delivered.
     """
 
-    def __init__(self, writer: Writer, slots: int, queue: int, threads: int, users: Users | None = None) -> None:
-        self._users = users or Users()
-        self.writer, self.slots, self._queue, self._threads = writer, slots, queue, threads
+    def __init__(
+        self, writer: Writer, slots: int, threads: int, users: Users | None = None, stepped: Callable[[], None] = lambda: None
+    ) -> None:
+        self._users, self._stepped = users or Users(), stepped
+        self.writer, self.slots, self._threads = writer, slots, threads
         self._writing: list[_Answer] = []  # in slot 0, 1, 2, …
         self._waiting: deque[Asked] = deque()
         self._later: deque[Asked] = deque()  # what nobody waits for
@@ -120,43 +120,19 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def writing(self) -> int:
-        return len(self._writing)
-
     def submit(self, request: Request, deliver: Deliver) -> Asked:
         """Have a request answered: `deliver` gets its events, of each choice an `End` as the last one.
 
         Raises:
-            BusyError: too many wait.
             ClosedError: no more are taken.
         """
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._waiting) >= self._queue and not request.background:
-                raise BusyError
             asked = Asked(request, deliver, self._users)
             (self._later if request.background else self._waiting).append(asked)
             self._changed.notify()
         return asked
-
-    def events(self, request: Request) -> Iterator[Event]:
-        """The events of a request as they come, for who may wait."""
-        found: SimpleQueue[Event] = SimpleQueue()
-        asked = self.submit(request, found.put)
-        ends = 0
-        try:
-            while ends < request.choices:
-                event = found.get()
-                ends += isinstance(event, End)
-                yield event
-        finally:
-            asked.cancel()
 
     def close(self) -> None:
         """Take no more requests, answer those that users wait for, and let the model go."""
@@ -184,6 +160,7 @@ class Engine:
                 logger.exception("the engine failed; what was being answered ends with an error")
                 while self._writing:
                     self._leave(len(self._writing) - 1, "error")
+            self._stepped()
 
     @property
     def _for_users(self) -> bool:

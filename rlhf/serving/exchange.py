@@ -14,12 +14,11 @@ from itertools import islice
 from rlhf.errors import UserError
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.encoding import encoded
-from rlhf.serving.engine import Asked as Taken
 from rlhf.serving.keys import Caller
 from rlhf.serving.mailbox import Mailbox
 from rlhf.serving.record import Written
 from rlhf.serving.replies import Form, Json, RefusedError, line, usage
-from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Token
+from rlhf.serving.requests import BusyError, ClosedError, Event, Piece, Request, Taken, Token
 from rlhf.serving.service import Service
 from rlhf.serving.traffic import Arm
 

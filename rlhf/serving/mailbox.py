@@ -1,13 +1,11 @@
-"""From the engine's thread to the event loop: the events of one request, pieces of text that came close together as one."""
+"""From another thread to the event loop: the events of one request."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 
-from rlhf.serving.requests import End, Event, Piece
-
-SECONDS_BETWEEN = 0.05  # pieces, but the first: with many streams most of the time would go into single tokens, and nobody reads so fast
+from rlhf.serving.requests import Event
 
 
 class Bell:
@@ -39,42 +37,22 @@ class Mailbox:
     """
 
     def __init__(self, bell: Bell | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
         self._bell = bell or Bell()
         self._events: deque[Event] = deque()
         self._came = asyncio.Event()
         self._called = False  # whether the loop knows, or need not know, that there is something
-        self._next = 0.0  # when the next piece may go out
 
     def put(self, event: Event) -> None:
         self._events.append(event)
-        if not self._called or isinstance(event, End):
+        if not self._called:
             self._called = True
             self._bell.ring(self._came)
 
     async def get(self) -> Event:
-        """The next event, all that has come of a piece included; it waits for it."""
+        """The next event; it waits for it."""
         while not self._events:
             self._came.clear()
             self._called = False
             if not self._events:  # it may have come between the two
                 await self._came.wait()
-        self._called = True
-        if self._next > self._loop.time() and not any(isinstance(event, End) for event in self._events.copy()):
-            self._came.clear()
-            timer = self._loop.call_at(self._next, self._came.set)
-            await self._came.wait()
-            timer.cancel()
-        return self._taken()
-
-    def _taken(self) -> Event:
-        event = self._events.popleft()
-        if isinstance(event, Piece):
-            text, tokens = [event.text], [*event.tokens]
-            while self._events and isinstance(more := self._events[0], Piece) and more.choice == event.choice:
-                self._events.popleft()
-                text.append(more.text)
-                tokens += more.tokens
-            event = Piece(event.choice, "".join(text), tuple(tokens))
-            self._next = self._loop.time() + SECONDS_BETWEEN
-        return event
+        return self._events.popleft()

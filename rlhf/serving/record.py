@@ -64,7 +64,7 @@ class Record:
             "conversation": body.conversation and self.hashes.of("conversation", body.conversation),
             "user": body.user and self.hashes.of("user", body.user),
             "messages": [message.plain for message in body.messages] if isinstance(body, ChatBody) else None,
-            "prompt": version.engine.writer.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt,
+            "prompt": version.engine.tokenizer.decode(prompt) if isinstance(prompt, list) else prompt,
             "asked": body.model,
             "sampling": {
                 "temperature": request.temperature,

@@ -56,7 +56,7 @@ class Form:
     """
 
     def __init__(self, chat: bool, version: Version, number: str, created: int) -> None:
-        self.chat, self._tokenizer = chat, version.engine.writer.tokenizer
+        self.chat, self._tokenizer = chat, version.engine.tokenizer
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{number}"
         self._head = {
             "id": self.id,

@@ -1,9 +1,11 @@
-"""What is asked of the engine, and what comes of it. It knows neither HTTP nor JSON."""
+"""What is asked of an engine, and what comes of it. It knows neither HTTP nor JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from queue import SimpleQueue
+from typing import Literal, Protocol
 
 # by itself or at a text to stop at; at its most tokens; or early, as its time is over, nobody waits for it, or something broke
 Finish = Literal["stop", "length", "time", "cancelled", "error"]
@@ -54,6 +56,7 @@ class End:
 
 
 Event = Piece | End
+Deliver = Callable[[Event], None]  # called on a thread of the engine's: it must not wait
 
 
 class BusyError(Exception):
@@ -62,3 +65,35 @@ class BusyError(Exception):
 
 class ClosedError(Exception):
     """The engine takes no more requests."""
+
+
+class Taken(Protocol):
+    """A request that was taken."""
+
+    def cancel(self) -> None:
+        """Nobody waits for the answer any more: it ends at the next token."""
+
+
+class Answers(Protocol):
+    """What takes requests: an engine, or what stands for it in another process."""
+
+    def submit(self, request: Request, deliver: Deliver) -> Taken:
+        """Have a request answered: `deliver` gets its events, of each choice an `End` as the last one.
+
+        Raises:
+            BusyError: too many wait.
+            ClosedError: no more are taken.
+        """
+
+
+def events(engine: Answers, request: Request) -> Iterator[Event]:
+    """The events of a request as they come, for who may wait."""
+    found: SimpleQueue[Event] = SimpleQueue()
+    taken, ends = engine.submit(request, found.put), 0
+    try:
+        while ends < request.choices:
+            event = found.get()
+            ends += isinstance(event, End)
+            yield event
+    finally:
+        taken.cancel()

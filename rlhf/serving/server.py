@@ -17,13 +17,14 @@ from rlhf.errors import UserError
 from rlhf.serving.api import create
 from rlhf.serving.connections import protocol
 from rlhf.serving.descriptors import RAISE, available
+from rlhf.serving.process import EngineProcess
 from rlhf.serving.service import Service
 
 SECONDS_TO_END = 10
 MORE = 500  # connections than requests that are written or wait: those kept open, those to be told 429, and pages
 
 
-def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any]) -> None:
+def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any], engines: EngineProcess) -> None:
     """Answer until the end.
 
     Args:
@@ -31,6 +32,7 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
         params: of it.
         port: to listen at, in the place of serving.port.
         say: told where it listens.
+        engines: the process that answers.
 
     Raises:
         UserError: it cannot listen there, or a key cannot be had.
@@ -38,7 +40,7 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     settings = params.serving
     kept = available(settings.slots + settings.queue + MORE)
-    service = Service(root, params)
+    service = Service(root, params, engines)
     listener = listen(settings.host, settings.port if port is None else port, bool(settings.named_keys))
     host, found = listener.getsockname()[:2]
     say(f"assistant http://{host}:{found}/v1 ({settings.asks_for})")

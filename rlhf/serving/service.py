@@ -11,6 +11,7 @@ from rlhf.serving.encoding import encoded
 from rlhf.serving.ingesting import Ratings
 from rlhf.serving.keys import Keys
 from rlhf.serving.mailbox import Bell
+from rlhf.serving.process import EngineProcess
 from rlhf.serving.record import Record
 from rlhf.serving.shadows import Shadows
 from rlhf.serving.traffic import Traffic
@@ -23,15 +24,16 @@ class Service:
     Args:
         root: the workspace.
         params: of it.
+        engines: the process that answers, where it has been started already.
 
     Raises:
         UserError: a key cannot be had.
     """
 
-    def __init__(self, root: Path, params: Params) -> None:
+    def __init__(self, root: Path, params: Params, engines: EngineProcess | None = None) -> None:
         self.settings = params.serving
         self.keys = Keys(root, params.serving)
-        self.versions = Versions(root, params)
+        self.versions = Versions(root, params, engines)
         self.opening = asyncio.Lock()
         self.record = Record(root, params)
         self.ratings = Ratings(root, params)

@@ -20,7 +20,7 @@ from rlhf.config.serving import Traffic as Shares
 from rlhf.serving.bodies import Asked
 from rlhf.serving.counts import Counts
 from rlhf.serving.record import Record, Written
-from rlhf.serving.requests import ClosedError, Piece, Request
+from rlhf.serving.requests import ClosedError, Piece, Request, events
 from rlhf.serving.versions import CANDIDATE, CHAMPION, Version, Versions
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class Shadows:
 
     def _answer(self, version: Version, request: Request) -> Written:
         began, written = time.monotonic(), Written()
-        for event in version.engine.events(request):
+        for event in events(version.engine, request):
             if isinstance(event, Piece):
                 written.text += event.text
             else:

@@ -13,8 +13,7 @@ from pathlib import Path
 from rlhf import registry
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
-from rlhf.serving.engine import Engine, Users
-from rlhf.serving.writer import Writer
+from rlhf.serving.process import EngineClient, EngineProcess
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d{0,8}))?", re.ASCII)
@@ -31,7 +30,7 @@ class Version:
     number: int
     digest: str  # SHA-256 of its list of files, as the registry knows them
     created: int  # seconds
-    engine: Engine
+    engine: EngineClient
 
     @property
     def fingerprint(self) -> str:
@@ -58,15 +57,15 @@ class Versions:
     Args:
         root: the workspace.
         params: of it.
+        engines: the process that answers, where it has been started already.
     """
 
-    def __init__(self, root: Path, params: Params) -> None:
-        self._root, self._params = root, params
+    def __init__(self, root: Path, params: Params, engines: EngineProcess | None = None) -> None:
+        self._root, self._params, self._process = root, params, engines
         self.model, self.settings = params.promote.model, params.serving
         self.by_alias: Mapping[str, Version] = {}
         self.problems: dict[str, str] = {}  # what is wrong, by alias or place
         self.swaps = 0
-        self._users = Users()
         self._by_number: Mapping[int, Version] = {}  # asked for by their numbers
         self._asked: dict[int, float] = {}  # when last
         self._failed: dict[int, _Failed] = {}
@@ -83,9 +82,18 @@ class Versions:
     def stop(self) -> None:
         """Answer what was taken, and close."""
         self._stopping.set()
-        self._following.join()
+        if self._following.is_alive():
+            self._following.join()
         for version in self._all():
             version.engine.close()
+        if self._process:
+            self._process.stop()
+
+    def _engines(self) -> EngineProcess:
+        """The process of the engines; a new one where it has died."""
+        if self._process is None or not self._process.alive:
+            self._process = EngineProcess()
+        return self._process
 
     def find(self, name: str) -> tuple[Version | None, str | None]:
         """The version that a name means, None where it is none that is held ready; and the alias by which it is meant, if by one."""
@@ -113,7 +121,8 @@ class Versions:
         with self._changing:
             if known := self._numbered(number):
                 return known
-            version, before = self._opened(number), self._by_number
+            version = self._opened(number)
+            before = {each: held for each, held in self._by_number.items() if held.engine.alive}
             newest_first = sorted(before, key=lambda each: self._asked.get(each, 0.0), reverse=True)
             self._by_number = {number: version} | {each: before[each] for each in newest_first[: self.settings.more_versions - 1]}
             self._close(before.values())
@@ -140,7 +149,9 @@ class Versions:
         return found | {version.name: version for version in self._all()}
 
     def _all(self) -> list[Version]:
-        return list({version.number: version for version in (*self.by_alias.values(), *self._by_number.values())}.values())
+        """All that answer; those do not whose process has died."""
+        held = {version.number: version for version in (*self.by_alias.values(), *self._by_number.values())}
+        return [version for version in held.values() if version.engine.alive]
 
     def _follow(self) -> None:
         while not self._stopping.wait(self.settings.refresh_seconds):
@@ -184,17 +195,19 @@ class Versions:
         Raises:
             UserError: it cannot be opened.
         """
-        settings, folder = self.settings, None
+        settings, folder, others = self.settings, None, self._all()
         if (failed := self._failed.get(number)) and failed.holds:
             raise UserError(failed.what, remedy="bring back its files, or give another version")
         try:
             entry = registry.find(self._root, self._params, number)
             folder = registry.model_folder(entry.uri, self._root, self._params)
-            writer = Writer(folder, settings.slots, settings.max_prompt_tokens + settings.max_tokens)
-            engine = Engine(writer, settings.slots, settings.queue, settings.threads, self._users)
+            most = settings.max_prompt_tokens + settings.max_tokens
+            engine = self._engines().open(folder, settings.slots, settings.queue, most, settings.threads)
         except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
             what = error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}"
-            if found := error.folder if isinstance(error, registry.DamagedError) else folder:
+            # one that took the process with it is tried again at once if no other one suffers for that
+            may_try = not others and self._process is not None and not self._process.alive
+            if not may_try and (found := error.folder if isinstance(error, registry.DamagedError) else folder):
                 self._failed[number] = _Failed(what, found, _stamp(found), time.monotonic() + SECONDS_BETWEEN_TRIES)
             raise UserError(what, remedy="bring back its files, or give another version") from None
         digest = entry.tags.get("sha256.files", "")

@@ -21,6 +21,6 @@ def folder(llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path
 
 @pytest.fixture
 def engine(folder: Path) -> Iterator[Engine]:
-    found = Engine(Writer(folder, 8, 128), slots=8, queue=40, threads=1)
+    found = Engine(Writer(folder, 8, 128), slots=8, threads=1)
     yield found
     found.close()

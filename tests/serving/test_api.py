@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import registry
 from rlhf.errors import UserError
-from rlhf.serving import exchange, mailbox
+from rlhf.serving import exchange
 from rlhf.serving.api import create
 from rlhf.serving.exchange import Exchange
 from rlhf.serving.service import Service
@@ -326,7 +326,7 @@ def test_a_version_that_cannot_be_opened_is_not_read_again_until_something_chang
     assert refresh(2) == 1
     assert versions.problems == {}
     assert versions.by_alias["champion"].name == "assistant/1"
-    versions.by_alias["champion"].engine.close()
+    versions.stop()
 
 
 def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_without_a_pause(
@@ -334,7 +334,6 @@ def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_withou
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(exchange, "SECONDS_BETWEEN_LOOKS", 0.1)
-    monkeypatch.setattr(mailbox, "SECONDS_BETWEEN", 0.01)
     root = workspace(tmp_path / "work", llama, tokenizer)
     small(root, ("slots: 64\n  queue", "slots: 1\n  queue"))
     service = Service(root, load(root))
@@ -361,7 +360,7 @@ def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_withou
         engine = service.versions.by_alias["champion"].engine
         for count, stream in enumerate((True, False), start=1):
             client.portal.call(leave, app, stream)
-            until(lambda: engine.waiting == engine.writing == 0, "it is written for nobody")
+            until(lambda: engine.at_work == (0, 0), "it is written for nobody")
             assert f'finish="cancelled",version="assistant/1"}} {count}.0' in client.get("/metrics").text
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from sqlalchemy import func, select
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +26,7 @@ from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.tables import Answer
 from tests.conftest import tiny_llama
 from tests.registry.workspaces import load, train, workspace
-from tests.serving.test_api import ASKED, Server, change, small, until
+from tests.serving.test_api import ASKED, SECONDS, Server, change, small, until
 
 KEYS = {name: f"{name}-0123456789abcdef" for name in ("team", "app", "limited")}
 ASKS = """  keys:
@@ -263,6 +265,26 @@ def test_several_prompts_are_completed_in_one_request(server: Server, record: Da
     for wrong in bad:
         status, message = server.refused({"model": "assistant/1", "prompt": wrong}, "/v1/completions")
         assert (status, message.startswith("prompt")) == (400, True)
+
+
+def test_engines_that_die_are_there_again_and_answer_the_same(server: Server) -> None:
+    before = server.ask(model="assistant@champion").choices[0].message.content
+    (engines,) = (child for child in psutil.Process(server.process.pid).children() if "rlhf.serving.core" in child.cmdline())
+    engines.suspend()
+    with ThreadPoolExecutor(1) as beside:
+        asked = beside.submit(server.ask)
+        until(lambda: re.search(r'rlhf_writing\{version="assistant/[12]"\} [1-9]', server.raw.get("/metrics").text), "nobody is answered")
+        engines.kill()
+        with pytest.raises(openai.InternalServerError) as failed:
+            asked.result(SECONDS)
+    assert failed.value.body["code"] == "engine_error"  # type: ignore[index]
+    with pytest.raises(openai.InternalServerError, match="try again"):
+        server.ask()
+    assert server.raw.get("/health").status_code == 503
+    until(lambda: server.raw.get("/health").status_code == 200, "they do not come back")
+    assert server.ask(model="assistant@champion").choices[0].message.content == before
+    assert server.health()["problems"] == {}
+    assert "ended by itself (-9)" in server.said()
 
 
 def test_a_kill_loses_no_answer_that_is_recorded_and_doubles_none(server: Server, record: Database) -> None:
