@@ -104,7 +104,7 @@ class Engine:
         slots: answers at a time.
         threads: of the processor, where the model computes on one.
         users: of all engines; None: it is the only one.
-        stepped: called on the engine's thread once all events of a step are delivered.
+        stepped: called on the engine's thread once the events of a step, or of those who joined, are delivered.
     """
 
     def __init__(
@@ -179,6 +179,7 @@ class Engine:
                 self._leave(slot, finish)
         self._drop_waiting(now)
         self._join()
+        self._stepped()  # the first text of those who joined does not wait for the others' next token
         if self._writing:
             last, lengths = [answer.last for answer in self._writing], [answer.held for answer in self._writing]
             self._write(self.writer.step(last, lengths), 0)
