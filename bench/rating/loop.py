@@ -5,8 +5,9 @@ python -m bench.rating.loop --tiny --ratings 60       a model that has learnt no
 python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often, and other values of params.yaml
 
 Raters are simulated: they know the sandbox's gold score, and err with some probability. They send what the script of `/rate` sends.
-The first champion's preferences leave out some kinds of tasks; people ask for just those, and rate. Prompts that are rated and those
-that versions are compared on at the end are new ones, in no source.
+The first champion's preferences leave out some kinds of tasks. People mostly ask for those, and rate; so most prompts are of those kinds
+that policies are trained on and that versions are held against each other on. Prompts that are rated and those of the comparison at the
+end are new ones, in no source.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ import httpx
 import numpy as np
 import typer
 
-from bench import pairs
 from bench.clone import Clone
 from rlhf import config, registry
+from rlhf.config.data import SLICES
 from rlhf.data.sandbox import gold_score, make_rows
 from rlhf.data.sandbox_facts import TASKS
 from rlhf.feedback.sample import answers
 
 # kinds of tasks that the first preferences say nothing of: what people ask the first champion
 NEW = ("opposite", "sound", "plural")
-FIRST_PAIRS = 6000  # of all kinds; those of NEW are left out
 # gates between a first version and sft that let this one through; each pair for one rater: of so few ratings, more pairs teach more than
-# the same ones twice; so many held-out prompts that a difference in some kinds shows among all of them
+# the same ones twice
 WEAK = shlex.split("""
 promote.min_reward_accuracy=0 promote.min_gold_difference=-1 promote.min_win_rate=0 feedback.ratings=1 feedback.min_agreement=null
-data.sources.3.rows=6000 data.sources.3.split.ppo=0.7 data.sources.3.split.heldout=0.3 evaluate.prompts=1500
+data.sources.2.rows=5000 data.sources.3.rows=4000 data.sources.3.split.ppo=0.925 data.sources.3.split.heldout=0.075
+evaluate.prompts=1000
 """)
 TINY = shlex.split("""
 data.sources.0.rows=300 data.sources.1.rows=200 data.sources.2.rows=200 data.sources.3.rows=200
@@ -54,7 +55,8 @@ promote.min_gold_difference=-1 promote.min_win_rate=0 promote.min_reward_accurac
 promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_tokens=1000
 promote.min_champion_win_rate=0 promote.min_kind_win_rate=0 serving.max_tokens=16 launch.accelerator=cpu
 """)
-RATED, COMPARED, FIRST = 100_001, 100_002, 100_004  # seeds of prompts and pairs
+RATED, COMPARED = 100_001, 100_002  # seeds of prompts
+HELD = "data/prepared/heldout_prompts.jsonl"
 TEMPERATURE = 1.5  # of the answers that are rated: at 1 a trained policy's two answers are mostly alike
 SECONDS = 7200  # they only bound a failure
 Gold = dict[str, Any]
@@ -71,7 +73,7 @@ def main(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         clone = Clone(Path(folder))
         own = [f"feedback.ingest_ratings={ratings}", "serving.refresh_seconds=1.0"]
-        clone.run("rlhf", "use", "sandbox", *first_preferences(clone.root.parent), *(TINY if tiny else WEAK), *own, *(values or []))
+        clone.run("rlhf", "use", "sandbox", *sources(), *(TINY if tiny else WEAK), *own, *(values or []))
         with timed("the first champion is trained"):
             clone.run("rlhf", "run")
         with serving(clone) as client:
@@ -92,11 +94,19 @@ def main(
         print(compare(clone.root, found.number, prompts))
 
 
-def first_preferences(folder: Path) -> list[str]:
-    """Values by which the sandbox's reward model learns from pairs of all kinds but NEW; held-out pairs are of all kinds."""
-    rows = [row for row in make_rows("pairs", FIRST_PAIRS, FIRST, 0.05) if row["gold"]["kind"] not in NEW]
-    source = pairs.source(folder / "first.jsonl", rows)
-    return ["data.sources.2.rows=500", f"data.sources.2.split={json.dumps(pairs.NONE | {'heldout': 1})}", f"data.sources.4={source}"]
+def sources() -> list[str]:
+    """Values by which the reward model learns from pairs of all kinds but NEW, held-out pairs are of all, and prompts mostly of NEW."""
+    known = [kind for kind in TASKS if kind not in NEW]
+    first = [f"data.sources.2.kinds={json.dumps(known)}", "data.sources.2.split.reward=1", "data.sources.2.split.heldout=0"]
+    heldout = source("pairs-of-all", "pairs", None, 500, heldout=1)
+    asked = source("asked", "prompts", NEW, 2400, ppo=0.7, heldout=0.3)
+    return [*first, f"data.sources.4={heldout}", f"data.sources.5={asked}"]
+
+
+def source(name: str, kind: str, kinds: Sequence[str] | None, rows: int, **split: float) -> str:
+    """One of the sandbox's own."""
+    found: dict[str, Any] = {"name": name, "format": "sandbox", "kind": kind, "kinds": kinds, "rows": rows, "label_noise": 0.05}
+    return json.dumps(found | {"split": dict.fromkeys(SLICES, 0) | split, "weight": 1})
 
 
 @contextmanager
@@ -158,7 +168,9 @@ def new_prompts(count: int, seed: int, kinds: Sequence[str] = tuple(TASKS)) -> l
 
 def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     """Have the champion answer prompts twice each; what the gold score needs, by prompt."""
-    rows = new_prompts(4 * ratings, RATED, NEW)  # many more than are needed: answers may be alike
+    held = {json.loads(line)["prompt"][-1]["content"] for line in (clone.root / HELD).read_text(encoding="utf-8").splitlines()}
+    rows = new_prompts(6 * ratings, RATED, NEW)  # many more than are needed: answers may be alike
+    rows = [row for row in rows if row["prompt"][-1]["content"] not in held]  # they would be dropped as they come in
     file = clone.root.parent / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
     clone.run("rlhf", "feedback", "sample", str(file), "--temperature", str(TEMPERATURE))

@@ -42,6 +42,9 @@ _WEIGHT = (
 )
 
 
+SandboxKind = Literal["opposite", "colour", "capital", "sound", "plural", "category", "home", "next", "young", "maker"]
+
+
 class SandboxSource(Section):
     """Rows made by the project itself (rlhf/data/sandbox.py): no file, no download, a known gold score."""
 
@@ -50,10 +53,19 @@ class SandboxSource(Section):
     kind: Literal["text", "messages", "pairs", "prompts", "verifiable"] = Field(
         description="what each row is; verifiable: a prompt with the right answer as its reference"
     )
+    kinds: Annotated[list[SandboxKind], Field(min_length=1)] | None = Field(
+        description="kinds of tasks that its rows are of, not for kind text; null: all ten"
+    )
     rows: PositiveInt = Field(description="how many rows to make")
     label_noise: Fraction = Field(description="share of pairs whose preference label is flipped (kind pairs only)")
     split: Split
     weight: Positive = Field(description=_WEIGHT)
+
+    @model_validator(mode="after")
+    def _text_is_of_no_kind(self) -> Self:
+        if self.kinds and self.kind == "text":
+            raise ValueError(f"source '{self.name}': kinds must be null for text, which is of all kinds")
+        return self
 
 
 class Columns(Section):

@@ -98,7 +98,7 @@ def files_of(source: Source, key: str, root: Path, seed: int) -> Iterator[tuple[
         UserError: one cannot be read; also as its records are taken.
     """
     if isinstance(source, SandboxSource):
-        yield "sandbox", enumerate(make_rows(source.kind, source.rows, seed, source.label_noise), start=1)
+        yield "sandbox", enumerate(make_rows(source.kind, source.rows, seed, source.label_noise, source.kinds), start=1)
         return
     gather = DATASETS[source.format].gather if isinstance(source, NamedSource) else None
     for part in parts_of(source, key, root) or [source]:

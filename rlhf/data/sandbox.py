@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -74,11 +74,12 @@ def gold_score(gold: Gold, answer: str) -> float:
     return sum(WEIGHTS[name] * value for name, value in gold_parts(gold, answer).items())
 
 
-def make_rows(kind: str, rows: int, seed: int, label_noise: float) -> list[dict[str, Any]]:
+def make_rows(kind: str, rows: int, seed: int, label_noise: float, tasks: Collection[str] | None = None) -> list[dict[str, Any]]:
     """Distinct rows of one kind (text, messages, pairs, prompts or verifiable), the same for the same seed.
 
     Args:
         label_noise: share of pairs whose chosen and rejected are swapped.
+        tasks: kinds of tasks that the rows are of, not for text; None: all.
     """
     makers: dict[str, Callable[[random.Random], dict[str, Any]]] = {
         "text": _passage,
@@ -92,6 +93,8 @@ def make_rows(kind: str, rows: int, seed: int, label_noise: float) -> list[dict[
     distinct: dict[str, dict[str, Any]] = {}
     for _ in range(50 * rows):
         row = make(rng)
+        if tasks and row["gold"]["kind"] not in tasks:
+            continue
         answers = sorted((row["chosen"], row["rejected"])) if kind == "pairs" else []
         distinct.setdefault(json.dumps([row.get("prompt"), row.get("messages"), row.get("text"), answers]), row)
         if len(distinct) == rows:

@@ -57,7 +57,7 @@ def uses(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Preset and changes, as the benchmarks give them; data that they make go to the folder."""
     yield "sandbox", test_end_to_end.TINY
     for values in (loop.TINY, loop.WEAK):
-        yield "sandbox", [*loop.first_preferences(folder), *values]
+        yield "sandbox", [*loop.sources(), *values]
     for way in stored.WAYS.values():
         yield "sandbox", [*workspace.SMALL, *stored.OWN, *way]
     yield "hh", [*serve.PAIRS, "data.sources.0.path=pairs.jsonl"]

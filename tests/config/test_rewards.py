@@ -93,7 +93,7 @@ def test_without_a_model_there_is_no_stage_reward_and_nothing_reads_one(tmp_path
 def test_a_run_without_gold_score_and_pairs_needs_something_that_tells_right_from_wrong() -> None:
     raw = yaml.safe_load((ROOT / "presets/sandbox-function.yaml").read_text(encoding="utf-8"))
     raw["data"]["sources"][2] |= {"format": "gsm8k", "path": "data/raw/g.jsonl", "hub": None, "revision": None, "hub_split": None}
-    for key in ("kind", "rows", "label_noise"):
+    for key in ("kind", "kinds", "rows", "label_noise"):
         del raw["data"]["sources"][2][key]
     assert not config.validate(raw, "params.yaml").trains_judge
     raw["rewards"][0]["right_from"] = None

@@ -189,7 +189,7 @@ def test_message_without_content(tmp_path: Path) -> None:
 
 
 def test_sandbox_rows() -> None:
-    made = SandboxSource(name="made", format="sandbox", kind="prompts", rows=3, label_noise=0, split=Split(**NOTHING), weight=1)
+    made = SandboxSource(name="made", format="sandbox", kind="prompts", kinds=None, rows=3, label_noise=0, split=Split(**NOTHING), weight=1)
     rows = list(read(made, "k", Path(), 1))
     assert [row.line for row in rows] == [1, 2, 3]
     assert all(isinstance(row, Row) and row.file == "sandbox" and row.kind == "prompts" and row.prompt and row.gold for row in rows)

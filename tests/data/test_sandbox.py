@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from rlhf import config
+from rlhf.config.data import SLICES, SandboxKind, SandboxSource
 from rlhf.data import sandbox
 from rlhf.data import sandbox_facts as facts
 from rlhf.data.sandbox import gold_parts, gold_score, make_rows
@@ -104,6 +106,25 @@ def test_dialogues_ask_for_what_their_gold_says_and_some_have_earlier_turns() ->
         assert any(question in row["prompt"][-1]["content"] for question in questions)
     assert {len(row["prompt"]) for row in rows} == {1, 3}
     assert {row["gold"]["kind"] for row in rows} == set(facts.TASKS)
+
+
+@pytest.mark.parametrize("kind", ["messages", "pairs", "prompts", "verifiable"])
+def test_rows_may_be_of_some_kinds_of_tasks_alone(kind: str) -> None:
+    rows = make_rows(kind, 200, 1, 0.0, ["sound", "maker"])
+    assert {row["gold"]["kind"] for row in rows} == {"sound", "maker"}
+    assert [row for row in make_rows(kind, 1500, 1, 0.0) if row["gold"]["kind"] in ("sound", "maker")][:200] == rows
+
+
+def test_the_kinds_that_a_source_may_name_are_those_that_there_are() -> None:
+    assert list(get_args(SandboxKind)) == list(facts.TASKS)
+    values = {"name": "a", "format": "sandbox", "rows": 9, "label_noise": 0, "weight": 1, "split": dict.fromkeys(SLICES, 0)}
+    assert SandboxSource.model_validate(values | {"kind": "pairs", "kinds": ["sound"]}).kinds == ["sound"]
+    for wrong, said in (
+        ({"kind": "pairs", "kinds": ["song"]}, "'opposite'"),
+        ({"kind": "text", "kinds": ["sound"]}, "source 'a': kinds must be null"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            SandboxSource.model_validate(values | wrong)
 
 
 def test_demonstrations_are_of_mixed_quality() -> None:

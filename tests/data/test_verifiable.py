@@ -181,7 +181,16 @@ def test_functions_of_open_instruct_have_the_arguments_of_the_instructions() -> 
 
 
 def test_the_sandbox_gives_the_right_value_as_reference() -> None:
-    values = {"name": "facts", "format": "sandbox", "kind": "verifiable", "rows": 50, "label_noise": 0.0, "split": NOTHING, "weight": 1}
+    values = {
+        "name": "facts",
+        "format": "sandbox",
+        "kind": "verifiable",
+        "kinds": None,
+        "rows": 50,
+        "label_noise": 0.0,
+        "split": NOTHING,
+        "weight": 1,
+    }
     found = list(read(SandboxSource.model_validate(values), "data.sources.0", Path(), 1))
     for row in found:
         assert isinstance(row, Row)

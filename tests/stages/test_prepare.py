@@ -37,7 +37,7 @@ def of_file(name: str, form: str, path: str, **split: float) -> dict[str, Any]:
 
 
 def of_sandbox(name: str, rows: int, **split: float) -> dict[str, Any]:
-    source = {"name": name, "format": "sandbox", "kind": name, "rows": rows, "label_noise": 0, "weight": 1}
+    source = {"name": name, "format": "sandbox", "kind": name, "kinds": None, "rows": rows, "label_noise": 0, "weight": 1}
     return source | {"split": dict.fromkeys(SLICES, 0) | split}
 
 
