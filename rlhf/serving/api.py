@@ -44,7 +44,7 @@ def create(service: Service) -> FastAPI:
         asyncio.get_running_loop().set_exception_handler(descriptors.told)
         service.start()
         yield
-        service.stop()
+        await asyncio.to_thread(service.stop)  # meanwhile, requests that are given up cancel their answers
 
     # the pages of documentation would load their scripts from elsewhere, and a redirect would repeat what the client calls this host
     app = FastAPI(title="rlhf", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)

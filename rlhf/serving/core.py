@@ -23,6 +23,8 @@ from rlhf.serving.outbox import Outbox
 from rlhf.serving.requests import Request
 from rlhf.serving.writer import Writer
 
+logger = logging.getLogger(__name__)
+
 
 class Core:
     """The engines, and what the server tells them.
@@ -59,12 +61,11 @@ class Core:
     def _open(self, engine: int, folder: Path, slots: int, most_tokens: int, threads: int) -> None:
         def work() -> None:
             try:
-                writer = Writer(folder, slots, most_tokens)
+                writer, outbox = Writer(folder, slots, most_tokens), Outbox(partial(self._send, "told"))
+                self._engines[engine] = Engine(writer, slots, threads, self._users, outbox.flush), outbox
             except Exception as error:  # of whatever kind: other versions are to be answered with
                 self._send("failed", engine, error.what if isinstance(error, UserError) else first_line(error))
                 return
-            outbox = Outbox(partial(self._send, "told"))
-            self._engines[engine] = Engine(writer, slots, threads, self._users, outbox.flush), outbox
             self._send("opened", engine, writer.capacity)
 
         threading.Thread(target=work, daemon=True).start()  # it takes seconds, in which others are answered
@@ -79,8 +80,10 @@ class Core:
 
     def _close(self, engine: int) -> None:
         def work() -> None:
-            self._engines.pop(engine)[0].close()
-            self._send("closed", engine)
+            try:
+                self._engines.pop(engine)[0].close()
+            finally:
+                self._send("closed", engine)
 
         threading.Thread(target=work, daemon=True).start()
 
@@ -88,10 +91,21 @@ class Core:
 def main() -> None:
     """What the server starts, with the number of a socket."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    # it reaches all processes of a service; the server has this one answer what it took, and then goes
+    # they reach all processes of a service; the server has this one answer what it took, and then goes
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Core(Connection(int(sys.argv[1]))).run()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.excepthook = _failed  # without one of its threads it would let others wait for ever
+    try:
+        Core(Connection(int(sys.argv[1]))).run()
+    except Exception:
+        logger.exception("the engines failed")
+        os._exit(1)
     os._exit(0)  # whatever is being written
+
+
+def _failed(what: threading.ExceptHookArgs) -> None:
+    logger.error("the engines failed", exc_info=what.exc_value)
+    os._exit(1)
 
 
 if __name__ == "__main__":

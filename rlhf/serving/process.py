@@ -40,7 +40,7 @@ class EngineProcess:
     def __init__(self) -> None:
         own, other = socket.socketpair()
         with other:
-            command = [sys.executable, "-m", "rlhf.serving.core", str(other.fileno())]
+            command = [sys.executable, "-P", "-m", "rlhf.serving.core", str(other.fileno())]
             # a Ctrl-C is the server's, which has it answer what it took; and who reads the server's output waits for the server alone
             apart: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
             self._process = subprocess.Popen(command, pass_fds=[other.fileno()], **apart)
@@ -128,21 +128,24 @@ class EngineProcess:
         return reply.get()
 
     def _send(self, *message: Any) -> None:
-        with suppress(OSError):  # it is gone, which is heard in a moment
+        try:
             self._connection.send(message)
+        except OSError:  # it is gone, which is heard in a moment; or half a message is there
+            self._process.kill()
 
     def _hear(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 what, *given = self._connection.recv()
-            except (EOFError, OSError):
-                break
-            if what == "told":
-                self._deliver(given[0])
-            else:
-                number, *more = given
-                self._replies.pop(number).put((what, more[0] if more else None))
-        self._gone()
+                if what == "told":
+                    self._deliver(given[0])
+                else:
+                    number, *more = given
+                    self._replies.pop(number).put((what, more[0] if more else None))
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._gone()
 
     def _deliver(self, told: Sequence[Told]) -> None:
         for each in told:
@@ -152,9 +155,13 @@ class EngineProcess:
 
     def _gone(self) -> None:
         """Nobody is to wait for what does not come any more."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(SECONDS_TO_END)
+        self._process.kill()
         code = self._process.wait()
         with self._lock:
             self.alive = False
+            self._connection.close()
         if not self._ends:
             logger.error("the process of the engines ended by itself (%d); what was being answered ends with an error", code)
         for taken in [*self._taken.values()]:
@@ -162,7 +169,6 @@ class EngineProcess:
                 taken.tell(End(choice, "error", 0))
         for reply in self._replies.values():
             reply.put(GONE)
-        self._connection.close()
 
 
 class _Taken:
@@ -211,7 +217,7 @@ class EngineClient:
         self._process, self._number, self._slots, self._queue = process, number, slots, queue
         self._taken: list[_Taken] = []  # of users, in their order
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed, self._over = False, threading.Event()
 
     @property
     def alive(self) -> bool:
@@ -250,5 +256,8 @@ class EngineClient:
     def close(self) -> None:
         """Take no more requests, and go once those are answered that users wait for."""
         with self._lock:
-            self._closed = True
-        self._process.close(self._number)
+            first, self._closed = not self._closed, True
+        if first:
+            self._process.close(self._number)
+            self._over.set()
+        self._over.wait()

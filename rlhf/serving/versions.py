@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +91,13 @@ class Versions:
             self._process.stop()
 
     def _engines(self) -> EngineProcess:
-        """The process of the engines; a new one where it has died."""
+        """The process of the engines; a new one where it has died.
+
+        Raises:
+            UserError: the server ends.
+        """
+        if self._stopping.is_set():
+            raise UserError("the server ends", remedy="ask the next one")
         if self._process is None or not self._process.alive:
             self._process = EngineProcess()
         return self._process
@@ -180,22 +187,33 @@ class Versions:
             number = pointed[alias]
             known = before | {version.number: version for version in found.values()}
             try:
-                found[alias] = known.get(number) or self._opened(number)
+                found[alias] = known.get(number) or self._opened(number, alone=not found)
             except UserError as error:
                 self._problem(alias, error.what)
-                if alias in self.by_alias:
-                    found[alias] = self.by_alias[alias]
+                if alias in self.by_alias and (held := self._held_on_to(self.by_alias[alias])):
+                    found[alias] = held
             else:
                 self._problem(alias, None)
         self._swap(found)
 
-    def _opened(self, number: int) -> Version:
+    def _held_on_to(self, version: Version) -> Version | None:
+        """What an alias meant before; opened anew if the process has died over what it means now, and None where it cannot be."""
+        if version.engine.alive:
+            return version
+        with suppress(UserError):
+            return self._opened(version.number)
+        return None
+
+    def _opened(self, number: int, *, alone: bool = False) -> Version:
         """A version, ready to answer.
+
+        Args:
+            alone: none was opened just before it, for another alias.
 
         Raises:
             UserError: it cannot be opened.
         """
-        settings, folder, others = self.settings, None, self._all()
+        settings, folder, alone = self.settings, None, alone and not self._all()
         if (failed := self._failed.get(number)) and failed.holds:
             raise UserError(failed.what, remedy="bring back its files, or give another version")
         try:
@@ -206,7 +224,7 @@ class Versions:
         except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
             what = error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}"
             # one that took the process with it is tried again at once if no other one suffers for that
-            may_try = not others and self._process is not None and not self._process.alive
+            may_try = alone and self._process is not None and not self._process.alive
             if not may_try and (found := error.folder if isinstance(error, registry.DamagedError) else folder):
                 self._failed[number] = _Failed(what, found, _stamp(found), time.monotonic() + SECONDS_BETWEEN_TRIES)
             raise UserError(what, remedy="bring back its files, or give another version") from None

@@ -1,0 +1,120 @@
+"""Which versions are held when the engines' process dies over one of them."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf import config, registry
+from rlhf.errors import UserError
+from rlhf.serving import versions
+from rlhf.serving.versions import Versions
+
+PROJECT = Path(__file__).parents[2]
+
+
+class Registry:
+    """Aliases, and versions whose opening takes the process with it."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.aliases: dict[str, int] = {}
+        self.deadly: set[int] = set()
+        self.opened: list[int] = []
+        self._root = root
+        patch.setattr(registry, "aliases", lambda *_: dict(self.aliases))
+        patch.setattr(registry, "find", lambda _, __, number: SimpleNamespace(uri=str(number), tags={}, created=datetime.datetime.now()))
+        patch.setattr(registry, "model_folder", self._folder)
+        patch.setattr(versions, "EngineProcess", lambda: Process(self))
+
+    def _folder(self, uri: str, *_: object) -> Path:
+        (self._root / uri).mkdir(exist_ok=True)
+        return self._root / uri
+
+
+class Process:
+    """In the place of the engines' process."""
+
+    def __init__(self, known: Registry) -> None:
+        self.alive, self._known = True, known
+
+    def open(self, folder: Path, *_: int) -> Any:
+        number = int(folder.name)
+        self._known.opened.append(number)
+        if number in self._known.deadly:
+            self.alive = False
+            raise UserError("the process of the engines has ended", remedy="")
+        return Engine(self)
+
+    def stop(self) -> None:
+        self.alive = False
+
+
+class Engine:
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @property
+    def alive(self) -> bool:
+        return self._process.alive
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    return Registry(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def held(known: Registry, tmp_path: Path) -> Versions:
+    return Versions(tmp_path, config.load(PROJECT / "params.yaml"))
+
+
+def serving(held: Versions) -> dict[str, int]:
+    """What is answered with."""
+    return {alias: version.number for alias, version in held.by_alias.items() if version.engine.alive}
+
+
+def test_a_candidate_that_takes_the_process_with_it_is_left_alone_and_the_champion_is_there_again(known: Registry, held: Versions) -> None:
+    known.aliases, known.deadly = {"champion": 1, "candidate": 2}, {2}
+    held.refresh()
+    for _ in range(3):
+        held.refresh()
+        assert serving(held) == {"champion": 1}
+    assert known.opened == [1, 2, 1]
+    assert held.problems == {"candidate": "the process of the engines has ended"}
+    held.stop()
+
+
+def test_a_new_champion_that_takes_the_process_with_it_leaves_the_old_one(known: Registry, held: Versions) -> None:
+    known.aliases = {"champion": 1}
+    held.refresh()
+    known.aliases, known.deadly = {"champion": 2}, {2}
+    for _ in range(3):
+        held.refresh()
+        assert serving(held) == {"champion": 1}
+    assert known.opened == [1, 2, 1]
+    held.stop()
+
+
+def test_the_only_one_is_tried_again_and_what_cannot_be_had_any_more_is_not_held(known: Registry, held: Versions) -> None:
+    known.aliases, known.deadly = {"champion": 1}, {1}
+    held.refresh()
+    assert held.by_alias == {}
+    known.deadly.clear()
+    held.refresh()
+    assert serving(held) == {"champion": 1}
+    known.aliases["candidate"] = 2
+    held.refresh()
+    held.by_alias["champion"].engine._process.alive = False
+    known.deadly.add(1)
+    held.refresh()
+    assert held.find("assistant")[0] is held.by_alias.get("candidate")
+    held.stop()
+    with pytest.raises(UserError, match="the server ends"):
+        held._engines()
