@@ -35,7 +35,7 @@ def available(wanted: int) -> Connections:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + MOST_AT_ONCE + SPARE
-    if resource.RLIM_INFINITY in (soft, hard) or soft < needed:
+    if soft == resource.RLIM_INFINITY or soft < needed:  # infinity is −1
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     at_once = min(MOST_AT_ONCE, soft // 8)

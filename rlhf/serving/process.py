@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
@@ -24,6 +26,9 @@ if TYPE_CHECKING:  # it imports for seconds, and the process is to start before 
 
 logger = logging.getLogger(__name__)
 SECONDS_TO_END = 10
+SECONDS_TO_TAKE = 10  # what it is told: the server's event loop waits for that where the socket is full
+SECONDS_LATE = 60.0  # that an answer may end after its time: the engine looks at the clock between its steps
+SECONDS_BETWEEN_LOOKS = 1.0
 GONE = "gone", "the process of the engines has ended"
 
 
@@ -35,10 +40,14 @@ class AtWork(NamedTuple):
 
 
 class EngineProcess:
-    """A process with engines (rlhf/serving/core.py). Once it is gone, it stays so: what it was answering has ended with an error."""
+    """A process with engines (rlhf/serving/core.py). Once it is gone, it stays so: what it was answering has ended with an error.
+
+    One that stands still, as in a GPU's driver, is ended: else nobody would be answered any more.
+    """
 
     def __init__(self) -> None:
         own, other = socket.socketpair()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SECONDS_TO_TAKE, 0))
         with other:
             command = [sys.executable, "-P", "-m", "rlhf.serving.core", str(other.fileno())]
             # a Ctrl-C is the server's, which has it answer what it took; and who reads the server's output waits for the server alone
@@ -52,6 +61,7 @@ class EngineProcess:
         self.alive, self._ends = True, False
         self._hearing = threading.Thread(target=self._hear, name="engines", daemon=True)
         self._hearing.start()
+        threading.Thread(target=self._watch, name="engines-watch", daemon=True).start()
 
     def open(self, folder: Path, slots: int, queue: int, most_tokens: int, threads: int) -> EngineClient:
         """An engine for the model in a folder, ready to answer.
@@ -130,8 +140,17 @@ class EngineProcess:
     def _send(self, *message: Any) -> None:
         try:
             self._connection.send(message)
-        except OSError:  # it is gone, which is heard in a moment; or half a message is there
+        except OSError:  # it is gone, which is heard in a moment; or it takes nothing, or half a message
             self._process.kill()
+
+    def _watch(self) -> None:
+        while self.alive:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            now = time.monotonic()
+            if any(now > taken.deadline for taken in [*self._taken.values()]):
+                logger.error("an answer has not ended %.0f seconds after its time: the engines stand still, and are ended", SECONDS_LATE)
+                self._process.kill()
+                return
 
     def _hear(self) -> None:
         try:
@@ -176,6 +195,7 @@ class _Taken:
 
     def __init__(self, process: EngineProcess, number: int, request: Request, deliver: Deliver) -> None:
         self._process, self.number, self._deliver = process, number, deliver
+        self.deadline = time.monotonic() + request.seconds + SECONDS_LATE
         self.open = set(range(request.choices))  # that are not over
 
     def cancel(self) -> None:

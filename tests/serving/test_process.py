@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -114,6 +116,22 @@ def test_when_it_dies_nobody_waits_for_ever(folder: Path) -> None:
         client.submit(ASKED, told.put)
     client.close()
     process.stop()
+
+
+@pytest.mark.parametrize("many", [1, 3000])  # as many as end by their time; more than the socket holds
+def test_when_it_stands_still_it_is_ended(folder: Path, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.serving.process.SECONDS_LATE", 1.0 if many == 1 else 1000.0)
+    monkeypatch.setattr("rlhf.serving.process.SECONDS_TO_TAKE", 1)
+    process, told = EngineProcess(), SimpleQueue[Event]()
+    client = process.open(folder, 8, 10_000, 128, 1)
+    process._process.send_signal(signal.SIGSTOP)
+    with suppress(ClosedError):  # the rest of them
+        for _ in range(many):
+            client.submit(replace(LONG, seconds=1.0, prompt=tuple(range(100))), told.put)
+    assert ends(told, 4)[-1].finish == "error"
+    assert process._process.wait(PATIENCE) == -signal.SIGKILL
+    process.stop()
+    assert not client.alive
 
 
 def test_it_goes_with_a_server_that_is_killed(process: EngineProcess) -> None:
