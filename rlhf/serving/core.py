@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -24,6 +25,7 @@ from rlhf.serving.requests import Request
 from rlhf.serving.writer import Writer
 
 logger = logging.getLogger(__name__)
+SECONDS_BETWEEN_PULSES = 5.0  # by which the server knows that the process does not stand still
 
 
 class Core:
@@ -41,6 +43,7 @@ class Core:
 
     def run(self) -> None:
         """Do what the server says, until it goes."""
+        threading.Thread(target=self._pulse, daemon=True).start()
         told: dict[str, Callable[..., None]] = {"open": self._open, "ask": self._ask, "cancel": self._cancel, "close": self._close}
         while True:
             try:
@@ -50,6 +53,11 @@ class Core:
             if what == "stop":
                 return
             told[what](*given)
+
+    def _pulse(self) -> None:
+        while True:
+            self._send("here")
+            time.sleep(SECONDS_BETWEEN_PULSES)
 
     def _send(self, *message: Any) -> None:
         try:

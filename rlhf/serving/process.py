@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlhf.errors import UserError
@@ -26,9 +26,9 @@ if TYPE_CHECKING:  # it imports for seconds, and the process is to start before 
 
 logger = logging.getLogger(__name__)
 SECONDS_TO_END = 10
-SECONDS_TO_TAKE = 10  # what it is told: the server's event loop waits for that where the socket is full
-SECONDS_LATE = 60.0  # that an answer may end after its time: the engine looks at the clock between its steps
 SECONDS_BETWEEN_LOOKS = 1.0
+LOOKS = 3  # that find it late: if this process stood still itself, what it was told meanwhile is to be heard first
+STANDS = "the engines stand still, and are ended"
 GONE = "gone", "the process of the engines has ended"
 
 
@@ -39,15 +39,30 @@ class AtWork(NamedTuple):
     writing: int  # answers
 
 
+class Patience(NamedTuple):
+    """Seconds after which the engines are taken to stand still."""
+
+    start: float = 600.0  # its imports
+    take: int = 10  # what it is told: the server's event loop waits for that where the socket is full
+    late: float = 60.0  # an answer, as the engine looks at the clock between its steps; or any word at all
+
+
+PATIENCE = Patience()
+
+
 class EngineProcess:
     """A process with engines (rlhf/serving/core.py). Once it is gone, it stays so: what it was answering has ended with an error.
 
     One that stands still, as in a GPU's driver, is ended: else nobody would be answered any more.
+
+    Args:
+        patience: how long it may.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: Patience = PATIENCE) -> None:
+        self.patience = patience
         own, other = socket.socketpair()
-        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SECONDS_TO_TAKE, 0))
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", patience.take, 0))
         with other:
             command = [sys.executable, "-P", "-m", "rlhf.serving.core", str(other.fileno())]
             # a Ctrl-C is the server's, which has it answer what it took; and who reads the server's output waits for the server alone
@@ -59,6 +74,7 @@ class EngineProcess:
         self._taken: dict[int, _Taken] = {}
         self._replies: dict[int, SimpleQueue[tuple[str, Any]]] = {}  # to what was asked of an engine as a whole
         self.alive, self._ends = True, False
+        self._heard = time.monotonic() + patience.start
         self._hearing = threading.Thread(target=self._hear, name="engines", daemon=True)
         self._hearing.start()
         threading.Thread(target=self._watch, name="engines-watch", daemon=True).start()
@@ -84,9 +100,14 @@ class EngineProcess:
             raise UserError(what, remedy="bring back its files, or see that it has memory enough")
         return EngineClient(self, number, tokenizer, what, slots, queue)
 
-    def close(self, number: int) -> None:
-        """Let an engine end what users wait for, and go."""
-        self._ask_engine(number, "close")
+    def close(self, number: int, until: float) -> None:
+        """Let an engine end what users wait for, and go.
+
+        Args:
+            number: of the engine.
+            until: when it must have done so (`time.monotonic`).
+        """
+        self._ask_engine(number, "close", until=until)
 
     def stop(self) -> None:
         """End the process; the engines have been closed."""
@@ -126,7 +147,7 @@ class EngineProcess:
     def forget(self, number: int) -> None:
         self._taken.pop(number, None)
 
-    def _ask_engine(self, number: int, *message: Any) -> tuple[str, Any]:
+    def _ask_engine(self, number: int, *message: Any, until: float | None = None) -> tuple[str, Any]:
         """Tell an engine something, and wait for what comes of it."""
         reply: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         with self._lock:
@@ -135,7 +156,12 @@ class EngineProcess:
             self._replies[number] = reply
             what, *given = message
             self._send(what, number, *given)
-        return reply.get()
+        try:
+            return reply.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
+        except Empty:
+            logger.error("an engine does not close: %s", STANDS)
+            self._process.kill()
+            return reply.get()
 
     def _send(self, *message: Any) -> None:
         try:
@@ -144,20 +170,25 @@ class EngineProcess:
             self._process.kill()
 
     def _watch(self) -> None:
+        late = 0
         while self.alive:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             now = time.monotonic()
-            if any(now > taken.deadline for taken in [*self._taken.values()]):
-                logger.error("an answer has not ended %.0f seconds after its time: the engines stand still, and are ended", SECONDS_LATE)
+            stands = now > self._heard + self.patience.late or any(now > taken.deadline for taken in [*self._taken.values()])
+            late = late + 1 if stands else 0
+            if late == LOOKS:
+                logger.error("what should have come %.0f seconds ago has not: %s", self.patience.late, STANDS)
                 self._process.kill()
-                return
 
     def _hear(self) -> None:
         try:
             while True:
                 what, *given = self._connection.recv()
+                self._heard = max(self._heard, time.monotonic())
                 if what == "told":
                     self._deliver(given[0])
+                elif what == "here":
+                    self._heard = time.monotonic()  # it has started
                 else:
                     number, *more = given
                     self._replies.pop(number).put((what, more[0] if more else None))
@@ -195,7 +226,7 @@ class _Taken:
 
     def __init__(self, process: EngineProcess, number: int, request: Request, deliver: Deliver) -> None:
         self._process, self.number, self._deliver = process, number, deliver
-        self.deadline = time.monotonic() + request.seconds + SECONDS_LATE
+        self.deadline = time.monotonic() + request.seconds + process.patience.late
         self.open = set(range(request.choices))  # that are not over
 
     def cancel(self) -> None:
@@ -277,7 +308,8 @@ class EngineClient:
         """Take no more requests, and go once those are answered that users wait for."""
         with self._lock:
             first, self._closed = not self._closed, True
+            taken = [taken.deadline for taken in self._taken if taken.open]
         if first:
-            self._process.close(self._number)
+            self._process.close(self._number, max(taken, default=time.monotonic() + self._process.patience.late))
             self._over.set()
         self._over.wait()

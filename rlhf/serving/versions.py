@@ -71,6 +71,7 @@ class Versions:
         self._asked: dict[int, float] = {}  # when last
         self._failed: dict[int, _Failed] = {}
         self._pointed: Mapping[str, int] = {}
+        self._meant: dict[str, int] = {}  # by alias, the number of what was last opened for it
         self._changing = threading.Lock()
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, name="versions", daemon=True)
@@ -183,6 +184,7 @@ class Versions:
         for alias in self.settings.aliases:
             if alias not in pointed:
                 self._problem(alias, None)
+                self._meant.pop(alias, None)
                 continue
             number = pointed[alias]
             known = before | {version.number: version for version in found.values()}
@@ -190,18 +192,25 @@ class Versions:
                 found[alias] = known.get(number) or self._opened(number, alone=not found)
             except UserError as error:
                 self._problem(alias, error.what)
-                if alias in self.by_alias and (held := self._held_on_to(self.by_alias[alias])):
+                if held := self._held_on_to(alias, found):
                     found[alias] = held
             else:
                 self._problem(alias, None)
+                self._meant[alias] = number
         self._swap(found)
 
-    def _held_on_to(self, version: Version) -> Version | None:
-        """What an alias meant before; opened anew if the process has died over what it means now, and None where it cannot be."""
-        if version.engine.alive:
-            return version
+    def _held_on_to(self, alias: str, found: Mapping[str, Version]) -> Version | None:
+        """What an alias meant before; opened anew if the process has died over what it means now, and None where it cannot be.
+
+        Args:
+            alias: whose version cannot be opened.
+            found: those that the aliases before it mean now.
+        """
+        if (number := self._meant.get(alias)) is None:
+            return None
+        known = {version.number: version for version in (*self._all(), *found.values()) if version.engine.alive}
         with suppress(UserError):
-            return self._opened(version.number)
+            return known.get(number) or self._opened(number, alone=not found)
         return None
 
     def _opened(self, number: int, *, alone: bool = False) -> Version:

@@ -20,7 +20,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.serving.engine import Engine
-from rlhf.serving.process import EngineClient, EngineProcess
+from rlhf.serving.process import EngineClient, EngineProcess, Patience
 from rlhf.serving.requests import BusyError, ClosedError, End, Event
 from tests.serving.test_engine import ASKED, answers, some_requests
 
@@ -118,20 +118,32 @@ def test_when_it_dies_nobody_waits_for_ever(folder: Path) -> None:
     process.stop()
 
 
-@pytest.mark.parametrize("many", [1, 3000])  # as many as end by their time; more than the socket holds
-def test_when_it_stands_still_it_is_ended(folder: Path, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.serving.process.SECONDS_LATE", 1.0 if many == 1 else 1000.0)
-    monkeypatch.setattr("rlhf.serving.process.SECONDS_TO_TAKE", 1)
-    process, told = EngineProcess(), SimpleQueue[Event]()
+@pytest.mark.parametrize("many", [0, 1, 3000])  # what is being opened; an answer that has not ended by its time; more than the socket holds
+def test_when_it_stands_still_it_is_ended(folder: Path, many: int) -> None:
+    process, told = EngineProcess(Patience(take=1, late=1000.0 if many > 1 else 10.0)), SimpleQueue[Event]()
     client = process.open(folder, 8, 10_000, 128, 1)
     process._process.send_signal(signal.SIGSTOP)
+    if many == 0:
+        with pytest.raises(UserError, match="has ended"):
+            process.open(folder, 8, 2, 128, 1)
     with suppress(ClosedError):  # the rest of them
         for _ in range(many):
             client.submit(replace(LONG, seconds=1.0, prompt=tuple(range(100))), told.put)
-    assert ends(told, 4)[-1].finish == "error"
+    if many:
+        assert ends(told, 4)[-1].finish == "error"
     assert process._process.wait(PATIENCE) == -signal.SIGKILL
     process.stop()
     assert not client.alive
+
+
+def test_one_that_does_not_close_is_ended(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.serving.process.LOOKS", 1000)  # so that nothing else ends it
+    process = EngineProcess(Patience(late=1.0))
+    client = process.open(folder, 8, 2, 128, 1)
+    process._process.send_signal(signal.SIGSTOP)
+    client.close()
+    assert process._process.wait(PATIENCE) == -signal.SIGKILL
+    process.stop()
 
 
 def test_it_goes_with_a_server_that_is_killed(process: EngineProcess) -> None:

@@ -23,6 +23,7 @@ class Registry:
     def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
         self.aliases: dict[str, int] = {}
         self.deadly: set[int] = set()
+        self.deaths = 0  # of the next ones that are opened
         self.opened: list[int] = []
         self._root = root
         patch.setattr(registry, "aliases", lambda *_: dict(self.aliases))
@@ -44,8 +45,8 @@ class Process:
     def open(self, folder: Path, *_: int) -> Any:
         number = int(folder.name)
         self._known.opened.append(number)
-        if number in self._known.deadly:
-            self.alive = False
+        if number in self._known.deadly or self._known.deaths:
+            self.alive, self._known.deaths = False, max(self._known.deaths - 1, 0)
             raise UserError("the process of the engines has ended", remedy="")
         return Engine(self)
 
@@ -99,6 +100,17 @@ def test_a_new_champion_that_takes_the_process_with_it_leaves_the_old_one(known:
         held.refresh()
         assert serving(held) == {"champion": 1}
     assert known.opened == [1, 2, 1]
+    held.stop()
+
+
+def test_what_an_alias_meant_before_is_tried_again_however_often_it_fails(known: Registry, held: Versions) -> None:
+    known.aliases = {"champion": 1}
+    held.refresh()
+    known.aliases, known.deaths = {"champion": 2}, 3  # by version 2 itself, and twice as version 1 is opened again
+    for expected in ({}, {}, {"champion": 1}, {"champion": 1}):
+        held.refresh()
+        assert serving(held) == expected
+    assert known.opened == [1, 2, 1, 1, 1]
     held.stop()
 
 
