@@ -82,8 +82,13 @@ class Recorder:
             self._write(rows)
             self._now = []
             self._clear()
+        self._leave()
+
+    def _leave(self) -> None:
+        """A record that went away may come back as another one, without tables (its file was deleted, say)."""
         if self._database:
             self._database.close()
+        self._database = None
 
     def _batch(self) -> list[Row]:
         """The next answers; none once all are written and no more come."""
@@ -107,6 +112,7 @@ class Recorder:
             except Exception as error:
                 if is_away(error):
                     self._tell(first_line(error))
+                    self._leave()
                     if not self._stopping.wait(SECONDS_TO_WAIT) or self._more_time():
                         continue
                     self._drop(len(rows), self.problem or "")

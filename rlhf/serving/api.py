@@ -129,7 +129,8 @@ def _answer_errors(app: FastAPI, counts: Counts) -> None:
     """Have every error told in OpenAI's form."""
 
     def told(error: RefusedError, head: Mapping[str, str] | None = None) -> JSONResponse:
-        counts.refused.labels(error.status).inc()
+        if error.code != "cancelled":  # nobody was there to be told
+            counts.refused.labels(error.status).inc()
         return JSONResponse(error.content, error.status, {**(head or {}), **error.headers})
 
     @app.exception_handler(RefusedError)

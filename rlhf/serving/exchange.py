@@ -156,10 +156,10 @@ class Exchange:
 
     def _note(self, event: Event) -> None:
         written, seconds = self._written[event.choice], time.monotonic() - self._begun
-        if not self._told:
-            self._service.counts.first.observe(seconds)
-            self._told = True
         if isinstance(event, Piece):
+            if not self._told:
+                self._service.counts.first.observe(seconds)
+                self._told = True
             written.text += event.text
         else:
             self._ends += 1
@@ -204,6 +204,8 @@ async def begin(service: Service, body: Asked, caller: Caller, wanted: str | Non
     service.record.takes(body)
     for _ in range(3):  # a version that was found may have gone a moment later
         arm = service.traffic.arm(body, wanted) or await _opened(service, body.model)
+        if arm is None and versions.is_awaited(body.model):
+            break
         if arm is None:
             ready = ", ".join(versions.names) or "none yet"
             raise RefusedError(404, f"model {body.model!r} is not served; these are: {ready}", "model_not_found", "model")
@@ -215,7 +217,7 @@ async def begin(service: Service, body: Asked, caller: Caller, wanted: str | Non
             raise RefusedError(429, "too many requests are waiting; try again later", "queue_full", headers={"retry-after": "1"}) from None
         except ClosedError:
             continue
-    raise RefusedError(503, "the model is being exchanged; try again", "busy")
+    raise RefusedError(503, "the model is not ready to answer; try again", "busy", headers={"retry-after": "1"})
 
 
 def _is_short(body: Asked) -> bool:

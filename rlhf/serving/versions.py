@@ -114,6 +114,13 @@ class Versions:
         alias = match["alias"] or next((alias for alias in self.settings.aliases if alias in by_alias), None)
         return by_alias.get(alias or ""), alias
 
+    def is_awaited(self, name: str) -> bool:
+        """Whether the registry has a version for an alias that is served, though it may not be ready to answer."""
+        match = NAME.fullmatch(name)
+        if match is None or match["model"] != self.model or match["number"]:
+            return False
+        return any(alias in self._pointed for alias in self.settings.aliases if match["alias"] in (None, alias))
+
     def open(self, name: str) -> Version | None:
         """The version that a number means, opened where it is not held ready; the one asked longest ago goes for it. It takes seconds.
 
@@ -243,9 +250,10 @@ class Versions:
     def _swap(self, found: Mapping[str, Version]) -> None:
         gone = self.by_alias.values()
         for alias, version in found.items():
-            if self.by_alias.get(alias) is not version:
+            before = self.by_alias.get(alias)
+            if before is not version:
                 logger.warning("%s@%s is %s", self.model, alias, version.name)
-                self.swaps += 1
+                self.swaps += before is None or before.number != version.number
         self.by_alias = found
         self._close(gone)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_a_damaged_file_is_waited_for_and_told_of(place: str, tmp_path: Path, mo
     with (tmp_path / "feedback.db").open("r+b") as file:
         file.write(whole)
     found.stop()
+
+
+def test_a_file_that_was_deleted_is_made_anew(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    found, numbers = Recorder(lambda: Database(place)), count()
+    found.put(row("first"))
+    until(lambda: found.written)
+    for file in tmp_path.glob("feedback.db*"):
+        file.unlink()
+
+    def is_written() -> bool:
+        found.put(row(str(next(numbers))))
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(tmp_path / "feedback.db")) as other:
+            return bool(other.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return False
+
+    until(is_written)
+    found.stop()
+    assert "first" not in replies(place)
 
 
 def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

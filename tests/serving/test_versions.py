@@ -110,7 +110,11 @@ def test_what_an_alias_meant_before_is_tried_again_however_often_it_fails(known:
     for expected in ({}, {}, {"champion": 1}, {"champion": 1}):
         held.refresh()
         assert serving(held) == expected
+        assert [held.is_awaited(name) for name in ("assistant", "assistant@champion", "assistant@candidate", "assistant/1", "other")] == [
+            *(True, True, False, False, False)
+        ]
     assert known.opened == [1, 2, 1, 1, 1]
+    assert held.swaps == 2  # when it came, and came back
     held.stop()
 
 
