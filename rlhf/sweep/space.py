@@ -71,7 +71,7 @@ Choices = Annotated[list[Any], Field(min_length=1)]
 Dimension = Annotated[
     Annotated[Choices, Tag("list")] | Annotated[Range, Tag("range")],
     Discriminator(
-        lambda value: "list" if isinstance(value, list) else "range" if isinstance(value, dict) else None,
+        lambda value: "list" if isinstance(value, list) else "range" if isinstance(value, dict | Range) else None,
         custom_error_type="neither",
         custom_error_message="a list of values is wanted, or a range with low and high",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,8 @@ def test_proposals_depend_on_seed_and_results_alone() -> None:
         "ppo.policy_clip": [[0.1, 0.1], [0.2, 0.3]],
     }
     space = Space.model_validate(GRID | {"method": "tpe", "points": 40, "values": values})
+    with warnings.catch_warnings(action="error"):  # the sweep keeps what it was asked
+        assert Space.model_validate(space.model_dump(mode="json")) == space
     wanted = {"gold": "maximize", "kl": "minimize"}
 
     def more(results: list[proposals.Result], count: int = 3) -> list[proposals.Values]:
