@@ -35,7 +35,7 @@ from rlhf.feedback.tables import CHOICES, Opinion, Rating
 
 RATERS, PAIRS = 4, 500  # pairs: added before each kill
 SECONDS_TO_PAUSE = 0.05  # where nothing is to be rated, or nobody answers
-BUSY = 503
+BUSY, UNKNOWN = 503, 404
 Body = dict[str, Any]
 
 
@@ -74,11 +74,17 @@ class Sender:
 
     def judge(self, line: httpx.Client) -> None:
         """Ask, and say what is thought of the answer, or what was said before once more."""
+        again = self.unsure is not None
         if (body := self.unsure) is None:
             asked = {"model": "assistant", "messages": [{"role": "user", "content": "Who?"}], "store": True, "max_tokens": 8}
             reply = line.post("v1/chat/completions", json=asked).raise_for_status().json()["id"]
             body = {"id": reply, "token": f"thumb-{reply}", "thumb": self.draw.choice(("up", "down"))}
-        self.send(line, "v1/feedback", body)
+        try:
+            self.send(line, "v1/feedback", body)
+        except httpx.HTTPStatusError as error:
+            if not (again and error.response.status_code == UNKNOWN):
+                raise
+            self.unsure = None  # its answer died with the server before it was recorded, which nobody was told it was
 
 
 def main(
