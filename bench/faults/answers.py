@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +97,8 @@ def _well(address: str) -> bool:
 @contextmanager
 def asking(address: str, clients: int, told: Told, **headers: str) -> Iterator[None]:
     """Clients that ask all the time, until the block ends."""
-    stopped = threading.Event()
 
-    def client(number: int) -> None:
+    def client(number: int, stopped: threading.Event) -> None:
         with httpx.Client(base_url=address, timeout=SECONDS_TO_START, headers=headers) as line:
             while not stopped.is_set():
                 content = [{"role": "user", "content": f"What is {number}?"}]
@@ -117,7 +117,15 @@ def asking(address: str, clients: int, told: Told, **headers: str) -> Iterator[N
                     continue
                 told.replies[reply["id"]] = reply["choices"][0]["message"]["content"].replace("\0", "\ufffd")  # as databases have it
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    with at_work(partial(client, number) for number in range(clients)):
+        yield
+
+
+@contextmanager
+def at_work(works: Iterable[Callable[[threading.Event], None]]) -> Iterator[None]:
+    """A thread for each of some works, which go on until they are told that the block has ended."""
+    stopped = threading.Event()
+    threads = [threading.Thread(target=work, args=(stopped,)) for work in works]
     for thread in threads:
         thread.start()
     try:

@@ -14,8 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ import httpx
 import typer
 from sqlalchemy import select
 
-from bench.faults.answers import SECONDS, SECONDS_TO_START, Told, asking, kill, serving
+from bench.faults.answers import SECONDS, SECONDS_TO_START, Told, asking, at_work, kill, serving
 from bench.served import workspace_of
 from rlhf import config
 from rlhf.feedback import database, pairs
@@ -49,16 +48,15 @@ class Sender:
     unsure: Body | None = None
     refused: list[str] = field(default_factory=list)  # why, where it should not have been
 
-    def send(self, line: httpx.Client, path: str, body: Body) -> Body:
-        """Send something, until it is acknowledged; the reply.
+    def send(self, line: httpx.Client, path: str, body: Body) -> None:
+        """Send something, and keep it as acknowledged or as unsure.
 
         Raises:
-            httpx.HTTPError: the server has died.
+            httpx.HTTPError: it was not acknowledged.
         """
         self.unsure = body
-        reply: Body = line.post(path, json=body).raise_for_status().json()
+        line.post(path, json=body).raise_for_status()
         self.acknowledged[body["token"]], self.unsure = body, None
-        return reply
 
     def rate(self, line: httpx.Client) -> None:
         """Rate the next pair, or what was sent before once more."""
@@ -104,9 +102,10 @@ def disturb(root: Path, kills: int, clients: int, drawn: random.Random) -> int:
     record = database.connect(root, config.load(root / "params.yaml"))
     raters = [Sender(f"rater {number}", random.Random(drawn.random())) for number in range(RATERS)]
     application, told, failed = Sender("application", random.Random(drawn.random())), Told(), 0
+    works = [*((rater, rater.rate) for rater in raters), (application, application.judge)]
     for number in range(kills):
         fill(record, number)
-        with serving(root) as (process, address), asking(address, clients, told), working(address, raters, application):
+        with serving(root) as (process, address), asking(address, clients, told), at_work(partial(work, address, *one) for one in works):
             time.sleep(drawn.uniform(*SECONDS))
             wrong = kill(record, process, told, 0)
         wrong += lost(record, raters, application)
@@ -129,31 +128,16 @@ def fill(record: Database, number: int) -> None:
             pairs.add(session, "sample", prompt, (Written("This.", "assistant/1"), Written("That.", "assistant/1")))
 
 
-@contextmanager
-def working(address: str, raters: list[Sender], application: Sender) -> Iterator[None]:
-    """Raters and an application at work, until the block ends."""
-    stopped = threading.Event()
-
-    def work(sender: Sender, one: Callable[[httpx.Client], None]) -> None:
-        with httpx.Client(base_url=address.removesuffix("/v1"), timeout=SECONDS_TO_START) as line:
-            while not stopped.is_set():
-                try:
-                    one(line)
-                except httpx.HTTPError as error:
-                    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code != BUSY:
-                        sender.refused.append(error.response.text)
-                    stopped.wait(SECONDS_TO_PAUSE)
-
-    todo = [*((rater, rater.rate) for rater in raters), (application, application.judge)]
-    threads = [threading.Thread(target=partial(work, *one)) for one in todo]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join()
+def work(address: str, sender: Sender, one: Callable[[httpx.Client], None], stopped: threading.Event) -> None:
+    """Have a sender send one thing after the other, whatever becomes of the server."""
+    with httpx.Client(base_url=address.removesuffix("/v1"), timeout=SECONDS_TO_START) as line:
+        while not stopped.is_set():
+            try:
+                one(line)
+            except httpx.HTTPError as error:
+                if isinstance(error, httpx.HTTPStatusError) and error.response.status_code != BUSY:
+                    sender.refused.append(error.response.text)
+                stopped.wait(SECONDS_TO_PAUSE)
 
 
 def lost(record: Database, raters: list[Sender], application: Sender) -> list[str]:

@@ -361,7 +361,9 @@ def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_withou
         for count, stream in enumerate((True, False), start=1):
             client.portal.call(leave, app, stream)
             until(lambda: engine.at_work == (0, 0), "it is written for nobody")
-            assert f'finish="cancelled",version="assistant/1"}} {count}.0' in client.get("/metrics").text
+            metrics = client.get("/metrics").text
+            assert f'finish="cancelled",version="assistant/1"}} {count}.0' in metrics
+            assert "rlhf_refused_total{" not in metrics  # nobody was there to be told
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -267,8 +267,13 @@ def test_several_prompts_are_completed_in_one_request(server: Server, record: Da
         assert (status, message.startswith("prompt")) == (400, True)
 
 
+def counted(server: Server) -> list[str]:
+    """Texts that began, and swaps."""
+    return re.findall(r"^rlhf_(?:first_text_seconds_count|swaps) .*", server.raw.get("/metrics").text, re.MULTILINE)
+
+
 def test_engines_that_die_are_there_again_and_answer_the_same(server: Server) -> None:
-    before = server.ask(model="assistant@champion").choices[0].message.content
+    before, numbers = server.ask(model="assistant@champion").choices[0].message.content, counted(server)
     (engines,) = (child for child in psutil.Process(server.process.pid).children() if "rlhf.serving.core" in child.cmdline())
     engines.suspend()
     with ThreadPoolExecutor(1) as beside:
@@ -278,10 +283,12 @@ def test_engines_that_die_are_there_again_and_answer_the_same(server: Server) ->
         with pytest.raises(openai.InternalServerError) as failed:
             asked.result(SECONDS)
     assert failed.value.body["code"] == "engine_error"  # type: ignore[index]
+    assert counted(server) == numbers  # it had no text
     with pytest.raises(openai.InternalServerError, match="try again"):
         server.ask()
     assert server.raw.get("/health").status_code == 503
     until(lambda: server.raw.get("/health").status_code == 200, "they do not come back")
+    assert counted(server) == numbers  # no alias means another version
     assert server.ask(model="assistant@champion").choices[0].message.content == before
     assert server.health()["problems"] == {}
     assert "ended by itself (-9)" in server.said()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from rlhf import config, registry
 from rlhf.errors import UserError
 from rlhf.serving import versions
+from rlhf.serving.bodies import ChatBody
+from rlhf.serving.exchange import begin
+from rlhf.serving.keys import Caller
+from rlhf.serving.replies import RefusedError
+from rlhf.serving.traffic import Traffic
 from rlhf.serving.versions import Versions
 
 PROJECT = Path(__file__).parents[2]
@@ -81,6 +87,16 @@ def serving(held: Versions) -> dict[str, int]:
     return {alias: version.number for alias, version in held.by_alias.items() if version.engine.alive}
 
 
+def refused(held: Versions, model: str) -> tuple[int, dict[str, str]]:
+    """Status and header of the reply to who asks for a model that nothing answers for."""
+    traffic = Traffic(held, cast(Any, None), held.settings.traffic)
+    service: Any = SimpleNamespace(versions=held, traffic=traffic, record=SimpleNamespace(takes=bool), opening=asyncio.Lock())
+    body = ChatBody.model_validate({"model": model, "messages": [{"role": "user", "content": "Who?"}]})
+    with pytest.raises(RefusedError) as error:
+        asyncio.run(begin(service, body, Caller(None, (), 0, None), None))
+    return error.value.status, error.value.headers
+
+
 def test_a_candidate_that_takes_the_process_with_it_is_left_alone_and_the_champion_is_there_again(known: Registry, held: Versions) -> None:
     known.aliases, known.deadly = {"champion": 1, "candidate": 2}, {2}
     held.refresh()
@@ -113,6 +129,9 @@ def test_what_an_alias_meant_before_is_tried_again_however_often_it_fails(known:
         assert [held.is_awaited(name) for name in ("assistant", "assistant@champion", "assistant@candidate", "assistant/1", "other")] == [
             *(True, True, False, False, False)
         ]
+        if not expected:
+            assert refused(held, "assistant") == (503, {"retry-after": "1"})
+            assert refused(held, "other") == (404, {})
     assert known.opened == [1, 2, 1, 1, 1]
     assert held.swaps == 2  # when it came, and came back
     held.stop()
