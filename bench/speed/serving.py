@@ -32,7 +32,7 @@ Round = dict[str, tuple[Step, list[Heard]]]
 def main(
     model: Annotated[Path | None, typer.Option(help="The folder of a model; without it, a random one of the sandbox's shape.")] = None,
     clients: Annotated[int, typer.Option(help="Clients at once.")] = 64,
-    requests: Annotated[int, typer.Option(help="Requests of a round.")] = 128,
+    requests: Annotated[int, typer.Option(help="Requests of a round: some waves of them.")] = 256,
     rounds: Annotated[int, typer.Option(help="Rounds; medians count.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of `generate`; the server has those of its params.")] = 2,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
