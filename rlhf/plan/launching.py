@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.launcher import command, space
 from rlhf.launcher.space import GIB, text
 from rlhf.plan.findings import Findings
+from rlhf.workspace import precision
 
 HOST = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 BATCHES = {
@@ -57,6 +58,8 @@ def check(root: Path, stages: Sequence[str], params: Params, findings: Findings)
     if launch.precision == "fp16" and gpus == [] and not _computes_in_half():
         what = "launch.precision is fp16, in which this machine's processor cannot train"
         findings.problems.append(UserError(what, remedy="set it to fp32 or bf16"))
+    if doubt := precision.doubt(launch):
+        findings.notes.append(doubt)
     return gpus, nodes
 
 

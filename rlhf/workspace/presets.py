@@ -90,7 +90,8 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
         _write(dvc, dag)
         done.append(f"wrote dvc.yaml for algorithm {params.algorithm}")
     _write(root / "params.yaml", _text(raw, editor) if changed else text)
-    return [*done, f"wrote params.yaml from {origin}"]
+    doubt = precision.doubt(params.launch)
+    return [*done, f"wrote params.yaml from {origin}", *([f"note: {doubt}"] if doubt else [])]
 
 
 def with_values(text: str, overrides: Sequence[str], origin: str) -> tuple[str, config.Params]:
