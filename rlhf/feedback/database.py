@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,6 @@ from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
     DBAPIError,
-    DisconnectionError,
     NoSuchModuleError,
     OperationalError,
     SQLAlchemyError,
@@ -80,14 +79,18 @@ class Database:
 
     def __init__(self, place: str) -> None:
         self.engine = create_engine(place, pool_pre_ping=True, connect_args=_arguments(place))
-        if self.engine.dialect.name == "sqlite":
-            _prepare(self.engine)
+        self._is_there = _prepare(self.engine) if self.engine.dialect.name == "sqlite" else lambda: True
         self._writing = self.engine.execution_options(rlhf_writing=True)
         with self._writing.begin() as connection:  # two that start side by side would both make the tables
             if self.engine.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
             Base.metadata.create_all(connection)
             _check_layout(connection)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is what was opened: a file that was deleted or replaced has to be opened anew, as its tables may be other ones."""
+        return self._is_there()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -162,29 +165,35 @@ def _arguments(place: str) -> dict[str, Any]:
     return {"timeout": SECONDS_TO_WAIT} if place.startswith("sqlite:") else {"connect_timeout": 10}
 
 
-def _prepare(engine: Engine) -> None:
-    """Have SQLite keep what it acknowledged, let others read meanwhile, and wait for those that write.
+def _prepare(engine: Engine) -> Callable[[], bool]:
+    """Have SQLite keep what it acknowledged, let others read meanwhile, and wait for those that write; whether the file is still the same.
 
     The driver's own transactions begin as ones that read, and one of them that goes on to write fails at once where another has written.
     """
+    opened: list[int | None] = []
 
     def file() -> int | None:
         place = Path(engine.url.database or "")
         return place.stat().st_ino if place.is_file() else None
 
+    def is_there() -> bool:
+        return not opened or file() == opened[0]
+
     @event.listens_for(engine, "checkout")
-    def taken(_: Any, entry: Any, __: Any) -> None:
-        if file() != entry.info["file"]:  # it was deleted or replaced: what is written to it would be acknowledged, and gone
-            raise DisconnectionError("the file of the record is another one")
+    def taken(*_: Any) -> None:
+        if not is_there():  # what is written to it would be acknowledged, and gone; and what is there now has not been looked at
+            raise UserError("the file of the record was deleted or replaced", remedy="try again: it is opened anew")
 
     @event.listens_for(engine, "connect")
-    def connected(connection: Any, entry: Any) -> None:
+    def connected(connection: Any, _: Any) -> None:
         connection.isolation_level = None
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
             connection.execute(f"PRAGMA {setting}").close()
-        entry.info["file"] = file()
+        opened.extend([] if opened else [file()])
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         kind = "IMMEDIATE" if connection.get_execution_options().get("rlhf_writing") else "DEFERRED"
         connection.exec_driver_sql(f"BEGIN {kind}")
+
+    return is_there

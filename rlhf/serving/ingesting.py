@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -41,17 +40,28 @@ class Ratings:
         self._root, self._settings = root, params.feedback
         self._asked, self._stopping = threading.Event(), threading.Event()
         self._not_before = 0.0
+        self._record: Database | None = None
+        self._opening = threading.Lock()
         self.problem: str | None = None  # why they were not ingested the last time
         self._looking = threading.Thread(target=self._look_on, name="ingesting", daemon=True)
 
-    @cached_property
+    @property
     def record(self) -> Database:
-        """Opened as it is used first.
+        """Opened as it is used first, and anew where its file has become another one.
 
         Raises:
             UserError: it cannot be.
         """
-        return database.connect(self._root, self.params)
+        with self._opening:
+            if self._record is None or not self._record.is_there:
+                self._leave()
+                self._record = database.connect(self._root, self.params)
+            return self._record
+
+    def _leave(self) -> None:
+        if self._record:
+            self._record.close()
+        self._record = None
 
     def start(self) -> None:
         if self._settings.ingest_ratings or self._settings.ingest_hours:
@@ -62,8 +72,7 @@ class Ratings:
         self._asked.set()
         if self._looking.is_alive():
             self._looking.join()
-        if "record" in self.__dict__:
-            self.record.close()
+        self._leave()
 
     def rated(self) -> None:
         """Look soon: there is one more."""

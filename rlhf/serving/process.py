@@ -74,6 +74,7 @@ class EngineProcess:
         self._taken: dict[int, _Taken] = {}
         self._replies: dict[int, SimpleQueue[tuple[str, Any]]] = {}  # to what was asked of an engine as a whole
         self.alive, self._ends = True, False
+        self.started = self.stood = False  # whether it has said a word; whether it was ended as it stood still
         self._heard = time.monotonic() + patience.start
         self._hearing = threading.Thread(target=self._hear, name="engines", daemon=True)
         self._hearing.start()
@@ -119,6 +120,10 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._hearing.join()
+
+    def stood_since(self, moment: float) -> bool:
+        """Whether it was ended as it stood still, and had done so before a moment (`time.monotonic`)."""
+        return self.stood and self._heard < moment
 
     def kill(self) -> None:
         """End the process at once, if it has not ended."""
@@ -177,6 +182,7 @@ class EngineProcess:
             stands = now > self._heard + self.patience.late or any(now > taken.deadline for taken in [*self._taken.values()])
             late = late + 1 if stands else 0
             if late == LOOKS:
+                self.stood = True
                 logger.error("what should have come %.0f seconds ago has not: %s", self.patience.late, STANDS)
                 self._process.kill()
 
@@ -188,7 +194,7 @@ class EngineProcess:
                 if what == "told":
                     self._deliver(given[0])
                 elif what == "here":
-                    self._heard = time.monotonic()  # it has started
+                    self._heard, self.started = time.monotonic(), True
                 else:
                     number, *more = given
                     self._replies.pop(number).put((what, more[0] if more else None))

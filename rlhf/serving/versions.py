@@ -19,6 +19,7 @@ from rlhf.serving.process import EngineClient, EngineProcess
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d{0,8}))?", re.ASCII)
 
+SECONDS_BETWEEN_LOOKS = 1.0  # whether the process that is waited for at the end has started
 SECONDS_BETWEEN_TRIES = 600.0  # of a version that cannot be opened: there may have been no memory for it, say
 CHAMPION, CANDIDATE = "champion", "candidate"
 
@@ -72,6 +73,7 @@ class Versions:
         self._failed: dict[int, _Failed] = {}
         self._pointed: Mapping[str, int] = {}
         self._meant: dict[str, int] = {}  # by alias, the number of what was last opened for it
+        self._served: dict[str, int] = {}  # by alias, what answered last: it may come back after nothing did
         self._changing = threading.Lock()
         self._stopping = threading.Event()
         self._following = threading.Thread(target=self._follow, name="versions", daemon=True)
@@ -84,8 +86,10 @@ class Versions:
     def stop(self) -> None:
         """Answer what was taken, and close."""
         self._stopping.set()
-        if self._following.is_alive():
-            self._following.join()
+        while self._following.is_alive():
+            if self._process and not self._process.started:
+                self._process.kill()  # it answers nobody yet, and what waits for it would wait for its start
+            self._following.join(SECONDS_BETWEEN_LOOKS)
         for version in self._all():
             version.engine.close()
         if self._process:
@@ -229,18 +233,21 @@ class Versions:
         Raises:
             UserError: it cannot be opened.
         """
-        settings, folder, alone = self.settings, None, alone and not self._all()
+        settings, folder, process, alone = self.settings, None, None, alone and not self._all()
         if (failed := self._failed.get(number)) and failed.holds:
             raise UserError(failed.what, remedy="bring back its files, or give another version")
+        self._failed.pop(number, None)
+        began = time.monotonic()
         try:
             entry = registry.find(self._root, self._params, number)
             folder = registry.model_folder(entry.uri, self._root, self._params)
             most = settings.max_prompt_tokens + settings.max_tokens
-            engine = self._engines().open(folder, settings.slots, settings.queue, most, settings.threads)
+            process = self._engines()
+            engine = process.open(folder, settings.slots, settings.queue, most, settings.threads)
         except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
             what = error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}"
-            # one that took the process with it is tried again at once if no other one suffers for that
-            may_try = alone and self._process is not None and not self._process.alive
+            # one that took the process with it is tried again at once if no other one suffers for that, or if it was not to blame
+            may_try = process is not None and not process.alive and (alone or process.stood_since(began))
             if not may_try and (found := error.folder if isinstance(error, registry.DamagedError) else folder):
                 self._failed[number] = _Failed(what, found, _stamp(found), time.monotonic() + SECONDS_BETWEEN_TRIES)
             raise UserError(what, remedy="bring back its files, or give another version") from None
@@ -253,7 +260,8 @@ class Versions:
             before = self.by_alias.get(alias)
             if before is not version:
                 logger.warning("%s@%s is %s", self.model, alias, version.name)
-                self.swaps += before is None or before.number != version.number
+                self.swaps += self._served.get(alias) != version.number
+                self._served[alias] = version.number
         self.by_alias = found
         self._close(gone)
 

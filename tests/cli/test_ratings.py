@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from rlhf import config
 from rlhf.cli import ratings as taking
@@ -27,7 +27,7 @@ from rlhf.feedback.export import export
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.pairs import Written
 from rlhf.feedback.rating import Rater, StaleError
-from rlhf.feedback.tables import TAKING, Opinion, Pair, Rating, now
+from rlhf.feedback.tables import TAKING, Answer, Opinion, Pair, Rating, now
 from rlhf.feedback.verdicts import waiting
 from rlhf.job import Job, read_lines, write_lines
 from rlhf.locks import lock
@@ -162,6 +162,18 @@ def test_edits_of_an_application_alone_are_due_as_well(tmp_path: Path) -> None:
             own = answer(f"r{hours}")
             session.add_all([own, Opinion(token=f"t{hours}", answer=own, edit="Wir.", at=now() - timedelta(hours=hours))])
         assert ratings.due() is due
+    ratings.stop()
+
+
+def test_a_record_whose_file_was_deleted_is_opened_anew(tmp_path: Path) -> None:
+    ratings = Ratings(tmp_path, params_with(ingest_ratings=1))
+    assert not ratings.due()
+    for file in (tmp_path / "feedback").glob("feedback.db*"):
+        file.unlink()
+    with ratings.record.writing() as session:
+        session.add(answer("r"))
+    with ratings.record.reading() as session:
+        assert session.scalar(select(func.count()).select_from(Answer)) == 1
     ratings.stop()
 
 

@@ -144,6 +144,28 @@ def test_a_file_that_was_deleted_is_made_anew(place: str, tmp_path: Path, monkey
     assert "first" not in replies(place)
 
 
+def test_a_file_with_other_tables_in_its_place_is_left_as_it_is(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    other = f"{place}-other"
+    Database(other).close()
+    with closing(sqlite3.connect(tmp_path / "feedback.db-other")) as made, made:
+        made.execute("UPDATE layout SET number = 99")
+    found = Recorder(lambda: Database(place))
+    found.put(row("first"))
+    until(lambda: found.written)
+    (tmp_path / "feedback.db").rename(tmp_path / "aside")
+    for log in ("feedback.db-wal", "feedback.db-shm"):
+        (tmp_path / log).rename(tmp_path / log.replace("feedback.db", "aside"))
+    (tmp_path / "feedback.db-other").rename(tmp_path / "feedback.db")
+    found.put(row("second"))
+    until(lambda: "layout 99" in str(found.problem))
+    with closing(sqlite3.connect(tmp_path / "feedback.db")) as made:
+        assert made.execute("SELECT count(*) FROM answers").fetchone() == (0,)
+        made.execute("UPDATE layout SET number = 1").connection.commit()
+    found.stop()
+    assert replies(place) == ["second"]
+
+
 def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_FLUSH", 0.3)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError
 
 from rlhf import config
 from rlhf.errors import UserError
@@ -194,5 +194,6 @@ def test_what_is_written_to_a_file_that_is_gone_is_not_acknowledged(record: Data
         session.add(answer("before"))
     for file in (tmp_path / "feedback").glob("feedback.db*"):
         file.unlink()
-    with pytest.raises(OperationalError, match="no such table"), record.writing() as session:
+    with pytest.raises(UserError, match="deleted or replaced"), record.writing() as session:
         session.add(answer("after"))
+    assert not record.is_there

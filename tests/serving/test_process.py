@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -124,8 +125,12 @@ def test_when_it_stands_still_it_is_ended(folder: Path, many: int) -> None:
     client = process.open(folder, 8, 10_000, 128, 1)
     process._process.send_signal(signal.SIGSTOP)
     if many == 0:
+        time.sleep(0.5)  # a word that is on its way is heard before
+        began = time.monotonic()
         with pytest.raises(UserError, match="has ended"):
             process.open(folder, 8, 2, 128, 1)
+        assert process.started
+        assert process.stood_since(began)
     with suppress(ClosedError):  # the rest of them
         for _ in range(many):
             client.submit(replace(LONG, seconds=1.0, prompt=tuple(range(100))), told.put)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,6 +32,7 @@ class Registry:
         self.aliases: dict[str, int] = {}
         self.deadly: set[int] = set()
         self.deaths = 0  # of the next ones that are opened
+        self.stood = self.starts_never = False  # the processes that die did so as they had stood still; those that begin say no word
         self.opened: list[int] = []
         self._root = root
         patch.setattr(registry, "aliases", lambda *_: dict(self.aliases))
@@ -46,15 +49,26 @@ class Process:
     """In the place of the engines' process."""
 
     def __init__(self, known: Registry) -> None:
-        self.alive, self._known = True, known
+        self.alive, self._known, self.started = True, known, not known.starts_never
+        self._killed = threading.Event()
 
     def open(self, folder: Path, *_: int) -> Any:
         number = int(folder.name)
         self._known.opened.append(number)
+        if not self.started:
+            assert self._killed.wait(60)
+            raise UserError("the process of the engines has ended", remedy="")
         if number in self._known.deadly or self._known.deaths:
             self.alive, self._known.deaths = False, max(self._known.deaths - 1, 0)
             raise UserError("the process of the engines has ended", remedy="")
         return Engine(self)
+
+    def stood_since(self, _: float) -> bool:
+        return self._known.stood
+
+    def kill(self) -> None:
+        self.alive = False
+        self._killed.set()
 
     def stop(self) -> None:
         self.alive = False
@@ -133,7 +147,7 @@ def test_what_an_alias_meant_before_is_tried_again_however_often_it_fails(known:
             assert refused(held, "assistant") == (503, {"retry-after": "1"})
             assert refused(held, "other") == (404, {})
     assert known.opened == [1, 2, 1, 1, 1]
-    assert held.swaps == 2  # when it came, and came back
+    assert held.swaps == 1  # it came back as what it was
     held.stop()
 
 
@@ -153,3 +167,58 @@ def test_the_only_one_is_tried_again_and_what_cannot_be_had_any_more_is_not_held
     held.stop()
     with pytest.raises(UserError, match="the server ends"):
         held._engines()
+
+
+def test_one_whose_opening_met_a_process_that_stood_still_already_is_not_to_blame(known: Registry, held: Versions) -> None:
+    known.aliases = {"champion": 1}
+    held.refresh()
+    known.aliases, known.deaths, known.stood = {"champion": 2}, 1, True
+    held.refresh()
+    assert serving(held) == {"champion": 1}
+    held.refresh()
+    assert serving(held) == {"champion": 2}
+    assert known.opened == [1, 2, 1, 2]
+    assert held.swaps == 2
+    held.stop()
+
+
+def test_what_was_wrong_last_is_what_is_told(known: Registry, held: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known.aliases = {"champion": 1}
+    held.refresh()
+    known.aliases, known.deaths = {"champion": 2}, 1
+    held.refresh()
+    assert (serving(held), held.problems) == ({"champion": 1}, {"champion": "the process of the engines has ended"})
+    (tmp_path / "2" / "model").touch()  # and then it is damaged, and the process dies of something else
+    cast(Any, held)._process.kill()
+    find = registry.find
+
+    def damaged(*given: Any) -> Any:
+        if given[2] == 2:
+            error = registry.DamagedError("a file is missing", remedy="bring it back")
+            error.folder = tmp_path / "2"
+            raise error
+        return find(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "find", damaged)
+        for _ in range(2):
+            held.refresh()
+            assert (serving(held), held.problems) == ({"champion": 1}, {"champion": "a file is missing"})
+    (tmp_path / "2" / "model").unlink()  # as it was
+    held.refresh()
+    assert (serving(held), held.problems) == ({"champion": 2}, {})
+    held.stop()
+
+
+def test_the_end_does_not_wait_for_a_process_that_has_not_started(known: Registry, held: Versions) -> None:
+    held.settings = held.settings.model_copy(update={"refresh_seconds": 0.01})
+    known.aliases = {"champion": 1}
+    held.start()
+    known.starts_never = True
+    cast(Any, held)._process.kill()
+    while known.opened == [1]:
+        time.sleep(0.01)
+    ending = threading.Thread(target=held.stop, daemon=True)
+    ending.start()
+    ending.join(30)
+    assert not ending.is_alive()
