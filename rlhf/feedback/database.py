@@ -49,9 +49,9 @@ def connect(root: Path, params: Params) -> Database:
         UserError: its address is wrong, or nothing answers there.
     """
     place = address(root, params)
-    if place.startswith("sqlite:"):
-        folder(root).mkdir(mode=0o700, exist_ok=True)
     try:
+        if place.startswith("sqlite:"):
+            folder(root).mkdir(mode=0o700, exist_ok=True)
         return Database(place)
     except (ArgumentError, NoSuchModuleError):
         what = "serving.database (or RLHF_DATABASE_URL) is no address of a database"
@@ -59,7 +59,7 @@ def connect(root: Path, params: Params) -> Database:
     except ModuleNotFoundError as error:
         what = f"serving.database: {error.name} is not installed"
         raise UserError(what, remedy="pip install -c constraints.txt -e '.[team]'") from None
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, OSError) as error:
         what = f"the record of answers and ratings cannot be opened: {first_line(error)}"
         raise UserError(what, remedy=f"see that {place} is there and may be written to (serving.database)") from None
 
