@@ -126,7 +126,7 @@ def test_what_fails_on_one_answer_gets_the_stated_score(root: Path, name: str, t
 
 
 def test_nothing_is_left_of_a_function_that_hangs(root: Path) -> None:
-    with opened(root, function("hangs", seconds=0.5)) as checkers:
+    with opened(root, function("hangs", seconds=2.0)) as checkers:
         started = time.monotonic()
         assert checkers.score(asked(1), ["bad"])["it"][0].score == -3
         assert time.monotonic() - started < 10
@@ -263,7 +263,7 @@ def serving(reply: Callable[[dict[str, Any], int], tuple[int, Any]]) -> Iterator
 
 def service(url: str, **changes: Any) -> HttpReward:
     values = {"name": "it", "kind": "http", "weight": 1.0, "url": url, "sources": None, "right_from": None, "batch_size": 4}
-    limits = {"seconds": 0.5, "failure_score": -3.0, "max_failed_share": 0.5, "retries": 0}
+    limits = {"seconds": 60.0, "failure_score": -3.0, "max_failed_share": 0.5, "retries": 0}
     return HttpReward.model_validate(values | limits | changes)
 
 
@@ -312,7 +312,8 @@ def test_a_service_that_does_wrong_gets_the_stated_score(root: Path, reply: Any,
             time.sleep(0.8)
         return reply[0], slowly() if reply[1] == "dripping" else reply[1]
 
-    with serving(answer) as (url, requests), opened(root, service(url, retries=1)) as checkers:
+    seconds = 0.5 if "0.5 s" in told else 60.0
+    with serving(answer) as (url, requests), opened(root, service(url, retries=1, seconds=seconds)) as checkers:
         found = checkers.score(asked(3), ["a", "b", "c"])["it"]
         assert [outcome.score for outcome in found] == [-3] * 3
         assert told in (found[0].failure or "")
