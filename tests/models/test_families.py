@@ -161,11 +161,14 @@ def test_a_step_of_each_stage_changes_the_weights(family: str, stage: str, train
 BORN = """
 import sys
 from pathlib import Path
-import deepspeed, torch
+import torch
+from rlhf import config
+from rlhf.engine.distributed import start
 from rlhf.engine.partition import born, is_partitioned
+from rlhf.job import Job
 from rlhf.models.policy import load_policy
 
-deepspeed.init_distributed("gloo")
+start(Job("sft", config.load(), Path.cwd(), Path.cwd(), "cpu", 0, 1, 0))
 for folder in map(Path, sys.argv[1:]):
     whole = load_policy(folder, "bf16")
     with born({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}):
@@ -181,10 +184,11 @@ for folder in map(Path, sys.argv[1:]):
 
 def test_a_model_born_in_parts_keeps_the_precision_of_its_positions(trained: tuple[Path, str]) -> None:
     """DeepSpeed would round the frequencies of rotary embeddings: in bf16, tokens would stand at other places than in a whole model."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
-    own = place | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    own = ranks | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     folders = [str(trained[0] / family / "models/base") for family in FAMILIES]
-    done = subprocess.run([sys.executable, "-c", BORN, *folders], env=os.environ | own, capture_output=True, text=True, check=False)
+    words, place = [sys.executable, "-c", BORN, *folders], trained[0] / "opt"
+    done = subprocess.run(words, cwd=place, env=os.environ | own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
