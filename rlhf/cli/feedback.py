@@ -35,8 +35,8 @@ def forget(
     # else what is deleted here would become data a moment later
     with lock(root, "ingest", refuse=f"{root}: ratings are being ingested, and may hold what this user asked"):
         record = database.connect(root, config.load(root / "params.yaml"))
-        name = Hashes(root).of("user", user)
         with record.reading() as session:
+            name = Hashes(root, new=not forgetting.knows_users(session)).of("user", user)
             texts = forgetting.texts_of(session, name)
         set_aside = forgetting.delete(root, texts)  # first: the record alone knows what to look for
         held = forgetting.data(root, texts)

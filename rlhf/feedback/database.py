@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from sqlalchemy import Connection, CursorResult, Engine, create_engine, delete, event, func, insert, select, text
+from sqlalchemy import Connection, CursorResult, create_engine, delete, func, insert, select, text
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
+from rlhf.feedback.sqlite import File, check_layout
 from rlhf.feedback.tables import LAYOUT, Answer, Base, Layout, Opinion, Pair, Rating
 from rlhf.workspace.find import home
 
@@ -74,12 +75,12 @@ class Database:
 
     Raises:
         SQLAlchemyError: it cannot be opened.
-        UserError: its tables have another layout.
+        UserError: its tables have another layout, or are none of a record.
     """
 
     def __init__(self, place: str) -> None:
         self.engine = create_engine(place, pool_pre_ping=True, connect_args=_arguments(place))
-        self._is_there = _prepare(self.engine) if self.engine.dialect.name == "sqlite" else lambda: True
+        self._file = File(self.engine) if self.engine.dialect.name == "sqlite" else None
         self._writing = self.engine.execution_options(rlhf_writing=True)
         with self._writing.begin() as connection:  # two that start side by side would both make the tables
             if self.engine.dialect.name == "postgresql":
@@ -90,7 +91,7 @@ class Database:
     @property
     def is_there(self) -> bool:
         """Whether it is what was opened: a file that was deleted or replaced has to be opened anew, as its tables may be other ones."""
-        return self._is_there()
+        return self._file is None or self._file.is_there
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -100,9 +101,15 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """A session whose changes are all there after the block, or none of them where it raises. It waits for others that write."""
+        """A session whose changes are all there after the block, or none of them where it raises. It waits for others that write.
+
+        Raises:
+            UserError: the file was deleted or replaced meanwhile.
+        """
         with Session(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
+        if self._file:
+            self._file.check()
 
     def forget(self, user: str) -> dict[str, int]:
         """Delete what a user asked, and all that hangs on it; how many rows of each table.
@@ -142,6 +149,9 @@ class Database:
         return cast("CursorResult[Any]", gone).rowcount
 
     def close(self) -> None:
+        if not self.is_there:
+            with suppress(SQLAlchemyError, UserError):  # one that is taken parts from its file
+                self.engine.connect()
         self.engine.dispose()
 
 
@@ -156,44 +166,9 @@ def _check_layout(connection: Connection) -> None:
     found = connection.scalar(select(Layout.number))
     if found is None:
         connection.execute(insert(Layout).values(number=LAYOUT))
-    elif found != LAYOUT:
-        what = f"the record of answers and ratings has its tables in layout {found}, and this code knows layout {LAYOUT}"
-        raise UserError(what, remedy="use the code that made them (git log -- rlhf/feedback/tables.py), or give another serving.database")
+    else:
+        check_layout(found)
 
 
 def _arguments(place: str) -> dict[str, Any]:
     return {"timeout": SECONDS_TO_WAIT} if place.startswith("sqlite:") else {"connect_timeout": 10}
-
-
-def _prepare(engine: Engine) -> Callable[[], bool]:
-    """Have SQLite keep what it acknowledged, let others read meanwhile, and wait for those that write; whether the file is still the same.
-
-    The driver's own transactions begin as ones that read, and one of them that goes on to write fails at once where another has written.
-    """
-    opened: list[int | None] = []
-
-    def file() -> int | None:
-        place = Path(engine.url.database or "")
-        return place.stat().st_ino if place.is_file() else None
-
-    def is_there() -> bool:
-        return not opened or file() == opened[0]
-
-    @event.listens_for(engine, "checkout")
-    def taken(*_: Any) -> None:
-        if not is_there():  # what is written to it would be acknowledged, and gone; and what is there now has not been looked at
-            raise UserError("the file of the record was deleted or replaced", remedy="try again: it is opened anew")
-
-    @event.listens_for(engine, "connect")
-    def connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
-            connection.execute(f"PRAGMA {setting}").close()
-        opened.extend([] if opened else [file()])
-
-    @event.listens_for(engine, "begin")
-    def begun(connection: Connection) -> None:
-        kind = "IMMEDIATE" if connection.get_execution_options().get("rlhf_writing") else "DEFERRED"
-        connection.exec_driver_sql(f"BEGIN {kind}")
-
-    return is_there

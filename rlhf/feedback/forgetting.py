@@ -22,6 +22,11 @@ INGESTING = "ingest-"  # how the name of a folder begins in which an ingest writ
 Texts = Mapping[str, set[str]]  # by prompt, as JSON: answers to it, as they were given or edited
 
 
+def knows_users(session: Session) -> bool:
+    """Whether a user was named with any answer of the record."""
+    return session.scalar(select(Answer.id).where(Answer.user.is_not(None)).limit(1)) is not None
+
+
 def texts_of(session: Session, user: str) -> Texts:
     """What a user asked and was told, and what people made of it.
 

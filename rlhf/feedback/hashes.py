@@ -20,14 +20,27 @@ class Hashes:
 
     Args:
         root: the workspace.
+        new: whether it is made.
 
     Raises:
-        UserError: the key is empty, or others may read it.
+        UserError: the key is empty, or others may read it; or it is missing.
     """
 
-    def __init__(self, root: Path) -> None:
-        given = os.environ.get(VARIABLE)
-        self._key = given.encode() if given else _own_key(folder(root) / "key")
+    def __init__(self, root: Path, *, new: bool = True) -> None:
+        self._given, self._path = os.environ.get(VARIABLE), folder(root) / "key"
+        if not (self._given or new or self._path.exists()):
+            what = f"{self._path}: the key of users' hashes is missing, and a new one would find nobody"
+            raise UserError(what, remedy=f"restore it, or give it as {VARIABLE}")
+        self._key = secrets.token_hex(32).encode()
+        self.keep()
+
+    def keep(self) -> None:
+        """See that the key is where it is looked for: written where the file has gone, read where there is one.
+
+        Raises:
+            UserError: the key is empty, or others may read it.
+        """
+        self._key = self._given.encode() if self._given else _own_key(self._path, self._key)
 
     def of(self, kind: str, name: str) -> str:
         """The hash of a name, in 64 hexadecimal digits.
@@ -43,12 +56,13 @@ class Hashes:
         return int(self.of(kind, name), 16) % 2**BITS / 2**BITS
 
 
-def _own_key(path: Path) -> bytes:
+def _own_key(path: Path, key: bytes) -> bytes:
+    """The key in a file, where the one given is written if there is none."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     beside = path.with_name(f"key.{secrets.token_hex(8)}")
     if not path.exists():
         beside.touch(0o600)
-        beside.write_text(secrets.token_hex(32))
+        beside.write_bytes(key)
         try:
             path.hardlink_to(beside)  # whole, and of two that make it at once, the first one's
         except FileExistsError:
@@ -57,6 +71,6 @@ def _own_key(path: Path) -> bytes:
             beside.unlink()
     if path.stat().st_mode & 0o077:
         raise UserError(f"{path}: others may read the key of users' hashes", remedy=f"chmod 600 {path}")
-    if not (key := path.read_bytes().strip()):
+    if not (found := path.read_bytes().strip()):
         raise UserError(f"{path}: the key of users' hashes is empty", remedy="restore it, or delete it and have users counted anew")
-    return key
+    return found

@@ -98,6 +98,8 @@ class Recorder:
                 rows.append(self._rows.get(timeout=SECONDS_TO_GATHER))
             except Empty:
                 self._clear()
+                if self._database and not self._database.is_there:
+                    self._leave()  # before somebody opens what is there now
                 continue
             self._stopping.wait(SECONDS_TO_GATHER)
             while len(rows) < BATCH and not self._rows.empty():

@@ -76,6 +76,7 @@ class Core:
                 return
             self._send("opened", engine, writer.capacity)
 
+        self._send("begun", engine)
         threading.Thread(target=work, daemon=True).start()  # it takes seconds, in which others are answered
 
     def _ask(self, engine: int, number: int, request: Request) -> None:

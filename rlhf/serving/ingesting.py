@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import func, select
 
 from rlhf.config import Params
-from rlhf.errors import first_line
+from rlhf.errors import UserError, first_line
 from rlhf.feedback import database
 from rlhf.feedback.database import Database
 from rlhf.feedback.tables import Opinion, Rating, now
@@ -42,6 +42,7 @@ class Ratings:
         self._not_before = 0.0
         self._record: Database | None = None
         self._opening = threading.Lock()
+        self._refusal: tuple[float, UserError] | None = None  # when it could not be opened the last time, and why
         self.problem: str | None = None  # why they were not ingested the last time
         self._looking = threading.Thread(target=self._look_on, name="ingesting", daemon=True)
 
@@ -52,10 +53,17 @@ class Ratings:
         Raises:
             UserError: it cannot be.
         """
+        came = time.monotonic()
         with self._opening:
+            if self._refusal and self._refusal[0] > came:  # while this one waited: it is not to wait as long again
+                raise self._refusal[1]
             if self._record is None or not self._record.is_there:
                 self._leave()
-                self._record = database.connect(self._root, self.params)
+                try:
+                    self._record = database.connect(self._root, self.params)
+                except UserError as error:
+                    self._refusal = time.monotonic(), error
+                    raise
             return self._record
 
     def _leave(self) -> None:

@@ -32,6 +32,10 @@ STANDS = "the engines stand still, and are ended"
 GONE = "gone", "the process of the engines has ended"
 
 
+class UnheardError(UserError):
+    """The process ended before it heard what it was to open, which so was not why it ended."""
+
+
 class AtWork(NamedTuple):
     """What an engine has to do for users."""
 
@@ -74,7 +78,8 @@ class EngineProcess:
         self._taken: dict[int, _Taken] = {}
         self._replies: dict[int, SimpleQueue[tuple[str, Any]]] = {}  # to what was asked of an engine as a whole
         self.alive, self._ends = True, False
-        self.started = self.stood = False  # whether it has said a word; whether it was ended as it stood still
+        self.started = False  # whether it has said a word
+        self._begun: set[int] = set()  # engines that it may have ended over, as it began to open them
         self._heard = time.monotonic() + patience.start
         self._hearing = threading.Thread(target=self._hear, name="engines", daemon=True)
         self._hearing.start()
@@ -91,6 +96,7 @@ class EngineProcess:
             threads: of the processor, where the model computes on one.
 
         Raises:
+            UnheardError: the process ended, and not over this model.
             UserError: it cannot be opened.
         """
         from rlhf.models.tokenizer import load_tokenizer
@@ -98,7 +104,8 @@ class EngineProcess:
         tokenizer, number = load_tokenizer(folder), next(self._numbers)
         said, what = self._ask_engine(number, "open", folder, slots, most_tokens, threads)
         if said != "opened":
-            raise UserError(what, remedy="bring back its files, or see that it has memory enough")
+            refusal = UnheardError if said == GONE[0] and number not in self._begun else UserError
+            raise refusal(what, remedy="bring back its files, or see that it has memory enough")
         return EngineClient(self, number, tokenizer, what, slots, queue)
 
     def close(self, number: int, until: float) -> None:
@@ -120,10 +127,6 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
         self._hearing.join()
-
-    def stood_since(self, moment: float) -> bool:
-        """Whether it was ended as it stood still, and had done so before a moment (`time.monotonic`)."""
-        return self.stood and self._heard < moment
 
     def kill(self) -> None:
         """End the process at once, if it has not ended."""
@@ -165,6 +168,7 @@ class EngineProcess:
             return reply.get(timeout=None if until is None else max(until - time.monotonic(), 0.0))
         except Empty:
             logger.error("an engine does not close: %s", STANDS)
+            self._begun.clear()
             self._process.kill()
             return reply.get()
 
@@ -182,7 +186,6 @@ class EngineProcess:
             stands = now > self._heard + self.patience.late or any(now > taken.deadline for taken in [*self._taken.values()])
             late = late + 1 if stands else 0
             if late == LOOKS:
-                self.stood = True
                 logger.error("what should have come %.0f seconds ago has not: %s", self.patience.late, STANDS)
                 self._process.kill()
 
@@ -195,6 +198,8 @@ class EngineProcess:
                     self._deliver(given[0])
                 elif what == "here":
                     self._heard, self.started = time.monotonic(), True
+                elif what == "begun":
+                    self._begun.add(given[0])
                 else:
                     number, *more = given
                     self._replies.pop(number).put((what, more[0] if more else None))

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.config import Params
 from rlhf.feedback import database
+from rlhf.feedback.database import Database
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.recorder import Recorder
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
@@ -38,7 +39,13 @@ class Record:
     def __init__(self, root: Path, params: Params) -> None:
         self._keep = params.serving.keep
         self.hashes = Hashes(root)
-        self.recorder = Recorder(lambda: database.connect(root, params), days=params.serving.keep_days)
+
+        def connect() -> Database:
+            found = database.connect(root, params)
+            self.hashes.keep()  # its folder may have gone, and the key with it
+            return found
+
+        self.recorder = Recorder(connect, days=params.serving.keep_days)
 
     def takes(self, body: Asked) -> bool:
         """Whether the answers to a request are recorded.

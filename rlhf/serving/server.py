@@ -8,6 +8,7 @@ import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -61,7 +62,20 @@ def serve(root: Path, params: Params, port: int | None, say: Callable[[str], Any
         timeout_graceful_shutdown=SECONDS_TO_END,
         server_header=False,
     )
-    uvicorn.Server(options).run([listener])
+    _Server(options, service).run([listener])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which ends by SIGINT or SIGTERM also while the first versions are being opened."""
+
+    def __init__(self, options: uvicorn.Config, service: Service) -> None:
+        super().__init__(options)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if not self.started:
+            self._service.versions.give_up()
 
 
 def listen(host: str, port: int, asks: bool) -> socket.socket:

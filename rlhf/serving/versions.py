@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf import registry
 from rlhf.config import Params
 from rlhf.errors import UserError, first_line
-from rlhf.serving.process import EngineClient, EngineProcess
+from rlhf.serving.process import EngineClient, EngineProcess, UnheardError
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"(?P<model>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<number>[1-9]\d{0,8}))?", re.ASCII)
@@ -82,6 +82,12 @@ class Versions:
         """Open what the aliases point at, and follow them from now on."""
         self.refresh()
         self._following.start()
+
+    def give_up(self) -> None:
+        """Open nothing any more, and have what is being opened fail: the server is to end before it has begun."""
+        self._stopping.set()
+        if self._process:
+            self._process.kill()
 
     def stop(self) -> None:
         """Answer what was taken, and close."""
@@ -237,7 +243,6 @@ class Versions:
         if (failed := self._failed.get(number)) and failed.holds:
             raise UserError(failed.what, remedy="bring back its files, or give another version")
         self._failed.pop(number, None)
-        began = time.monotonic()
         try:
             entry = registry.find(self._root, self._params, number)
             folder = registry.model_folder(entry.uri, self._root, self._params)
@@ -247,7 +252,7 @@ class Versions:
         except Exception as error:  # of whatever kind: a version that cannot be opened must not end what is served
             what = error.what if isinstance(error, UserError) else f"version {number}: {first_line(error)}"
             # one that took the process with it is tried again at once if no other one suffers for that, or if it was not to blame
-            may_try = process is not None and not process.alive and (alone or process.stood_since(began))
+            may_try = isinstance(error, UnheardError) or (process is not None and not process.alive and alone)
             if not may_try and (found := error.folder if isinstance(error, registry.DamagedError) else folder):
                 self._failed[number] = _Failed(what, found, _stamp(found), time.monotonic() + SECONDS_BETWEEN_TRIES)
             raise UserError(what, remedy="bring back its files, or give another version") from None

@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,29 @@ def test_a_record_whose_file_was_deleted_is_opened_anew(tmp_path: Path) -> None:
     ratings.stop()
 
 
+def test_whoever_waits_for_a_record_that_cannot_be_opened_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratings, tried, together = Ratings(tmp_path, params_with()), list[float](), threading.Barrier(4)
+
+    def refuse(*_: object) -> Database:
+        tried.append(time.monotonic())
+        time.sleep(1)
+        raise UserError("it is locked", remedy="wait")
+
+    def use() -> str:
+        together.wait()
+        with pytest.raises(UserError) as refused:
+            ratings.record.close()
+        return refused.value.what
+
+    monkeypatch.setattr(database, "connect", refuse)
+    with ThreadPoolExecutor(4) as pages:
+        assert {page.result() for page in [pages.submit(use) for _ in range(4)]} == {"it is locked"}
+    assert len(tried) == 1
+    with pytest.raises(UserError):  # who comes later tries again
+        ratings.record.close()
+    assert len(tried) == 2
+
+
 def test_a_refusal_is_no_problem_any_more_once_nothing_is_due(tmp_path: Path) -> None:
     ratings = Ratings(tmp_path, params_with(ingest_ratings=1))
     ratings.problem = "raters agree too little"
@@ -299,6 +324,11 @@ def test_of_who_is_forgotten_no_row_stays_aside_and_what_is_data_is_named(
     capsys.readouterr()
     forget("bert")
     assert "nothing that this user asked is recorded" in capsys.readouterr().out
+    with record.writing() as session:
+        session.add(answer("carl", user=Hashes(tmp_path).of("user", "carl")))
+    (tmp_path / "feedback/key").unlink()
+    with pytest.raises(UserError, match="the key of users' hashes is missing"):  # it would not find, and say that there is nothing
+        forget("carl")
     record.close()
 
 

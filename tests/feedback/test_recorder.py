@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from rlhf import config
 from rlhf.errors import UserError
-from rlhf.feedback import recorder
+from rlhf.feedback import database, recorder
 from rlhf.feedback.database import Database
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.recorder import Recorder
 from rlhf.feedback.tables import Answer, Opinion
 from tests.feedback.test_tables import pair, rating
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def row(reply: str, **more: Any) -> dict[str, Any]:
@@ -166,6 +169,105 @@ def test_a_file_with_other_tables_in_its_place_is_left_as_it_is(place: str, tmp_
     assert replies(place) == ["second"]
 
 
+def made(place: str, *names: str) -> None:
+    record = Database(place)
+    with record.writing() as session:
+        session.add_all([Answer(**row(name)) for name in names])
+    record.close()
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_backup_takes_the_place_and_each_file_keeps_what_is_its_own(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: bool
+) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    made(f"{place}-backup", *(f"backup-{number:03}" for number in range(300)))
+    found = Recorder(lambda: Database(place))
+    names = [f"first-{number:03}" for number in range(300)]
+    for name in names:
+        found.put(row(name))
+    until(lambda: found.written == len(names))
+    assert (tmp_path / "feedback.db-wal").stat().st_size > 0  # not all that was acknowledged is in the file itself
+    (tmp_path / "feedback.db").rename(tmp_path / "aside")  # as an operator does who knows nothing of logs
+    (tmp_path / "feedback.db-backup").rename(tmp_path / "feedback.db")
+    if at_work:
+        found.put(row("then"))
+    else:  # it is noticed all the same, before somebody opens the one with the other's log
+        until(lambda: not (tmp_path / "feedback.db-wal").exists())
+        found.put(row("then"))
+    found.stop()
+    assert replies(place) == [*(f"backup-{number:03}" for number in range(300)), "then"]
+    assert replies(f"sqlite:///{tmp_path / 'aside'}") == names
+
+
+def test_a_log_that_was_deleted_costs_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    found = Recorder(lambda: Database(place))
+    found.put(row("first"))
+    until(lambda: found.written)
+    (tmp_path / "feedback.db-wal").unlink()
+    (tmp_path / "feedback.db-shm").unlink()
+    found.put(row("second"))
+    found.stop()
+    assert replies(place) == ["first", "second"]
+
+
+@pytest.mark.parametrize("wrong", ["a folder", "nothing where a folder is to be"])
+def test_a_place_that_no_file_can_be_in_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    params = config.load(REPOSITORY / "params.yaml")
+    if wrong == "a folder":
+        (tmp_path / "feedback/feedback.db").mkdir(parents=True)
+    else:
+        (tmp_path / "feedback").touch()
+    with pytest.raises(UserError, match="cannot be opened"):
+        database.connect(tmp_path, params)
+    found = Recorder(lambda: database.connect(tmp_path, params))
+    found.put(row("first"))
+    until(lambda: found.problem)
+    if wrong == "a folder":
+        (tmp_path / "feedback/feedback.db").rmdir()
+    else:
+        (tmp_path / "feedback").unlink()
+    found.stop()
+    assert replies(f"sqlite:///{tmp_path / 'feedback/feedback.db'}") == ["first"]
+
+
+def test_what_is_written_as_the_file_goes_is_not_acknowledged(place: str, tmp_path: Path) -> None:
+    made(f"{place}-other", "other")
+    record = Database(place)
+
+    def write() -> None:
+        with record.writing() as session:
+            session.add(Answer(**row("first")))
+            session.flush()
+            (tmp_path / "feedback.db-other").replace(tmp_path / "feedback.db")
+            with pytest.raises(UserError, match="replaced"):  # with a connection of its own, and not of the new file
+                record.engine.connect()
+
+    with pytest.raises(UserError, match="replaced"):
+        write()
+    record.close()
+    assert replies(place) == ["other"]
+
+
+def test_a_file_of_something_else_is_not_touched(place: str, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "feedback.db")) as other, other:
+        other.execute("CREATE TABLE mine (a)")
+    before = (tmp_path / "feedback.db").read_bytes()
+    with pytest.raises(UserError, match=r"other tables .*\(mine\)"):
+        Database(place)
+    made(f"{place}-99", "other")
+    with closing(sqlite3.connect(tmp_path / "feedback.db-99")) as other, other:
+        other.execute("UPDATE layout SET number = 99")
+        other.commit()
+        other.execute("PRAGMA journal_mode = DELETE")
+    later = (tmp_path / "feedback.db-99").read_bytes()
+    with pytest.raises(UserError, match="layout 99"):
+        Database(f"{place}-99")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [before, later]
+
+
 def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_FLUSH", 0.3)
 
@@ -245,7 +347,18 @@ def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.
     assert abs(sum(share < 0.25 for share in shares) / 4000 - 0.25) < 0.03
     assert all(0 <= share < 1 for share in shares)
     assert [path.name for path in (tmp_path / "a/feedback").iterdir()] == ["key"]
-    (tmp_path / "a/feedback/key").chmod(0o644)
+    before, key = first.of("user", "ü"), tmp_path / "a/feedback/key"
+    key.unlink()
+    key.parent.rmdir()
+    first.keep()  # what a server hashed with it is found later, too
+    assert Hashes(tmp_path / "a", new=False).of("user", "ü") == first.of("user", "ü") == before
+    assert key.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(UserError, match="is missing"):
+        Hashes(tmp_path / "c", new=False)
+    key.write_text("restored")
+    first.keep()
+    assert first.of("user", "ü") == Hashes(tmp_path / "a").of("user", "ü") != before
+    key.chmod(0o644)
     with pytest.raises(UserError, match="others may read"):
         Hashes(tmp_path / "a")
     monkeypatch.setenv("RLHF_HASH_KEY", "of the team")

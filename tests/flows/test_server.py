@@ -21,6 +21,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import SetStateStatus
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Running
@@ -56,7 +57,9 @@ def test_a_person_has_the_last_word(answer: dict[str, Any], word: Word) -> None:
             paused = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PAUSED])))
             while not (found := client.read_flow_runs(flow_run_filter=paused)):
                 time.sleep(0.2)
-            client.resume_flow_run(found[0].id, run_input=answer)
+            # Prefect says what is asked for a moment after it has paused, and refuses an answer before that
+            while client.resume_flow_run(found[0].id, run_input=answer).status != SetStateStatus.ACCEPT:
+                time.sleep(0.2)
             return found[0].state_name or ""
 
     with ThreadPoolExecutor(1) as pool:

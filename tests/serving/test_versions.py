@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +19,7 @@ from rlhf.serving import versions
 from rlhf.serving.bodies import ChatBody
 from rlhf.serving.exchange import begin
 from rlhf.serving.keys import Caller
+from rlhf.serving.process import UnheardError
 from rlhf.serving.replies import RefusedError
 from rlhf.serving.traffic import Traffic
 from rlhf.serving.versions import Versions
@@ -32,7 +34,7 @@ class Registry:
         self.aliases: dict[str, int] = {}
         self.deadly: set[int] = set()
         self.deaths = 0  # of the next ones that are opened
-        self.stood = self.starts_never = False  # the processes that die did so as they had stood still; those that begin say no word
+        self.unheard = self.starts_never = False  # those processes that die hear of nothing before; those that begin say no word
         self.opened: list[int] = []
         self._root = root
         patch.setattr(registry, "aliases", lambda *_: dict(self.aliases))
@@ -60,11 +62,8 @@ class Process:
             raise UserError("the process of the engines has ended", remedy="")
         if number in self._known.deadly or self._known.deaths:
             self.alive, self._known.deaths = False, max(self._known.deaths - 1, 0)
-            raise UserError("the process of the engines has ended", remedy="")
+            raise (UnheardError if self._known.unheard else UserError)("the process of the engines has ended", remedy="")
         return Engine(self)
-
-    def stood_since(self, _: float) -> bool:
-        return self._known.stood
 
     def kill(self) -> None:
         self.alive = False
@@ -94,6 +93,13 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
 @pytest.fixture
 def held(known: Registry, tmp_path: Path) -> Versions:
     return Versions(tmp_path, config.load(PROJECT / "params.yaml"))
+
+
+def until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def serving(held: Versions) -> dict[str, int]:
@@ -169,10 +175,10 @@ def test_the_only_one_is_tried_again_and_what_cannot_be_had_any_more_is_not_held
         held._engines()
 
 
-def test_one_whose_opening_met_a_process_that_stood_still_already_is_not_to_blame(known: Registry, held: Versions) -> None:
+def test_one_that_a_dying_process_never_heard_of_is_not_to_blame(known: Registry, held: Versions) -> None:
     known.aliases = {"champion": 1}
     held.refresh()
-    known.aliases, known.deaths, known.stood = {"champion": 2}, 1, True
+    known.aliases, known.deaths, known.unheard = {"champion": 2}, 1, True
     held.refresh()
     assert serving(held) == {"champion": 1}
     held.refresh()
@@ -216,9 +222,20 @@ def test_the_end_does_not_wait_for_a_process_that_has_not_started(known: Registr
     held.start()
     known.starts_never = True
     cast(Any, held)._process.kill()
-    while known.opened == [1]:
-        time.sleep(0.01)
+    until(lambda: known.opened != [1])
     ending = threading.Thread(target=held.stop, daemon=True)
     ending.start()
     ending.join(30)
     assert not ending.is_alive()
+
+
+def test_one_that_ends_before_it_has_begun_waits_for_nothing(known: Registry, held: Versions) -> None:
+    known.aliases, known.starts_never = {"champion": 1, "candidate": 2}, True
+    beginning = threading.Thread(target=held.start, daemon=True)
+    beginning.start()
+    until(lambda: known.opened)
+    held.give_up()
+    held.stop()
+    beginning.join(30)
+    assert not beginning.is_alive()
+    assert known.opened == [1]
