@@ -33,10 +33,12 @@ from rlhf.serving.api import create
 from rlhf.serving.exchange import Exchange
 from rlhf.serving.service import Service
 from rlhf.serving.versions import Versions
+from tests.conftest import tiny_llama
 from tests.registry.workspaces import load, train, workspace
 
 PROJECT = Path(__file__).parents[2]
 SECONDS = 120  # they only bound a failing test
+ENDED = "rlhf_requests_total{"
 ASKED: list[Any] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -116,23 +118,22 @@ def small(root: Path, *changes: tuple[str, str]) -> None:
     (root / "params.yaml").write_text(params)
 
 
-@pytest.fixture
-def server(
-    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Server]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
-    root = workspace(tmp_path / "work", llama, tokenizer)
-    small(root)
-    found = Server(root)
-    yield found
-    found.end()
+@pytest.fixture(scope="module")
+def server(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow has set it to the workspace of another test
+        root = workspace(tmp_path_factory.mktemp("api") / "work", tiny_llama(tokenizer), tokenizer)
+        small(root)
+        found = Server(root)
+        yield found
+        found.end()
 
 
-def second_version(server: Server, llama: LlamaForCausalLM) -> int:
+def another_version(server: Server, llama: LlamaForCausalLM, number: int) -> int:
     """Register a version that answers otherwise, which no alias points at yet."""
     change(llama)
     llama.save_pretrained(server.root / "models/ppo")
-    train(server.root, 2)
+    train(server.root, number)
     return registry.register(server.root, load(server.root)).number
 
 
@@ -230,8 +231,12 @@ def test_what_is_not_honoured_or_wrong_is_refused_in_the_form_of_openai(server: 
 
 
 def test_a_client_that_leaves_makes_room(server: Server) -> None:
+    def over() -> float:
+        """Answers that have ended."""
+        return sum(float(line.rpartition(" ")[2]) for line in server.raw.get("/metrics").text.splitlines() if line.startswith(ENDED))
+
     for stream in (True, False):
-        body = {"model": "assistant", "messages": ASKED, "n": 16, "stream": stream}
+        before, body = over(), {"model": "assistant", "messages": ASKED, "n": 16, "stream": stream}
         with socket.create_connection(("127.0.0.1", httpx.URL(server.address).port or 0)) as line:
             content = json.dumps(body).encode()
             lines = (
@@ -243,13 +248,14 @@ def test_a_client_that_leaves_makes_room(server: Server) -> None:
             head = "".join(f"{one}\r\n" for one in (*lines, ""))
             line.sendall(head.encode() + content)
             time.sleep(0.05)
+        until(lambda before=before: over() > before, "it has not begun")
     until(lambda: 'rlhf_writing{version="assistant/1"} 0.0' in server.raw.get("/metrics").text, "it writes for nobody")
     assert server.ask().choices
 
 
 def test_a_promotion_under_load_fails_no_request_and_mixes_no_answer(server: Server, llama: LlamaForCausalLM) -> None:
     params = load(server.root)
-    number = second_version(server, llama)
+    number = another_version(server, llama, 2)
     stopped = threading.Event()
     found: set[tuple[str, int, str]] = set()
 
@@ -276,15 +282,16 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_answer(server: Ser
 
 def test_a_damaged_version_is_not_served_and_the_old_one_stays(server: Server, llama: LlamaForCausalLM) -> None:
     params = load(server.root)
-    version = registry.find(server.root, params, second_version(server, llama))
+    before = server.health()["versions"]["champion"]
+    version = registry.find(server.root, params, another_version(server, llama, 3))
     folder = registry.model_folder(version.uri, server.root, params)
     (folder / "config.json").chmod(0o644)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     MlflowClient().set_registered_model_alias("assistant", "champion", str(version.number))  # `rlhf promote` would have looked
     until(lambda: "champion" in server.health()["problems"], "nothing is said of it")
     assert "was changed after it was registered" in server.health()["problems"]["champion"]
-    assert server.health()["versions"] == {"champion": "assistant/1"}
-    assert server.ask().model == "assistant/1"
+    assert server.health()["versions"] == {"champion": before}
+    assert server.ask().model == before
     assert "was changed" in server.said()
 
 
@@ -366,19 +373,19 @@ def test_who_leaves_is_missed_before_a_stream_begins_and_while_text_comes_withou
             assert "rlhf_refused_total{" not in metrics  # nobody was there to be told
 
 
-@pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_takes_too_long_is_given_up_and_said_so(
-    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root = workspace(tmp_path / "work", llama, tokenizer)
     small(root, ("  seconds: 120.0", "  seconds: 1.0e-6"))
     with TestClient(create(Service(root, load(root))), base_url="http://localhost") as client:
         until(lambda: client.get("/health").status_code == 200, "it is not ready")
-        for _ in range(3):
-            reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": ASKED, "stream": stream})
-        gc.collect()
-        assert not [held for held in gc.get_objects() if type(held) is Exchange]  # what was asked is not held on to
-    told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line.startswith(("data: {", "{"))][-1]
-    assert (reply.status_code, told["error"]["code"]) == (200 if stream else 503, "timeout")
-    assert "serving.seconds" in told["error"]["message"]
+        for stream in (False, True):
+            for _ in range(3):
+                reply = client.post("/v1/chat/completions", json={"model": "assistant", "messages": ASKED, "stream": stream})
+            gc.collect()
+            assert not [held for held in gc.get_objects() if type(held) is Exchange]  # what was asked is not held on to
+            told = [json.loads(line.removeprefix("data: ")) for line in reply.text.splitlines() if line.startswith(("data: {", "{"))][-1]
+            assert (reply.status_code, told["error"]["code"]) == (200 if stream else 503, "timeout")
+            assert "serving.seconds" in told["error"]["message"]
