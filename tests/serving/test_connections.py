@@ -62,7 +62,7 @@ def line(server: tuple[uvicorn.Server, int]) -> Iterator[Callable[..., socket.so
     opened: list[socket.socket] = []
 
     def connect(said: bytes = b"") -> socket.socket:
-        opened.append(socket.create_connection(("127.0.0.1", server[1]), timeout=10))
+        opened.append(socket.create_connection(("127.0.0.1", server[1]), timeout=60))
         opened[-1].sendall(said)
         return opened[-1]
 
@@ -184,11 +184,11 @@ def test_where_the_system_allows_few_files_as_many_connections_are_kept_as_fit()
     assert process.stderr
     most, at_once, port = map(int, process.stdout.readline().split())
     assert (most, at_once) == (256 - 32 - descriptors.SPARE, 32)
-    busy = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(most)]
+    busy = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(most)]
     for each in busy:
         each.sendall(HEAD.replace(b"content", b"expect: 100-continue\r\ncontent"))
         assert b" 100 " in each.recv(65536)  # it is at work
-    flood = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(200)]  # more than there are files
+    flood = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(200)]  # more than there are files
     for each in busy:
         each.sendall(b"well")
         assert b"200 OK" in each.recv(65536)

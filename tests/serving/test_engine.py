@@ -239,7 +239,7 @@ def test_a_character_that_never_becomes_whole_is_told_as_unknown(tokenizer: PreT
     found = Text(tokenizer, ())
     started = time.monotonic()
     assert "\ufffd" in "".join([*(found.add(lone) for _ in range(20)), found.end()])
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_what_nobody_waits_for_is_written_while_no_user_waits_in_any_engine(folder: Path) -> None:
