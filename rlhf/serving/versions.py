@@ -7,8 +7,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rlhf import registry
@@ -72,7 +72,7 @@ class Versions:
         self._asked: dict[int, float] = {}  # when last
         self._failed: dict[int, _Failed] = {}
         self._pointed: Mapping[str, int] = {}
-        self._meant: dict[str, int] = {}  # by alias, the number of what was last opened for it
+        self._meant: dict[str, tuple[int, ...]] = {}  # by alias, the numbers of what was opened for it last, and before that
         self._served: dict[str, int] = {}  # by alias, what answered last: it may come back after nothing did
         self._changing = threading.Lock()
         self._stopping = threading.Event()
@@ -208,27 +208,33 @@ class Versions:
             try:
                 found[alias] = known.get(number) or self._opened(number, alone=not found)
             except UserError as error:
-                self._problem(alias, error.what)
-                if held := self._held_on_to(alias, found):
+                held, why = self._held_on_to(alias, number, found)
+                self._problem(alias, "; ".join((error.what, *why)))
+                if held:
                     found[alias] = held
             else:
                 self._problem(alias, None)
-                self._meant[alias] = number
+                others = (each for each in self._meant.get(alias, ()) if each != number)
+                self._meant[alias] = number, *islice(others, 1)
         self._swap(found)
 
-    def _held_on_to(self, alias: str, found: Mapping[str, Version]) -> Version | None:
-        """What an alias meant before; opened anew if the process has died over what it means now, and None where it cannot be.
+    def _held_on_to(self, alias: str, wanted: int, found: Mapping[str, Version]) -> tuple[Version | None, list[str]]:
+        """What an alias meant before, opened anew if the process has died over what it means now; and what is wrong with what cannot be.
 
         Args:
             alias: whose version cannot be opened.
+            wanted: the number of that.
             found: those that the aliases before it mean now.
         """
-        if (number := self._meant.get(alias)) is None:
-            return None
-        known = {version.number: version for version in (*self._all(), *found.values()) if version.engine.alive}
-        with suppress(UserError):
-            return known.get(number) or self._opened(number, alone=not found)
-        return None
+        wrong = list[str]()
+        for number in self._meant.get(alias, ()):
+            known = {version.number: version for version in (*self._all(), *found.values()) if version.engine.alive}
+            if number != wanted:
+                try:
+                    return known.get(number) or self._opened(number, alone=not found), wrong
+                except UserError as error:
+                    wrong.append(f"and {self.model}/{number}, which it meant before: {error.what}")
+        return None, wrong
 
     def _opened(self, number: int, *, alone: bool = False) -> Version:
         """A version, ready to answer.

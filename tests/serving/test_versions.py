@@ -216,6 +216,28 @@ def test_what_was_wrong_last_is_what_is_told(known: Registry, held: Versions, tm
     held.stop()
 
 
+def test_the_version_before_answers_where_the_one_in_service_cannot_be_opened_again(known: Registry, held: Versions) -> None:
+    for number in (1, 2, 3):
+        known.aliases = {"champion": number}
+        held.refresh()
+    known.deadly, known.deaths = {3}, 1  # it answered, and cannot be opened any more
+    cast(Any, held)._process.kill()
+    for _ in range(3):
+        held.refresh()
+    assert serving(held) == {"champion": 2}
+    known.deadly.add(2)
+    cast(Any, held)._process.kill()
+    held.refresh()
+    assert serving(held) == {}
+    gone = "the process of the engines has ended"
+    assert held.problems == {"champion": f"{gone}; and assistant/2, which it meant before: {gone}"}
+    known.deadly.clear()
+    known.aliases = {"champion": 1}
+    held.refresh()
+    assert (serving(held), held.problems) == ({"champion": 1}, {})
+    held.stop()
+
+
 def test_the_end_does_not_wait_for_a_process_that_has_not_started(known: Registry, held: Versions) -> None:
     held.settings = held.settings.model_copy(update={"refresh_seconds": 0.01})
     known.aliases = {"champion": 1}
