@@ -99,7 +99,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     width = MATRIX_WIDTH[device.type]
     generator = torch.Generator(device).manual_seed(1)
     a, b = (torch.randn(width, width, generator=generator, device=device, dtype=dtype) for _ in range(2))
-    clocks = []
+    clocks = list[Clock]()
     while len(clocks) < ROUNDS and not (clocks and clocks[-1].total > SLOW_SECONDS):
         clocks.append(Clock(device))
         torch.mm(a, b)
