@@ -86,6 +86,21 @@ def _checked(partner: Partner) -> Partner:
     return partner
 
 
+def questions() -> Iterator[str]:
+    """What a person types, or the lines that are piped in."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401 — gives input() its line editing and history
+
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
 def converse(
     partner: Partner, lines: Iterable[str], write: Callable[[str], Any], temperature: float, max_tokens: int, stop_texts: Sequence[str] = ()
 ) -> None:

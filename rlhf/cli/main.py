@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -310,21 +309,7 @@ def chat(
     partner = dialogue.choose(model)
     commands = "; /help lists the commands" if sys.stdin.isatty() else ""
     print(f"{partner.name}{commands}", file=sys.stderr, flush=True)  # the answers alone are standard output
-    dialogue.converse(partner, _questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
-
-
-def _questions() -> Iterator[str]:
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    import readline  # noqa: F401 — gives input() its line editing and history
-
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    dialogue.converse(partner, dialogue.questions(), lambda text: print(text, end="", flush=True), temperature, max_tokens, stop or ())
 
 
 app.command()(sweep)
