@@ -26,7 +26,7 @@ import yaml
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from rlhf.feedback.database import Database
+from rlhf.feedback.database import Database, Kept
 from rlhf.feedback.recorder import Recorder
 from rlhf.feedback.tables import Answer, Pair
 from tests.feedback.test_recorder import row
@@ -244,7 +244,7 @@ def test_the_record_of_answers_lies_in_postgresql(team: Servers) -> None:
     with ExitStack() as stack:
         record = Database(team.database("rlhf"))
         stack.callback(record.close)
-        recorder = Recorder(lambda: Database(team.database("rlhf")))
+        recorder = Recorder(Kept(lambda: Database(team.database("rlhf"))))
         for reply in ("0", "1", "0"):
             recorder.put(row(reply, user="u", text="a\0b"))
         recorder.stop()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -82,11 +85,15 @@ class Database:
         self.engine = create_engine(place, pool_pre_ping=True, connect_args=_arguments(place))
         self._file = File(self.engine) if self.engine.dialect.name == "sqlite" else None
         self._writing = self.engine.execution_options(rlhf_writing=True)
-        with self._writing.begin() as connection:  # two that start side by side would both make the tables
-            if self.engine.dialect.name == "postgresql":
-                connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
-            Base.metadata.create_all(connection)
-            _check_layout(connection)
+        try:
+            with self._writing.begin() as connection:  # two that start side by side would both make the tables
+                if self.engine.dialect.name == "postgresql":
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": LOCK})
+                Base.metadata.create_all(connection)
+                _check_layout(connection)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def is_there(self) -> bool:
@@ -149,10 +156,57 @@ class Database:
         return cast("CursorResult[Any]", gone).rowcount
 
     def close(self) -> None:
-        if not self.is_there:
-            with suppress(SQLAlchemyError, UserError):  # one that is taken parts from its file
-                self.engine.connect()
         self.engine.dispose()
+        if self._file:
+            self._file.close()
+
+
+class Kept:
+    """The record as a server holds it, one for all its threads: opened as it is used first, and anew where it has become another one.
+
+    Args:
+        connect: opens it.
+    """
+
+    def __init__(self, connect: Callable[[], Database]) -> None:
+        self._connect = connect
+        self._database: Database | None = None
+        self._opening = threading.Lock()
+        self._refusal: tuple[float, Exception] | None = None  # when it could not be opened the last time, and why
+
+    def get(self) -> Database:
+        """The record.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
+        came = time.monotonic()
+        with self._opening:
+            self._leave(replaced=True)
+            if self._database is None:
+                if self._refusal and self._refusal[0] > came:  # while this one waited: it is not to wait as long again
+                    raise self._refusal[1]
+                try:
+                    self._database = self._connect()
+                except Exception as error:
+                    self._refusal = time.monotonic(), error
+                    raise
+            return self._database
+
+    def leave(self, *, replaced: bool = False) -> None:
+        """Close it.
+
+        Args:
+            replaced: only if it has become another one: before somebody opens what is there now.
+        """
+        if self._database and not (replaced and self._database.is_there):
+            with self._opening:
+                self._leave(replaced=replaced)
+
+    def _leave(self, *, replaced: bool) -> None:
+        if self._database and not (replaced and self._database.is_there):
+            self._database.close()
+            self._database = None
 
 
 def is_away(error: Exception) -> bool:
@@ -160,6 +214,11 @@ def is_away(error: Exception) -> bool:
     # sqlite3 has no kind of its own for a damaged file
     away = isinstance(error, UserError | OSError | OperationalError | TimeoutError) or type(error) is DatabaseError
     return away or (isinstance(error, DBAPIError) and error.connection_invalidated)
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether a file is there, and somebody else writes to it."""
+    return isinstance(error, OperationalError) and getattr(error.orig, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY
 
 
 def _check_layout(connection: Connection) -> None:

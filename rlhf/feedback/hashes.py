@@ -31,6 +31,7 @@ class Hashes:
         if not (self._given or new or self._path.exists()):
             what = f"{self._path}: the key of users' hashes is missing, and a new one would find nobody"
             raise UserError(what, remedy=f"restore it, or give it as {VARIABLE}")
+        self.made = not (self._given or self._path.exists())  # whoever was named before is found no more
         self._key = secrets.token_hex(32).encode()
         self.keep()
 
@@ -38,9 +39,13 @@ class Hashes:
         """See that the key is where it is looked for: written where the file has gone, read where there is one.
 
         Raises:
-            UserError: the key is empty, or others may read it.
+            UserError: the key is empty, or others may read it; or it can be neither read nor written.
         """
-        self._key = self._given.encode() if self._given else _own_key(self._path, self._key)
+        try:
+            self._key = self._given.encode() if self._given else _own_key(self._path, self._key)
+        except OSError as error:
+            what = f"the key of users' hashes can be neither read nor written: {error}"
+            raise UserError(what, remedy=f"see to {self._path}, or give the key as {VARIABLE}") from None
 
     def of(self, kind: str, name: str) -> str:
         """The hash of a name, in 64 hexadecimal digits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from queue import Empty, Full, Queue
 from typing import Any
@@ -15,7 +15,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from rlhf.errors import first_line
-from rlhf.feedback.database import Database, is_away
+from rlhf.feedback.database import Kept, is_away, is_locked
 from rlhf.feedback.tables import Answer, now
 
 logger = logging.getLogger(__name__)
@@ -34,15 +34,14 @@ class Recorder:
     """Records answers, each once. While the database is away or locked they wait; what finds no room any more is counted.
 
     Args:
-        connect: opens the record.
+        record: where they go.
         most: answers that wait at most.
         days: that an answer is kept which nobody speaks of or is to rate; None: for good.
     """
 
-    def __init__(self, connect: Callable[[], Database], most: int = MOST, days: int | None = None) -> None:
-        self._connect, self._days = connect, days
+    def __init__(self, record: Kept, most: int = MOST, days: int | None = None) -> None:
+        self._record, self._days = record, days
         self._next_clearing = 0.0
-        self._database: Database | None = None
         self._rows: Queue[Row] = Queue(most)
         self._now: list[Row] = []  # those that are being written
         self.written = self.dropped = 0
@@ -82,13 +81,7 @@ class Recorder:
             self._write(rows)
             self._now = []
             self._clear()
-        self._leave()
-
-    def _leave(self) -> None:
-        """A record that went away may come back as another one, without tables (its file was deleted, say)."""
-        if self._database:
-            self._database.close()
-        self._database = None
+        self._record.leave()
 
     def _batch(self) -> list[Row]:
         """The next answers; none once all are written and no more come."""
@@ -98,8 +91,7 @@ class Recorder:
                 rows.append(self._rows.get(timeout=SECONDS_TO_GATHER))
             except Empty:
                 self._clear()
-                if self._database and not self._database.is_there:
-                    self._leave()  # before somebody opens what is there now
+                self._record.leave(replaced=True)
                 continue
             self._stopping.wait(SECONDS_TO_GATHER)
             while len(rows) < BATCH and not self._rows.empty():
@@ -114,7 +106,8 @@ class Recorder:
             except Exception as error:
                 if is_away(error):
                     self._tell(first_line(error))
-                    self._leave()
+                    if not is_locked(error):
+                        self._record.leave()  # it may come back as another one, without tables
                     if not self._stopping.wait(SECONDS_TO_WAIT) or self._more_time():
                         continue
                     self._drop(len(rows), self.problem or "")
@@ -134,9 +127,9 @@ class Recorder:
 
     def _insert(self, rows: Sequence[Row]) -> int:
         """Insert answers; how many. A shadow is left out whose answer is not there: its user has been forgotten meanwhile."""
-        self._database = self._database or self._connect()
+        record = self._record.get()
         answers, shadows = ([row for row in rows if row.get("shadow", False) is shadow] for shadow in (False, True))
-        with self._database.writing() as session:
+        with record.writing() as session:
             # an acknowledgement that was lost on the way must not make an answer two
             insert = _insert_into(session).on_conflict_do_nothing()
             if answers:
@@ -155,8 +148,7 @@ class Recorder:
             return
         self._next_clearing = time.monotonic() + SECONDS_BETWEEN_CLEARINGS
         try:
-            self._database = self._database or self._connect()
-            gone = self._database.expire(now() - timedelta(days=self._days))
+            gone = self._record.get().expire(now() - timedelta(days=self._days))
         except Exception as error:
             logger.error("record: answers of more than %d days ago are not deleted: %s", self._days, first_line(error))
         else:

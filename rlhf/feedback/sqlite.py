@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import stat
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,24 +15,28 @@ from sqlalchemy import Connection, Engine, event
 from rlhf.errors import UserError
 from rlhf.feedback.tables import LAYOUT, Layout
 
-SECONDS_TO_PART = 1.0  # for who writes at that moment
+logger = logging.getLogger(__name__)
 SETTINGS = ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON")
+SECONDS_TO_PART = 1  # for those who read or write at that moment
 
 
 class File:
     """What an engine's connections are to know of their file.
 
     SQLite keeps what it acknowledged last in a log beside the file, which it finds by name: left there, it would be played over whatever
-    file is put in the place of the first one. So the log is written to its own file, and deleted, before another one is opened.
+    file is put in the place of the first one. So the log is written to its own file, and taken away, before another one is opened. One
+    connection is held for that, whatever the others do; SQLite would also delete the log with the last of them.
 
     Args:
         engine: of an SQLite database.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._path = Path(engine.url.database or "")
+        self._path = Path(engine.url.database or ":memory:")
         self._logs = [self._path.with_name(f"{self._path.name}-{log}") for log in ("wal", "shm")]
         self._opened: dict[Path, int | None] = {}  # which files they were
+        self._held: sqlite3.Connection | None = None
+        self._leaving = threading.Lock()
         event.listen(engine, "connect", self._connected)
         event.listen(engine, "checkout", self._taken)
         event.listen(engine, "begin", _begun)
@@ -48,6 +55,15 @@ class File:
         if not self.is_there:
             raise UserError("the file of the record was deleted or replaced", remedy="try again: it is opened anew")
 
+    def close(self) -> None:
+        """Hold the file no more, and leave no log of one that went."""
+        with self._leaving:
+            if self._held:
+                if not self.is_there:
+                    self._part(self._held)
+                self._held.close()
+            self._held = None
+
     def _connected(self, connection: sqlite3.Connection, _: Any) -> None:
         try:
             self.check()
@@ -55,26 +71,39 @@ class File:
             check_tables(connection)
             for setting in SETTINGS:
                 connection.execute(f"PRAGMA {setting}").close()
-            connection.execute("SELECT count(*) FROM sqlite_master").close()  # from here on the log is there
+            if not self._opened:
+                self._hold()
         except BaseException:
             connection.close()
             raise
-        self._opened = self._opened or {path: _number(path) for path in (self._path, *self._logs)}
 
-    def _taken(self, connection: sqlite3.Connection, *_: Any) -> None:
+    def _hold(self) -> None:
+        self._held = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=SECONDS_TO_PART)
+        self._held.execute("SELECT count(*) FROM sqlite_master").close()  # from here on the log is there
+        self._opened = {path: _number(path) for path in (self._path, *self._logs)}
+
+    def _taken(self, *_: Any) -> None:
         """What is written to a file that went would be acknowledged, and gone; and what is there now has not been looked at."""
         if not self.is_there:
-            self._part(connection)
+            self.close()
             self.check()
 
-    def _part(self, connection: sqlite3.Connection) -> None:
-        """Whoever writes at that moment does so to a log without a name, and is told afterwards."""
-        with suppress(sqlite3.Error):
-            connection.execute(f"PRAGMA busy_timeout = {1000 * SECONDS_TO_PART:.0f}").close()
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
-        for log in self._logs:
-            if (number := self._opened[log]) is not None and _number(log) == number:
-                log.unlink(missing_ok=True)
+    def _part(self, held: sqlite3.Connection) -> None:
+        try:
+            busy = held.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        except sqlite3.Error:
+            busy = True
+        log, index = self._logs
+        with suppress(OSError):
+            if _number(index) == self._opened[index]:
+                index.unlink()
+            if _number(log) == self._opened[log] and busy:  # somebody reads on in the file that went: it lacks what came since
+                aside = log.with_name(f"{self._path.name}.{self._opened[self._path]}-wal")
+                log.rename(aside)
+                what = "%s: the file was replaced while somebody read it; what it lacks is in %s: put that beside it, as NAME-wal"
+                logger.error(what, self._path, aside.name)
+            elif _number(log) == self._opened[log]:
+                log.unlink()
 
 
 def check_tables(connection: sqlite3.Connection) -> None:
@@ -109,4 +138,8 @@ def _begun(connection: Connection) -> None:
 
 
 def _number(path: Path) -> int | None:
-    return path.stat().st_ino if path.is_file() else None
+    try:
+        status = path.stat()
+    except OSError:  # it went at this moment, or nobody may look
+        return None
+    return status.st_ino if stat.S_ISREG(status.st_mode) else None

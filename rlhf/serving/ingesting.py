@@ -16,9 +16,8 @@ from pathlib import Path
 from sqlalchemy import func, select
 
 from rlhf.config import Params
-from rlhf.errors import UserError, first_line
-from rlhf.feedback import database
-from rlhf.feedback.database import Database
+from rlhf.errors import first_line
+from rlhf.feedback.database import Database, Kept
 from rlhf.feedback.tables import Opinion, Rating, now
 from rlhf.feedback.verdicts import waiting
 
@@ -33,43 +32,26 @@ class Ratings:
     Args:
         root: the workspace.
         params: of it.
+        kept: the record.
     """
 
-    def __init__(self, root: Path, params: Params) -> None:
+    def __init__(self, root: Path, params: Params, kept: Kept) -> None:
         self.params = params
         self._root, self._settings = root, params.feedback
         self._asked, self._stopping = threading.Event(), threading.Event()
         self._not_before = 0.0
-        self._record: Database | None = None
-        self._opening = threading.Lock()
-        self._refusal: tuple[float, UserError] | None = None  # when it could not be opened the last time, and why
+        self._kept = kept
         self.problem: str | None = None  # why they were not ingested the last time
         self._looking = threading.Thread(target=self._look_on, name="ingesting", daemon=True)
 
     @property
     def record(self) -> Database:
-        """Opened as it is used first, and anew where its file has become another one.
+        """The record, open.
 
         Raises:
             UserError: it cannot be.
         """
-        came = time.monotonic()
-        with self._opening:
-            if self._refusal and self._refusal[0] > came:  # while this one waited: it is not to wait as long again
-                raise self._refusal[1]
-            if self._record is None or not self._record.is_there:
-                self._leave()
-                try:
-                    self._record = database.connect(self._root, self.params)
-                except UserError as error:
-                    self._refusal = time.monotonic(), error
-                    raise
-            return self._record
-
-    def _leave(self) -> None:
-        if self._record:
-            self._record.close()
-        self._record = None
+        return self._kept.get()
 
     def start(self) -> None:
         if self._settings.ingest_ratings or self._settings.ingest_hours:
@@ -80,7 +62,7 @@ class Ratings:
         self._asked.set()
         if self._looking.is_alive():
             self._looking.join()
-        self._leave()
+        self._kept.leave()
 
     def rated(self) -> None:
         """Look soon: there is one more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 from rlhf.config import Params
 from rlhf.feedback import database
-from rlhf.feedback.database import Database
+from rlhf.feedback.database import Database, Kept
+from rlhf.feedback.forgetting import knows_users
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.recorder import Recorder
 from rlhf.serving.bodies import Asked, ChatBody, CompletionBody
 from rlhf.serving.replies import RefusedError
 from rlhf.serving.requests import Request
 from rlhf.serving.versions import Version
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,11 +45,16 @@ class Record:
         self.hashes = Hashes(root)
 
         def connect() -> Database:
-            found = database.connect(root, params)
             self.hashes.keep()  # its folder may have gone, and the key with it
+            found = database.connect(root, params)
+            with found.reading() as session:
+                if self.hashes.made and knows_users(session):
+                    logger.error("record: feedback/key was missing, and is a new one: `rlhf feedback forget` finds nobody who asked before")
+            self.hashes.made = False
             return found
 
-        self.recorder = Recorder(connect, days=params.serving.keep_days)
+        self.kept = Kept(connect)
+        self.recorder = Recorder(self.kept, days=params.serving.keep_days)
 
     def takes(self, body: Asked) -> bool:
         """Whether the answers to a request are recorded.

@@ -36,7 +36,7 @@ class Service:
         self.versions = Versions(root, params, engines)
         self.opening = asyncio.Lock()
         self.record = Record(root, params)
-        self.ratings = Ratings(root, params)
+        self.ratings = Ratings(root, params, self.record.kept)
         self.counts = Counts(self.versions, self.record.recorder, lambda: self.problems | self.warnings)
         self.traffic = Traffic(self.versions, self.record.hashes, params.serving.traffic)
         self.shadows = Shadows(self.versions, self.record, self.counts, params.serving.traffic, encoded)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from rlhf import registry
@@ -72,7 +71,7 @@ class Versions:
         self._asked: dict[int, float] = {}  # when last
         self._failed: dict[int, _Failed] = {}
         self._pointed: Mapping[str, int] = {}
-        self._meant: dict[str, tuple[int, ...]] = {}  # by alias, the numbers of what was opened for it last, and before that
+        self._meant: dict[str, tuple[int, ...]] = {}  # by alias, what was opened for it last, and the older one that it meant before
         self._served: dict[str, int] = {}  # by alias, what answered last: it may come back after nothing did
         self._changing = threading.Lock()
         self._stopping = threading.Event()
@@ -206,7 +205,8 @@ class Versions:
             number = pointed[alias]
             known = before | {version.number: version for version in found.values()}
             try:
-                found[alias] = known.get(number) or self._opened(number, alone=not found)
+                alone = not (found or self._before(alias, number))
+                found[alias] = known.get(number) or self._opened(number, alone=alone)
             except UserError as error:
                 held, why = self._held_on_to(alias, number, found)
                 self._problem(alias, "; ".join((error.what, *why)))
@@ -214,9 +214,13 @@ class Versions:
                     found[alias] = held
             else:
                 self._problem(alias, None)
-                others = (each for each in self._meant.get(alias, ()) if each != number)
-                self._meant[alias] = number, *islice(others, 1)
+                self._meant[alias] = number, *self._before(alias, number)[:1]
         self._swap(found)
+
+    def _before(self, alias: str, number: int) -> list[int]:
+        """What an alias meant before a version; but no newer one, which was withdrawn: it is not to come back by itself."""
+        last, *earlier = self._meant.get(alias, (number,))
+        return [each for each in (last, *(one for one in earlier if one < last)) if each != number]
 
     def _held_on_to(self, alias: str, wanted: int, found: Mapping[str, Version]) -> tuple[Version | None, list[str]]:
         """What an alias meant before, opened anew if the process has died over what it means now; and what is wrong with what cannot be.
@@ -227,13 +231,12 @@ class Versions:
             found: those that the aliases before it mean now.
         """
         wrong = list[str]()
-        for number in self._meant.get(alias, ()):
+        for number in self._before(alias, wanted):
             known = {version.number: version for version in (*self._all(), *found.values()) if version.engine.alive}
-            if number != wanted:
-                try:
-                    return known.get(number) or self._opened(number, alone=not found), wrong
-                except UserError as error:
-                    wrong.append(f"and {self.model}/{number}, which it meant before: {error.what}")
+            try:
+                return known.get(number) or self._opened(number, alone=not found), wrong
+            except UserError as error:
+                wrong.append(f"and {self.model}/{number}, which it meant before: {error.what}")
         return None, wrong
 
     def _opened(self, number: int, *, alone: bool = False) -> Version:

@@ -6,10 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from rlhf.cli.feedback import forget
 from rlhf.cli.ratings import _note, ingest
 from rlhf.errors import UserError
 from rlhf.feedback import database, pairs
-from rlhf.feedback.database import Database
+from rlhf.feedback.database import Database, Kept
 from rlhf.feedback.export import export
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.pairs import Written
@@ -108,9 +106,13 @@ def test_raters_that_do_not_agree_are_refused(workspace: Workspace) -> None:
     assert not (workspace.root / "data/raw/ratings").exists()
 
 
+def kept(root: Path, params: config.Params) -> Kept:
+    return Kept(lambda: database.connect(root, params))
+
+
 def test_so_many_ratings_become_data_by_themselves_and_once(workspace: Workspace) -> None:
     presets.use(workspace.root, str(workspace.root / "params.yaml"), ["feedback.min_agreement=null", "feedback.ingest_ratings=16"])
-    ratings = Ratings(workspace.root, workspace.params)
+    ratings = Ratings(workspace.root, workspace.params, kept(workspace.root, workspace.params))
     assert not ratings.due()  # 14
     workspace.rate([asking("one rater short")], "a")
     workspace.rate([asking("neither")], "tie", "both-bad")
@@ -146,7 +148,8 @@ def test_so_many_ratings_become_data_by_themselves_and_once(workspace: Workspace
 
 def test_what_waited_long_enough_is_due(workspace: Workspace) -> None:
     feedback = workspace.params.feedback.model_copy(update={"ingest_ratings": None, "ingest_hours": 2.0})
-    ratings = Ratings(workspace.root, workspace.params.model_copy(update={"feedback": feedback}))
+    params = workspace.params.model_copy(update={"feedback": feedback})
+    ratings = Ratings(workspace.root, params, kept(workspace.root, params))
     workspace.rate([asking("waits")], "a", "a")
     assert not ratings.due()
     with workspace.record.writing() as session:
@@ -158,7 +161,7 @@ def test_what_waited_long_enough_is_due(workspace: Workspace) -> None:
 
 def test_edits_of_an_application_alone_are_due_as_well(tmp_path: Path) -> None:
     params = params_with(ingest_ratings=None, ingest_hours=2.0)
-    ratings = Ratings(tmp_path, params)
+    ratings = Ratings(tmp_path, params, kept(tmp_path, params))
     for hours, due in ((1, False), (3, True)):
         with ratings.record.writing() as session:
             own = answer(f"r{hours}")
@@ -168,7 +171,7 @@ def test_edits_of_an_application_alone_are_due_as_well(tmp_path: Path) -> None:
 
 
 def test_a_record_whose_file_was_deleted_is_opened_anew(tmp_path: Path) -> None:
-    ratings = Ratings(tmp_path, params_with(ingest_ratings=1))
+    ratings = Ratings(tmp_path, params_with(ingest_ratings=1), kept(tmp_path, params_with(ingest_ratings=1)))
     assert not ratings.due()
     for file in (tmp_path / "feedback").glob("feedback.db*"):
         file.unlink()
@@ -179,31 +182,8 @@ def test_a_record_whose_file_was_deleted_is_opened_anew(tmp_path: Path) -> None:
     ratings.stop()
 
 
-def test_whoever_waits_for_a_record_that_cannot_be_opened_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratings, tried, together = Ratings(tmp_path, params_with()), list[float](), threading.Barrier(4)
-
-    def refuse(*_: object) -> Database:
-        tried.append(time.monotonic())
-        time.sleep(1)
-        raise UserError("it is locked", remedy="wait")
-
-    def use() -> str:
-        together.wait()
-        with pytest.raises(UserError) as refused:
-            ratings.record.close()
-        return refused.value.what
-
-    monkeypatch.setattr(database, "connect", refuse)
-    with ThreadPoolExecutor(4) as pages:
-        assert {page.result() for page in [pages.submit(use) for _ in range(4)]} == {"it is locked"}
-    assert len(tried) == 1
-    with pytest.raises(UserError):  # who comes later tries again
-        ratings.record.close()
-    assert len(tried) == 2
-
-
 def test_a_refusal_is_no_problem_any_more_once_nothing_is_due(tmp_path: Path) -> None:
-    ratings = Ratings(tmp_path, params_with(ingest_ratings=1))
+    ratings = Ratings(tmp_path, params_with(ingest_ratings=1), kept(tmp_path, params_with(ingest_ratings=1)))
     ratings.problem = "raters agree too little"
     ratings.start()
     deadline = time.monotonic() + 120

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import select
 
 from rlhf import config
 from rlhf.errors import UserError
 from rlhf.feedback import database, recorder
-from rlhf.feedback.database import Database
+from rlhf.feedback.database import Database, Kept
 from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.recorder import Recorder
 from rlhf.feedback.tables import Answer, Opinion
+from rlhf.serving.record import Record
 from tests.feedback.test_tables import pair, rating
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,7 +69,7 @@ def until(holds: Callable[[], object]) -> None:
 
 
 def test_answers_are_written_once_and_at_the_end_all_of_them(place: str) -> None:
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     for number in (*range(500), *range(10)):
         found.put(row(f"{number:03}"))
     found.stop()
@@ -76,7 +81,7 @@ def test_a_locked_database_holds_up_nobody(place: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("rlhf.feedback.database.SECONDS_TO_WAIT", 0.1)
     monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
     Database(place).close()
-    found = Recorder(lambda: Database(place), most=5)
+    found = Recorder(Kept(lambda: Database(place)), most=5)
     other = sqlite3.connect(tmp_path / "feedback.db")
     other.execute("BEGIN IMMEDIATE")
     began = time.monotonic()
@@ -102,7 +107,7 @@ def test_a_database_that_is_not_there_is_waited_for(place: str, monkeypatch: pyt
             raise UserError("it is away", remedy="wait")
         return Database(place)
 
-    found = Recorder(connect)
+    found = Recorder(Kept(connect))
     found.put(row("0"))
     until(lambda: found.problem)
     away.clear()
@@ -112,7 +117,7 @@ def test_a_database_that_is_not_there_is_waited_for(place: str, monkeypatch: pyt
 
 def test_a_damaged_file_is_waited_for_and_told_of(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     found.put(row("0"))
     until(lambda: found.written)
     with closing(sqlite3.connect(tmp_path / "feedback.db")) as other:  # so that all of it is in the file, and nothing in the log of writes
@@ -130,7 +135,7 @@ def test_a_damaged_file_is_waited_for_and_told_of(place: str, tmp_path: Path, mo
 
 def test_a_file_that_was_deleted_is_made_anew(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found, numbers = Recorder(lambda: Database(place)), count()
+    found, numbers = Recorder(Kept(lambda: Database(place))), count()
     found.put(row("first"))
     until(lambda: found.written)
     for file in tmp_path.glob("feedback.db*"):
@@ -153,7 +158,7 @@ def test_a_file_with_other_tables_in_its_place_is_left_as_it_is(place: str, tmp_
     Database(other).close()
     with closing(sqlite3.connect(tmp_path / "feedback.db-other")) as made, made:
         made.execute("UPDATE layout SET number = 99")
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     found.put(row("first"))
     until(lambda: found.written)
     (tmp_path / "feedback.db").rename(tmp_path / "aside")
@@ -182,7 +187,7 @@ def test_a_backup_takes_the_place_and_each_file_keeps_what_is_its_own(
 ) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
     made(f"{place}-backup", *(f"backup-{number:03}" for number in range(300)))
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     names = [f"first-{number:03}" for number in range(300)]
     for name in names:
         found.put(row(name))
@@ -200,9 +205,96 @@ def test_a_backup_takes_the_place_and_each_file_keeps_what_is_its_own(
     assert replies(f"sqlite:///{tmp_path / 'aside'}") == names
 
 
+def test_whoever_waits_for_a_record_that_cannot_be_opened_waits_once() -> None:
+    tried, together = list[float](), threading.Barrier(4)
+
+    def refuse() -> Database:
+        tried.append(time.monotonic())
+        time.sleep(3)
+        raise UserError("it is locked", remedy="wait")
+
+    def use() -> str:
+        together.wait()
+        with pytest.raises(UserError) as refused:
+            kept.get()
+        return refused.value.what
+
+    kept = Kept(refuse)
+    with ThreadPoolExecutor(4) as pages:
+        assert {page.result() for page in [pages.submit(use) for _ in range(4)]} == {"it is locked"}
+    assert len(tried) == 1
+    with pytest.raises(UserError):  # who comes later tries again
+        kept.get()
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_file_that_is_replaced_while_somebody_reads_loses_nothing(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, used: bool
+) -> None:
+    made(f"{place}-backup", "backup")
+    kept = Kept(lambda: Database(place))
+    found = Recorder(kept)
+    record = kept.get()  # as pages do: the recorder itself has written nothing yet
+    reader = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)
+    with record.writing() as session:
+        session.add(Answer(**row("first")))
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM answers").fetchall()
+    with record.writing() as session:
+        session.add_all([Answer(**row(f"{number:03}", text="x" * 500)) for number in range(50)])
+    with record.reading() if used else nullcontext() as own:  # the only connection is in use
+        if own:
+            own.scalars(select(Answer.reply)).all()
+        (tmp_path / "feedback.db").rename(tmp_path / "aside")
+        (tmp_path / "feedback.db-backup").rename(tmp_path / "feedback.db")
+        until(lambda: not (tmp_path / "feedback.db-wal").exists())
+        with kept.get().reading() as session:
+            assert session.scalars(select(Answer.reply)).all() == ["backup"]
+    found.stop()
+    reader.close()
+    (left,) = tmp_path.glob("feedback.db.*-wal")
+    assert left.name in caplog.text
+    left.rename(tmp_path / "aside-wal")
+    assert replies(f"sqlite:///{tmp_path / 'aside'}") == [*(f"{number:03}" for number in range(50)), "first"]
+    assert replies(place) == ["backup"]
+
+
+def test_a_folder_that_may_not_be_looked_into_ends_no_recorder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
+    found = Recorder(Kept(lambda: Database(place)))
+    found.put(row("first"))
+    until(lambda: found.written)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        patch.setattr(Path, "unlink", refuse)
+        time.sleep(0.5)  # it looks a few times
+    found.put(row("second"))
+    until(lambda: found.written == 2)
+    found.stop()
+    assert replies(place) == ["first", "second"]
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError
+
+
+def test_what_cannot_be_opened_holds_no_file(place: str, tmp_path: Path) -> None:
+    made(place)
+    with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
+        other.execute("UPDATE layout SET number = 99")
+        before = psutil.Process().num_fds()
+        gc.disable()
+        for _ in range(20):
+            with pytest.raises(UserError):
+                Database(place)
+        gc.enable()
+        assert psutil.Process().num_fds() <= before + 3
+
+
 def test_a_log_that_was_deleted_costs_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     found.put(row("first"))
     until(lambda: found.written)
     (tmp_path / "feedback.db-wal").unlink()
@@ -222,7 +314,7 @@ def test_a_place_that_no_file_can_be_in_is_waited_for(tmp_path: Path, monkeypatc
         (tmp_path / "feedback").touch()
     with pytest.raises(UserError, match="cannot be opened"):
         database.connect(tmp_path, params)
-    found = Recorder(lambda: database.connect(tmp_path, params))
+    found = Recorder(Kept(lambda: database.connect(tmp_path, params)))
     found.put(row("first"))
     until(lambda: found.problem)
     if wrong == "a folder":
@@ -274,7 +366,7 @@ def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch
     def connect() -> Database:
         raise UserError("it is away", remedy="wait")
 
-    found = Recorder(connect)
+    found = Recorder(Kept(connect))
     for number in range(3):
         found.put(row(str(number)))
     found.stop()
@@ -282,7 +374,7 @@ def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_row_that_no_table_takes_takes_no_other_with_it(place: str) -> None:
-    found = Recorder(lambda: Database(place))
+    found = Recorder(Kept(lambda: Database(place)))
     for each in (row("0"), row("1", seed=None), row("2", prompt_tokens=object()), row("3", text="a\ud800")):
         found.put(each)
     found.stop()
@@ -322,7 +414,7 @@ def test_who_reads_on_keeps_texts_from_being_overwritten_and_that_is_said(
 
 
 def test_a_shadow_of_what_was_forgotten_is_not_recorded(place: str) -> None:
-    record = Recorder(lambda: Database(place))
+    record = Recorder(Kept(lambda: Database(place)))
     record.put(row("one", correlation="one", user="u", shadow=False))
     record.put(row("shadow-one", correlation="one", user="u", shadow=True))
     record.put(row("two", correlation="two", user="v", shadow=False))
@@ -366,6 +458,23 @@ def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "c").iterdir())
 
 
+def test_a_key_that_was_made_anew_is_told_of_where_users_were_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    params, key = config.load(REPOSITORY / "params.yaml"), tmp_path / "feedback/key"
+
+    def told(name: str) -> bool:
+        caplog.clear()
+        record = Record(tmp_path, params)
+        with record.kept.get().writing() as session:
+            session.add(Answer(**row(name, user=record.hashes.of("user", name))))
+        record.recorder.stop()
+        return "finds nobody who asked before" in caplog.text
+
+    assert not told("anna")
+    assert not told("bert")
+    key.unlink()
+    assert told("carl")
+
+
 def test_an_answer_is_deleted_after_its_days_unless_somebody_spoke_of_it_or_is_to_rate_it(place: str) -> None:
     database, old = Database(place), datetime.now(UTC) - timedelta(days=8)
     with database.writing() as session:
@@ -376,7 +485,7 @@ def test_an_answer_is_deleted_after_its_days_unless_somebody_spoke_of_it_or_is_t
         found = {answer.reply: answer.id for answer in session.scalars(select(Answer))}
         session.add(Opinion(token="t", answer_id=found["told"], thumb=1))
         session.add(pair("p", first_answer=found["paired"]))
-    writer = Recorder(lambda: Database(place), days=7)
+    writer = Recorder(Kept(lambda: Database(place)), days=7)
     until(lambda: replies(place) == ["new", "paired", "told"])
     writer.stop()
     assert writer.problem is None

@@ -238,6 +238,18 @@ def test_the_version_before_answers_where_the_one_in_service_cannot_be_opened_ag
     held.stop()
 
 
+def test_a_version_that_was_withdrawn_does_not_come_back_by_itself(known: Registry, held: Versions) -> None:
+    for number in (1, 2, 1):
+        known.aliases = {"champion": number}
+        held.refresh()
+    known.deadly.add(1)
+    cast(Any, held)._process.kill()
+    for _ in range(2):
+        held.refresh()
+    assert serving(held) == {}
+    held.stop()
+
+
 def test_the_end_does_not_wait_for_a_process_that_has_not_started(known: Registry, held: Versions) -> None:
     held.settings = held.settings.model_copy(update={"refresh_seconds": 0.01})
     known.aliases = {"champion": 1}
