@@ -199,7 +199,8 @@ class Kept:
         Args:
             replaced: only if it has become another one: before somebody opens what is there now.
         """
-        if self._database and not (replaced and self._database.is_there):
+        database = self._database  # which another thread may leave meanwhile
+        if database and not (replaced and database.is_there):
             with self._opening:
                 self._leave(replaced=replaced)
 
