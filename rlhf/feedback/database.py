@@ -199,8 +199,7 @@ class Kept:
         Args:
             replaced: only if it has become another one: before somebody opens what is there now.
         """
-        database = self._database  # which another thread may leave meanwhile
-        if database and not (replaced and database.is_there):
+        if self._database:  # else it may be being opened, which takes its time
             with self._opening:
                 self._leave(replaced=replaced)
 

@@ -71,7 +71,7 @@ class File:
             check_tables(connection)
             for setting in SETTINGS:
                 connection.execute(f"PRAGMA {setting}").close()
-            if not self._opened:
+            if not self._opened and _number(self._path) is not None:  # one in memory has no file, and an address may name it otherwise
                 self._hold()
         except BaseException:
             connection.close()

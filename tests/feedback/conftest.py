@@ -27,3 +27,8 @@ def params_with(**values: Any) -> Params:
     """The sandbox's, with other values of section feedback."""
     params = config.load(PROJECT / "params.yaml")
     return params.model_copy(update={"feedback": params.feedback.model_copy(update=values)})
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'feedback.db'}"

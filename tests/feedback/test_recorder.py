@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from sqlalchemy import select
 
-from rlhf import config
 from rlhf.errors import UserError
-from rlhf.feedback import database, recorder
+from rlhf.feedback import recorder
 from rlhf.feedback.database import Database, Kept
-from rlhf.feedback.hashes import Hashes
 from rlhf.feedback.recorder import Recorder
 from rlhf.feedback.tables import Answer, Opinion
-from rlhf.serving.record import Record
 from tests.feedback.test_tables import pair, rating
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,11 +43,6 @@ def row(reply: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'feedback.db'}"
-
-
 def replies(place: str) -> list[str]:
     with Database(place).reading() as session:
         return sorted(session.scalars(select(Answer.reply)))
@@ -66,6 +53,13 @@ def until(holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def made(place: str, *names: str) -> None:
+    record = Database(place)
+    with record.writing() as session:
+        session.add_all([Answer(**row(name)) for name in names])
+    record.close()
 
 
 def test_answers_are_written_once_and_at_the_end_all_of_them(place: str) -> None:
@@ -133,233 +127,6 @@ def test_a_damaged_file_is_waited_for_and_told_of(place: str, tmp_path: Path, mo
     found.stop()
 
 
-def test_a_file_that_was_deleted_is_made_anew(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found, numbers = Recorder(Kept(lambda: Database(place))), count()
-    found.put(row("first"))
-    until(lambda: found.written)
-    for file in tmp_path.glob("feedback.db*"):
-        file.unlink()
-
-    def is_written() -> bool:
-        found.put(row(str(next(numbers))))
-        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(tmp_path / "feedback.db")) as other:
-            return bool(other.execute("SELECT count(*) FROM answers").fetchone()[0])
-        return False
-
-    until(is_written)
-    found.stop()
-    assert "first" not in replies(place)
-
-
-def test_a_file_with_other_tables_in_its_place_is_left_as_it_is(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    other = f"{place}-other"
-    Database(other).close()
-    with closing(sqlite3.connect(tmp_path / "feedback.db-other")) as made, made:
-        made.execute("UPDATE layout SET number = 99")
-    found = Recorder(Kept(lambda: Database(place)))
-    found.put(row("first"))
-    until(lambda: found.written)
-    (tmp_path / "feedback.db").rename(tmp_path / "aside")
-    for log in ("feedback.db-wal", "feedback.db-shm"):
-        (tmp_path / log).rename(tmp_path / log.replace("feedback.db", "aside"))
-    (tmp_path / "feedback.db-other").rename(tmp_path / "feedback.db")
-    found.put(row("second"))
-    until(lambda: "layout 99" in str(found.problem))
-    with closing(sqlite3.connect(tmp_path / "feedback.db")) as made:
-        assert made.execute("SELECT count(*) FROM answers").fetchone() == (0,)
-        made.execute("UPDATE layout SET number = 1").connection.commit()
-    found.stop()
-    assert replies(place) == ["second"]
-
-
-def made(place: str, *names: str) -> None:
-    record = Database(place)
-    with record.writing() as session:
-        session.add_all([Answer(**row(name)) for name in names])
-    record.close()
-
-
-@pytest.mark.parametrize("at_work", [False, True])
-def test_a_backup_takes_the_place_and_each_file_keeps_what_is_its_own(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: bool
-) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    made(f"{place}-backup", *(f"backup-{number:03}" for number in range(300)))
-    found = Recorder(Kept(lambda: Database(place)))
-    names = [f"first-{number:03}" for number in range(300)]
-    for name in names:
-        found.put(row(name))
-    until(lambda: found.written == len(names))
-    assert (tmp_path / "feedback.db-wal").stat().st_size > 0  # not all that was acknowledged is in the file itself
-    (tmp_path / "feedback.db").rename(tmp_path / "aside")  # as an operator does who knows nothing of logs
-    (tmp_path / "feedback.db-backup").rename(tmp_path / "feedback.db")
-    if at_work:
-        found.put(row("then"))
-    else:  # it is noticed all the same, before somebody opens the one with the other's log
-        until(lambda: not (tmp_path / "feedback.db-wal").exists())
-        found.put(row("then"))
-    found.stop()
-    assert replies(place) == [*(f"backup-{number:03}" for number in range(300)), "then"]
-    assert replies(f"sqlite:///{tmp_path / 'aside'}") == names
-
-
-def test_whoever_waits_for_a_record_that_cannot_be_opened_waits_once() -> None:
-    tried, together = list[float](), threading.Barrier(4)
-
-    def refuse() -> Database:
-        tried.append(time.monotonic())
-        time.sleep(3)
-        raise UserError("it is locked", remedy="wait")
-
-    def use() -> str:
-        together.wait()
-        with pytest.raises(UserError) as refused:
-            kept.get()
-        return refused.value.what
-
-    kept = Kept(refuse)
-    with ThreadPoolExecutor(4) as pages:
-        assert {page.result() for page in [pages.submit(use) for _ in range(4)]} == {"it is locked"}
-    assert len(tried) == 1
-    with pytest.raises(UserError):  # who comes later tries again
-        kept.get()
-    assert len(tried) == 2
-
-
-@pytest.mark.parametrize("used", [False, True])
-def test_a_file_that_is_replaced_while_somebody_reads_loses_nothing(
-    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, used: bool
-) -> None:
-    made(f"{place}-backup", "backup")
-    kept = Kept(lambda: Database(place))
-    found = Recorder(kept)
-    record = kept.get()  # as pages do: the recorder itself has written nothing yet
-    reader = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)
-    with record.writing() as session:
-        session.add(Answer(**row("first")))
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM answers").fetchall()
-    with record.writing() as session:
-        session.add_all([Answer(**row(f"{number:03}", text="x" * 500)) for number in range(50)])
-    with record.reading() if used else nullcontext() as own:  # the only connection is in use
-        if own:
-            own.scalars(select(Answer.reply)).all()
-        (tmp_path / "feedback.db").rename(tmp_path / "aside")
-        (tmp_path / "feedback.db-backup").rename(tmp_path / "feedback.db")
-        until(lambda: not (tmp_path / "feedback.db-wal").exists())
-        with kept.get().reading() as session:
-            assert session.scalars(select(Answer.reply)).all() == ["backup"]
-    found.stop()
-    reader.close()
-    (left,) = tmp_path.glob("feedback.db.*-wal")
-    assert left.name in caplog.text
-    left.rename(tmp_path / "aside-wal")
-    assert replies(f"sqlite:///{tmp_path / 'aside'}") == [*(f"{number:03}" for number in range(50)), "first"]
-    assert replies(place) == ["backup"]
-
-
-def test_a_folder_that_may_not_be_looked_into_ends_no_recorder(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found = Recorder(Kept(lambda: Database(place)))
-    found.put(row("first"))
-    until(lambda: found.written)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "stat", refuse)
-        patch.setattr(Path, "unlink", refuse)
-        time.sleep(0.5)  # it looks a few times
-    found.put(row("second"))
-    until(lambda: found.written == 2)
-    found.stop()
-    assert replies(place) == ["first", "second"]
-
-
-def refuse(*_: object, **__: object) -> None:
-    raise PermissionError
-
-
-def test_what_cannot_be_opened_holds_no_file(place: str, tmp_path: Path) -> None:
-    made(place)
-    with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
-        other.execute("UPDATE layout SET number = 99")
-        before = psutil.Process().num_fds()
-        gc.disable()
-        for _ in range(20):
-            with pytest.raises(UserError):
-                Database(place)
-        gc.enable()
-        assert psutil.Process().num_fds() <= before + 3
-
-
-def test_a_log_that_was_deleted_costs_nothing(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    found = Recorder(Kept(lambda: Database(place)))
-    found.put(row("first"))
-    until(lambda: found.written)
-    (tmp_path / "feedback.db-wal").unlink()
-    (tmp_path / "feedback.db-shm").unlink()
-    found.put(row("second"))
-    found.stop()
-    assert replies(place) == ["first", "second"]
-
-
-@pytest.mark.parametrize("wrong", ["a folder", "nothing where a folder is to be"])
-def test_a_place_that_no_file_can_be_in_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
-    monkeypatch.setattr(recorder, "SECONDS_TO_WAIT", 0.1)
-    params = config.load(REPOSITORY / "params.yaml")
-    if wrong == "a folder":
-        (tmp_path / "feedback/feedback.db").mkdir(parents=True)
-    else:
-        (tmp_path / "feedback").touch()
-    with pytest.raises(UserError, match="cannot be opened"):
-        database.connect(tmp_path, params)
-    found = Recorder(Kept(lambda: database.connect(tmp_path, params)))
-    found.put(row("first"))
-    until(lambda: found.problem)
-    if wrong == "a folder":
-        (tmp_path / "feedback/feedback.db").rmdir()
-    else:
-        (tmp_path / "feedback").unlink()
-    found.stop()
-    assert replies(f"sqlite:///{tmp_path / 'feedback/feedback.db'}") == ["first"]
-
-
-def test_what_is_written_as_the_file_goes_is_not_acknowledged(place: str, tmp_path: Path) -> None:
-    made(f"{place}-other", "other")
-    record = Database(place)
-
-    def write() -> None:
-        with record.writing() as session:
-            session.add(Answer(**row("first")))
-            session.flush()
-            (tmp_path / "feedback.db-other").replace(tmp_path / "feedback.db")
-            with pytest.raises(UserError, match="replaced"):  # with a connection of its own, and not of the new file
-                record.engine.connect()
-
-    with pytest.raises(UserError, match="replaced"):
-        write()
-    record.close()
-    assert replies(place) == ["other"]
-
-
-def test_a_file_of_something_else_is_not_touched(place: str, tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / "feedback.db")) as other, other:
-        other.execute("CREATE TABLE mine (a)")
-    before = (tmp_path / "feedback.db").read_bytes()
-    with pytest.raises(UserError, match=r"other tables .*\(mine\)"):
-        Database(place)
-    made(f"{place}-99", "other")
-    with closing(sqlite3.connect(tmp_path / "feedback.db-99")) as other, other:
-        other.execute("UPDATE layout SET number = 99")
-        other.commit()
-        other.execute("PRAGMA journal_mode = DELETE")
-    later = (tmp_path / "feedback.db-99").read_bytes()
-    with pytest.raises(UserError, match="layout 99"):
-        Database(f"{place}-99")
-    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == [before, later]
-
-
 def test_what_never_comes_is_given_up_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "SECONDS_TO_FLUSH", 0.3)
 
@@ -425,54 +192,6 @@ def test_a_shadow_of_what_was_forgotten_is_not_recorded(place: str) -> None:
     record.stop()
     assert replies(place) == ["late-1", "late-2", "two"]
     assert (record.written, record.dropped) == (5, 0)
-
-
-def test_hashes_are_keyed_and_spread_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RLHF_HASH_KEY", raising=False)
-    for name in "abc":
-        (tmp_path / name).mkdir()
-    first, again = Hashes(tmp_path / "a"), Hashes(tmp_path / "a")
-    other = Hashes(tmp_path / "b")
-    assert first.of("user", "ü") == again.of("user", "ü")
-    assert len({first.of("user", "ü"), first.of("conversation", "ü"), other.of("user", "ü")}) == 3
-    shares = [first.share("user", str(number)) for number in range(4000)]
-    assert abs(sum(share < 0.25 for share in shares) / 4000 - 0.25) < 0.03
-    assert all(0 <= share < 1 for share in shares)
-    assert [path.name for path in (tmp_path / "a/feedback").iterdir()] == ["key"]
-    before, key = first.of("user", "ü"), tmp_path / "a/feedback/key"
-    key.unlink()
-    key.parent.rmdir()
-    first.keep()  # what a server hashed with it is found later, too
-    assert Hashes(tmp_path / "a", new=False).of("user", "ü") == first.of("user", "ü") == before
-    assert key.stat().st_mode & 0o777 == 0o600
-    with pytest.raises(UserError, match="is missing"):
-        Hashes(tmp_path / "c", new=False)
-    key.write_text("restored")
-    first.keep()
-    assert first.of("user", "ü") == Hashes(tmp_path / "a").of("user", "ü") != before
-    key.chmod(0o644)
-    with pytest.raises(UserError, match="others may read"):
-        Hashes(tmp_path / "a")
-    monkeypatch.setenv("RLHF_HASH_KEY", "of the team")
-    assert Hashes(tmp_path / "a").of("user", "ü") == Hashes(tmp_path / "c").of("user", "ü")
-    assert not list((tmp_path / "c").iterdir())
-
-
-def test_a_key_that_was_made_anew_is_told_of_where_users_were_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    params, key = config.load(REPOSITORY / "params.yaml"), tmp_path / "feedback/key"
-
-    def told(name: str) -> bool:
-        caplog.clear()
-        record = Record(tmp_path, params)
-        with record.kept.get().writing() as session:
-            session.add(Answer(**row(name, user=record.hashes.of("user", name))))
-        record.recorder.stop()
-        return "finds nobody who asked before" in caplog.text
-
-    assert not told("anna")
-    assert not told("bert")
-    key.unlink()
-    assert told("carl")
 
 
 def test_an_answer_is_deleted_after_its_days_unless_somebody_spoke_of_it_or_is_to_rate_it(place: str) -> None:
