@@ -6,16 +6,16 @@
 
 On a GPU where there is one, unless params.yaml says launch.accelerator: cpu.
 
-TRL's trainers begin with the same weights (and head), and have the same rows in the same order, batches, epochs, rate, schedule and
-optimiser, in bf16 by autocast on fp32 weights. Measured are, on the held-out pairs: the reward model's accuracy, the accuracy of dpo's
-implicit reward, and sft's loss of a token of the preferred answers. What still differs: TRL's reward model and dpo see a dialogue with
-what the template puts behind its last end token (a line break), ours end with that token. The difference's interval is over pairs, and
-knows nothing of the luck of a training run: give clones of several seeds.
+TRL's trainers begin with the same weights (and head), and have the same rows as the same tokens in the same order, batches, epochs,
+rate, schedule and optimiser; in bf16 by autocast on fp32 weights. Measured are, on the held-out pairs: the reward model's accuracy, the
+accuracy of dpo's implicit reward, and sft's loss of a token of the preferred answers. `apart` is how far TRL's weights are from ours, as
+a share of the way that ours have come: what rounding makes of it, in fp32 next to nothing. The difference's interval is over pairs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -30,7 +30,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from bench.clone import cell
 from bench.speed.sides import free_port, place_of
@@ -40,9 +40,8 @@ from rlhf import config
 from rlhf.engine.distributed import device, layout, micro_batches, start
 from rlhf.engine.order import Order
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
-from rlhf.job import Job, read_lines
+from rlhf.job import Job
 from rlhf.launcher.command import find_gpus
-from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.policy import load_policy
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
@@ -63,7 +62,7 @@ def main(
     where = "cuda" if find_gpus(config.load(clone / "params.yaml").launch.accelerator) else "cpu"
     os.environ |= {"DS_ACCELERATOR": where, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as the launcher has it
     rows = list[dict[str, Any]]()
-    table = Table("", "held-out", "ours", "TRL's", "difference", "95%")
+    table = Table("", "held-out", "ours", "TRL's", "difference", "95%", "apart")
     with tempfile.TemporaryDirectory(prefix="rlhf-peers-") as place:
         for name in names:
             # a process of its own: TRL would take the group of ours
@@ -76,7 +75,7 @@ def main(
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
             bounds = " … ".join(map(cell, row["ci95"]))
-            table.add_row(name, row["measure"], *map(cell, (row["ours"], row["trl"], row["difference"])), bounds)
+            table.add_row(name, row["measure"], *map(cell, (row["ours"], row["trl"], row["difference"])), bounds, f"{row['apart']:.1e}")
     Console(width=120).print(table)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,21 +86,28 @@ def main(
 
 
 def rows_of(job: Job, tokenizer: Any, stage: str) -> list[dict[str, Any]]:
-    """The rows of a stage as TRL's trainers take them, those that are too long left out, in the order in which the stage takes them."""
-    params = getattr(job.params, stage)
+    """The rows of a stage as TRL's trainers take them, tokenized, in the order in which the stage takes them."""
+    params, pairs = getattr(job.params, stage), "data/prepared/reward.jsonl"
+    rows: list[dict[str, Any]]
     if stage == "sft":
-        fitting = [{"input_ids": ids, "assistant_masks": mask} for ids, mask in sft.read_rows(job, tokenizer)[0]]
+        rows = [{"input_ids": ids, "assistant_masks": mask} for ids, mask in sft.read_rows(job, tokenizer)[0]]
+    elif stage == "reward":
+        found, _ = reward.read_pairs(job, tokenizer, pairs, params.max_tokens)
+        rows = [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in found]
     else:
-        found = read_lines(job.input("data/prepared/reward.jsonl"))
-        answers = [{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in found]
-        rows = [{"prompt": row["prompt"], **sides} for row, sides in zip(found, answers, strict=True)]
-        fitting = [row for row in rows if longest(tokenizer, row) <= params.max_tokens]
-    order = Order(len(fitting), params.batch_size, job.seed("order"))
-    return [fitting[i] for step in range(order.steps(params.epochs)) for i in order.batch(step)]
+        rows = []
+        for (chosen, mask), (rejected, _) in dpo.read_pairs(job, tokenizer, pairs)[0]:
+            begin = mask.index(1)
+            rows.append({"prompt_ids": chosen[:begin], "chosen_ids": chosen[begin:], "rejected_ids": rejected[begin:]})
+    lengths = [sum(map(len, row.values())) for row in rows] if stage != "dpo" and params.group_by_length else None
+    order = Order(len(rows), params.batch_size, job.seed("order"), lengths)
+    return [rows[i] for step in range(order.steps(params.epochs)) for i in order.batch(step)]
 
 
-def longest(tokenizer: Any, row: dict[str, Any]) -> int:
-    return max(len(ids) for ids, _ in encode_dialogues(tokenizer, [row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]]))
+def unused(tokenizer: Any, rows: list[dict[str, Any]]) -> str:
+    """A token that no row has, to pad with: transformers reads a reward at the last token that is no padding, and many pad with the end."""
+    used = {token for row in rows for ids in row.values() for token in ids}
+    return str(tokenizer.convert_ids_to_tokens(next(token for token in range(len(tokenizer)) if token not in used)))
 
 
 def train(root: Path, stage: str, to: Path, steps: int, threads: int, on: str) -> None:
@@ -135,12 +141,17 @@ def train(root: Path, stage: str, to: Path, steps: int, threads: int, on: str) -
     if stage == "sft":
         trl.SFTTrainer(model, trl.SFTConfig(**given), None, data, **common).train()
     elif stage == "reward":
-        trl.RewardTrainer(model, trl.RewardConfig(**given), None, data, **common).train()
+        trl.RewardTrainer(model, trl.RewardConfig(**given, pad_token=unused(tokenizer, rows)), None, data, **common).train()
     else:
         known = load_plain(root / "models/sft", "fp32")
-        trl.DPOTrainer(model, known, trl.DPOConfig(**given, beta=params.beta), None, data, **common).train()
+
+        class Tokenized(trl.DPOTrainer):  # it would tokenize by itself, unlike its siblings
+            def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+                return dataset
+
+        Tokenized(model, known, trl.DPOConfig(**given, beta=params.beta), None, data, **common).train()
     model.save_pretrained(to)
-    tokenizer.save_pretrained(to)
+    load_tokenizer(root / "models" / BEFORE[stage]).save_pretrained(to)  # TRL may have changed the other's token of padding
 
 
 def classifier(job: Job, tokenizer: Any) -> Any:
@@ -161,11 +172,23 @@ def compared(job: Job, stage: str, theirs: Path) -> dict[str, Any]:
     """A number of both sides, and how far ours is above theirs (for a loss: below)."""
     measure, sign, of = MEASURES[stage]
     ours, other = of(job, job.root / "models" / stage), of(job, theirs)
-    apart = sign * (ours - other)
-    means = {"ours": float(ours.mean()), "trl": float(other.mean()), "difference": float(apart.mean())}
+    above = sign * (ours - other)
+    means = {"ours": float(ours.mean()), "trl": float(other.mean()), "difference": float(above.mean())}
     if stage == "sft":
         means["before"] = float(of(job, job.root / "models/base").mean())
-    return {"stage": stage, "measure": measure, "n": len(ours), **means, "ci95": evaluate.bootstrap(job, apart)}
+    found = {"n": len(ours), **means, "ci95": evaluate.bootstrap(job, above), "apart": apart(job.root, stage, theirs)}
+    return {"stage": stage, "measure": measure, **found}
+
+
+def apart(root: Path, stage: str, theirs: Path) -> float:
+    """How far TRL's weights are from ours, as a share of how far ours are from those that both began with.
+
+    Of a reward model without its head, which is new.
+    """
+    folders = (root / "models" / stage, root / "models" / BEFORE[stage], theirs)
+    ours, before, other = (load_plain(folder, "fp32", AutoModel).state_dict() for folder in folders)
+    between, way = (math.hypot(*(torch.dist(value, one[name]).item() for name, value in ours.items())) for one in (other, before))
+    return between / way
 
 
 def loaded(job: Job, folder: Path) -> Any:
