@@ -141,7 +141,8 @@ def train(root: Path, stage: str, to: Path, steps: int, threads: int, on: str) -
     if stage == "sft":
         trl.SFTTrainer(model, trl.SFTConfig(**given), None, data, **common).train()
     elif stage == "reward":
-        trl.RewardTrainer(model, trl.RewardConfig(**given, pad_token=unused(tokenizer, rows)), None, data, **common).train()
+        tokenizer.pad_token = unused(tokenizer, rows)
+        trl.RewardTrainer(model, trl.RewardConfig(**given), None, data, **common).train()
     else:
         known = load_plain(root / "models/sft", "fp32")
 
@@ -151,7 +152,7 @@ def train(root: Path, stage: str, to: Path, steps: int, threads: int, on: str) -
 
         Tokenized(model, known, trl.DPOConfig(**given, beta=params.beta), None, data, **common).train()
     model.save_pretrained(to)
-    load_tokenizer(root / "models" / BEFORE[stage]).save_pretrained(to)  # TRL may have changed the other's token of padding
+    load_tokenizer(root / "models" / BEFORE[stage]).save_pretrained(to)  # the other may have another token of padding
 
 
 def classifier(job: Job, tokenizer: Any) -> Any:

@@ -6,7 +6,7 @@ import ctypes
 import heapq
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import deepspeed
@@ -82,13 +82,43 @@ def check_even(size: int, job: Job, name: str) -> None:
 
 
 def share(rows: Sequence[T], job: Job, name: str) -> list[T]:
-    """This rank's part of a global batch.
+    """This rank's part of a global batch, which `gather` puts together again.
 
     Raises:
         UserError: the batch cannot be dealt evenly to the ranks.
     """
     check_even(len(rows), job, name)
     return list(rows[job.rank :: job.world_size])
+
+
+def share_tokens(
+    rows: Sequence[T], size: Callable[[T], int], job: Job, name: str, *, together: Callable[[T], Hashable] | None = None
+) -> list[T]:
+    """This rank's part of a global batch: on each rank equally many rows, of about as many tokens, since all wait for the last.
+
+    Args:
+        size: tokens of a row.
+        together: what rows have in common that stay on one rank as far as the numbers allow.
+
+    Raises:
+        UserError: the batch cannot be dealt evenly to the ranks.
+    """
+    check_even(len(rows), job, name)
+    groups: dict[Hashable, list[int]] = {}
+    for row, value in enumerate(rows):
+        groups.setdefault(together(value) if together else row, []).append(row)
+    sizes = [size(row) for row in rows]
+    dealt: list[list[int]] = [[] for _ in range(job.world_size)]
+    filled = [0] * job.world_size
+    each = len(rows) // job.world_size
+    for group in sorted(groups.values(), key=lambda group: -sum(sizes[row] for row in group)):
+        rest = group
+        while rest:
+            emptiest = min((rank for rank, own in enumerate(dealt) if len(own) < each), key=filled.__getitem__)
+            taken, rest = rest[: each - len(dealt[emptiest])], rest[each - len(dealt[emptiest]) :]
+            dealt[emptiest] += taken
+            filled[emptiest] += sum(sizes[row] for row in taken)
+    return [rows[row] for row in sorted(dealt[job.rank])]
 
 
 def micro_batches(rows: Sequence[T], size: Callable[[T], int], tokens: int, *, least: int = 1) -> list[list[T]]:
@@ -131,6 +161,11 @@ def equal_micro_batches(rows: Sequence[T], size: Callable[[T], int], job: Job) -
 
 def layout(job: Job) -> JobLayout:
     return getattr(job.params.launch.jobs, config.kind(job.stage))
+
+
+def own_micro_batches(batch: Sequence[T], size: Callable[[T], int], job: Job, name: str) -> list[list[T]]:
+    """This rank's part of a global batch, as `share_tokens` deals it, in `equal_micro_batches`."""
+    return equal_micro_batches(share_tokens(batch, size, job, name), size, job)
 
 
 def sharing_micro_batches(rows: Sequence[T], prompt: Callable[[T], Sequence[int]], answer: Callable[[T], int], job: Job) -> list[list[T]]:

@@ -19,7 +19,7 @@ from rlhf.algorithms.awac import advantages, awac_loss, effective_sample_size, w
 from rlhf.config.training import peak
 from rlhf.data import earlier
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import add, equal_micro_batches, gather, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, equal_micro_batches, gather, own_micro_batches, start, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.partition import born
 from rlhf.engine.setup import backward, settings, step, train_engine
@@ -151,8 +151,7 @@ def fit(job: Job, policy: PreTrainedModel, answers: Sequence[Answer], better: Te
 def learn(job: Job, engine: DeepSpeedEngine, batch: Sequence[Answer], counted: Tensor) -> dict[str, float]:
     """A step on a global batch, which every rank sees whole, as it does the weights (B,) of its answers."""
     tokens = sum(answer.tokens for answer in batch)
-    mine = share(range(len(batch)), job, "awac.batch_size")
-    parts = equal_micro_batches(mine, lambda place: len(batch[place].side[0]), job)
+    parts = own_micro_batches(range(len(batch)), lambda place: len(batch[place].side[0]), job, "awac.batch_size")
     sums: dict[str, Tensor] = {}
     for number, part in enumerate(parts, start=1):
         log_probs = side_log_probs(engine, [batch[place].side for place in part])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.algorithms.dpo import dpo_loss
 from rlhf.config.training import Dpo, Preference, peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import add, equal_micro_batches, gather, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, equal_micro_batches, gather, micro_batches, own_micro_batches, start, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.partition import born
 from rlhf.engine.setup import backward, settings, step, train_engine
@@ -96,9 +96,8 @@ def fit(
     for number in steps:
         started = time.perf_counter()
         batch = order.batch(number)
-        mine = share(batch, job, f"{key}.batch_size")
         sums: dict[str, Tensor] = {}
-        parts = equal_micro_batches(mine, lambda row: tokens_of_pair(pairs[row]), job)
+        parts = own_micro_batches(batch, lambda row: tokens_of_pair(pairs[row]), job, f"{key}.batch_size")
         for number_of_part, rows in enumerate(parts, start=1):
             micro = [pairs[i] for i in rows]
             if reference is None:

@@ -20,7 +20,7 @@ from rlhf.algorithms.ppo import LossStats
 from rlhf.config.group import Grpo
 from rlhf.config.training import peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import block, check_even, sharing_micro_batches, start
+from rlhf.engine.distributed import check_even, share_tokens, sharing_micro_batches, start
 from rlhf.engine.ema import Ema
 from rlhf.engine.order import Order
 from rlhf.engine.speed import Clock
@@ -179,11 +179,14 @@ def update(job: Job, models: Models, e: Experience, targets: Targets, batches: S
     params = job.params.grpo
     form = objective(params)
 
+    def prompt(row: int) -> tuple[int, ...]:
+        return tuple(e.sequences[row][: e.prompt_lengths[row]])
+
+    def answer(row: int) -> int:
+        return len(e.sequences[row]) - e.prompt_lengths[row]
+
     def cut(rows: list[int]) -> list[list[int]]:
-        mine = block(rows, job, "grpo.mini_batch_size")
-        return sharing_micro_batches(
-            mine, lambda row: e.sequences[row][: e.prompt_lengths[row]], lambda row: len(e.sequences[row]) - e.prompt_lengths[row], job
-        )
+        return sharing_micro_batches(share_tokens(rows, answer, job, "grpo.mini_batch_size", together=prompt), prompt, answer, job)
 
     def learn(rows: Sequence[int], batch: Batch, texts: list[list[int]], last: bool) -> tuple[dict[str, Tensor], Tensor]:
         part = Part.of(e, targets, rows)

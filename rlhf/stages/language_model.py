@@ -14,7 +14,7 @@ from rlhf.algorithms.language_model import next_token_loss
 from rlhf.config.stored import BestOfN
 from rlhf.config.training import BuiltBase, Sft, peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import add, equal_micro_batches, micro_batches, share, sum_over_ranks
+from rlhf.engine.distributed import add, micro_batches, own_micro_batches, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.setup import backward, step, train_engine
 from rlhf.engine.steps import Steps
@@ -40,9 +40,8 @@ def fit(job: Job, model: PreTrainedModel, rows: Sequence[Row], params: BuiltBase
         started = time.perf_counter()
         batch = [rows[i] for i in order.batch(number)]
         counted = sum(sum(mask[1:]) for _, mask in batch)  # of the global batch: every rank sees it whole
-        mine = share(batch, job, f"{job.stage}.batch_size")
         sums: dict[str, Tensor] = {}
-        parts = equal_micro_batches(mine, lambda row: len(row[0]), job)
+        parts = own_micro_batches(batch, lambda row: len(row[0]), job, f"{job.stage}.batch_size")
         for number_of_part, micro in enumerate(parts, start=1):
             packed = pack([ids for ids, _ in micro], engine.device)
             wanted = packed.predictions([mask for _, mask in micro])

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.algorithms import ppo
 from rlhf.config.training import Ppo, peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import check_even, equal_micro_batches, gather, share, start
+from rlhf.engine.distributed import check_even, gather, own_micro_batches, share, start
 from rlhf.engine.order import Order
 from rlhf.engine.partition import born, written
 from rlhf.engine.setup import backward, settings, train_engine
@@ -214,8 +214,7 @@ def update(
     learning = ["critic", "actor"] if step >= params.critic_warmup_steps else ["critic"]
 
     def cut(rows: list[int]) -> list[list[int]]:
-        mine = share(rows, job, "ppo.mini_batch_size")
-        return equal_micro_batches(mine, lambda row: len(experience.sequences[row]), job)
+        return own_micro_batches(rows, lambda row: len(experience.sequences[row]), job, "ppo.mini_batch_size")
 
     def learn(rows: Sequence[int], batch: Batch, texts: list[list[int]], last: bool) -> tuple[dict[str, Tensor], Tensor | None]:
         part = Part.of(experience, targets, rows)

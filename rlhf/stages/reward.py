@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.algorithms.pairwise import pairwise_loss
 from rlhf.config.training import Reward, peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import add, equal_micro_batches, layout, micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, layout, micro_batches, own_micro_batches, start, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.partition import born, written
 from rlhf.engine.setup import backward, settings, step, train_engine
@@ -107,9 +107,8 @@ def fit(job: Job, scalar: ScalarModel, pairs: Sequence[Pair], params: Reward, he
     for number in steps:
         started = time.perf_counter()
         batch = [pairs[i] for i in order.batch(number)]
-        mine = share(batch, job, f"{job.stage}.batch_size")
         sums: dict[str, Tensor] = {}
-        parts = equal_micro_batches(mine, tokens_of_pair, job)
+        parts = own_micro_batches(batch, tokens_of_pair, job, f"{job.stage}.batch_size")
         for number_of_part, micro in enumerate(parts, start=1):
             packed = pack([ids for pair in micro for ids in pair], engine.device)
             scores = values_at(engine, packed, packed.last)

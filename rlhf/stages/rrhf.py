@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlhf.algorithms.rrhf import rrhf_loss
 from rlhf.config.training import peak
 from rlhf.engine import checkpoints, divergence
-from rlhf.engine.distributed import add, equal_micro_batches, share, start, sum_over_ranks
+from rlhf.engine.distributed import add, own_micro_batches, start, sum_over_ranks
 from rlhf.engine.order import Order
 from rlhf.engine.partition import born
 from rlhf.engine.setup import backward, settings, step, train_engine
@@ -57,11 +57,10 @@ def fit(job: Job, policy: PreTrainedModel, ranked: Sequence[Ranked]) -> list[dic
     for number in steps:
         started = time.perf_counter()
         batch = [ranked[i] for i in order.batch(number)]
-        mine = share(batch, job, "rrhf.batch_size")
         ranked_prompts = sum(row.is_ranked for row in batch)
         best_tokens = sum(len(row.answers[row.best]) for row in batch)
         sums: dict[str, Tensor] = {}
-        parts = equal_micro_batches(mine, lambda row: len(row.prompt) + sum(map(len, row.answers)), job)
+        parts = own_micro_batches(batch, lambda row: len(row.prompt) + sum(map(len, row.answers)), job, "rrhf.batch_size")
         for number_of_part, part in enumerate(parts, start=1):
             found = laid_out(engine, part)
             loss, stats = rrhf_loss(*found, params.length_exponent, params.ranking_weight, ranked_prompts, best_tokens)

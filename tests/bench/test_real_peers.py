@@ -29,7 +29,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     run(root, "base", "sft", "reward", "dpo")
     command = [sys.executable, "bench/real_model/peers.py", str(root), "--threads", "1", "--output", str(root / "rows.json")]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return {row["stage"]: row for row in json.loads((root / "rows.json").read_text(encoding="utf-8"))}
 

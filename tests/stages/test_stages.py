@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf import config
 from rlhf.config.training import Optimizer
-from rlhf.engine.distributed import micro_batches, share
+from rlhf.engine.distributed import micro_batches, share, share_tokens
 from rlhf.engine.setup import learning_rate_factor, move_schedule, parameter_groups
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, write_lines
@@ -279,6 +279,33 @@ def test_a_batch_is_dealt_evenly_to_ranks(tmp_path: Path) -> None:
     assert [share(list("abcdef"), job, "sft.batch_size") for job in jobs] == [["a", "c", "e"], ["b", "d", "f"]]
     with pytest.raises(UserError, match=r"sft\.batch_size: a batch of 5 rows cannot be dealt evenly to 2 processes .*multiple of 2"):
         share(list("abcde"), jobs[0], "sft.batch_size")
+    with pytest.raises(UserError, match=r"sft\.batch_size: a batch of 5 rows cannot be dealt evenly to 2 processes .*multiple of 2"):
+        share_tokens(list("abcde"), len, jobs[0], "sft.batch_size")
+
+
+def test_ranks_get_about_as_many_tokens_of_a_batch(tmp_path: Path) -> None:
+    jobs = [Job("sft", config.validate(tiny_params(), "params.yaml"), tmp_path, tmp_path, "cpu", rank, 2, rank) for rank in range(2)]
+
+    def dealt(*lengths: int) -> list[list[int]]:
+        return [share_tokens(lengths, int, job, "sft.batch_size") for job in jobs]
+
+    assert dealt(9, 1, 8, 2, 7, 3) == [[9, 2, 3], [1, 8, 7]]  # 14 and 16; every other row would be 24 and 6
+    assert dealt(9, 1, 1, 1) == [[9, 1], [1, 1]]  # as many rows on each
+    one = Job("sft", jobs[0].params, tmp_path, tmp_path, "cpu", 0, 1, 0)
+    assert share_tokens(["aaa", "b", "cc"], len, one, "sft.batch_size") == ["aaa", "b", "cc"]
+
+
+def test_answers_to_a_prompt_stay_on_one_rank_as_far_as_numbers_allow(tmp_path: Path) -> None:
+    params = config.validate(tiny_params(), "params.yaml")
+
+    def dealt(*rows: str) -> list[list[str]]:
+        jobs = [Job("grpo", params, tmp_path, tmp_path, "cpu", rank, 2, rank) for rank in range(2)]
+        return [share_tokens(rows, len, job, "grpo.mini_batch_size", together=lambda row: row[0]) for job in jobs]
+
+    assert dealt("axxx", "axxx", "b", "b", "cx", "cx", "dxxx", "dxx") == [["axxx", "axxx", "b", "b"], ["cx", "cx", "dxxx", "dxx"]]
+    assert dealt("a", "a", "a", "a") == [["a", "a"], ["a", "a"]]
+    assert dealt("axx", "axx", "axx", "bx", "bx", "bx") == [["axx", "axx", "axx"], ["bx", "bx", "bx"]]
+    assert dealt("a", "a", "a", "a", "b", "c") == [["a", "a", "a"], ["a", "b", "c"]]
 
 
 def test_micro_batches_hold_about_as_many_tokens_and_none_too_many() -> None:
