@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.job import Job
+from rlhf.models import saving
+from rlhf.models.lora import Adapters
 from rlhf.models.packed import Packed
 from rlhf.models.policy import load
 from rlhf.tensors import send
@@ -68,6 +72,26 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
     """
     given = {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
     return ScalarModel(load(AutoModelForSequenceClassification, folder, precision, "a reward model", HEAD, **given))
+
+
+def save_scalar(job: Job, scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapters | None) -> None:
+    """Have rank 0 write the model as `saving.save` does, so that transformers reads its scores where they are read here.
+
+    It takes the last token that is no padding. Where the end token is what a model pads with, that would be the one before the end.
+    """
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = padding_beside_end(tokenizer)
+        scalar.model.config.pad_token_id = tokenizer.pad_token_id
+    saving.save(job, scalar.model, tokenizer, folder, adapters)
+
+
+def padding_beside_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that no dialogue has, to pad with; None where there is none: then transformers takes one dialogue at a time."""
+    written = str(tokenizer.chat_template)
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in (tokenizer.eos_token, tokenizer.bos_token) and token not in written]
+    return min(free, key=lambda token: "pad" not in token, default=None)
 
 
 def initialise_head(scalar: ScalarModel, seed: int) -> None:

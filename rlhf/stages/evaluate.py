@@ -25,12 +25,12 @@ from rlhf.engine.distributed import gather, layout, micro_batches, start
 from rlhf.engine.partition import born
 from rlhf.engine.setup import frozen, settings
 from rlhf.job import Job, read_lines, run, write_lines
-from rlhf.models import lora, saving
+from rlhf.models import lora
 from rlhf.models.contents import encode_passages
 from rlhf.models.dialogues import decode_answer, encode_dialogue, encode_prompt, short_enough
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length, load_policy, logits_at
-from rlhf.models.scalar import ScalarModel, load_scalar
+from rlhf.models.scalar import ScalarModel, load_scalar, save_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.generate import Rollouts, generate
 from rlhf.rollout.sampling import Sampling
@@ -174,7 +174,7 @@ class Judge:
         """Write models/judge, so that other models' answers can be judged later; returns a hash of all that decides a score."""
         folder = job.output(JUDGE)
         if self.model is not None:
-            saving.save(job, self.model.model, tokenizer, folder, self.adapters)
+            save_scalar(job, self.model, tokenizer, folder, self.adapters)
         if not job.is_main:
             return ""
         folder.mkdir(parents=True, exist_ok=True)

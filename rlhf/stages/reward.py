@@ -20,11 +20,11 @@ from rlhf.engine.setup import backward, settings, step, train_engine
 from rlhf.engine.steps import Steps
 from rlhf.errors import UserError
 from rlhf.job import Job, read_lines, run
-from rlhf.models import lora, saving
+from rlhf.models import lora
 from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.packed import pack
 from rlhf.models.policy import check_length
-from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, values_at
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, save_scalar, values_at
 from rlhf.models.tokenizer import load_tokenizer
 
 Pair = tuple[list[int], list[int]]  # token ids of prompt + chosen, of prompt + rejected
@@ -45,7 +45,7 @@ def main(job: Job) -> None:
     history = fit(job, scalar, pairs, params, held_out[:CURVE_PAIRS])
     chosen, rejected = score_pairs(scalar, held_out, layout(job).micro_batch_tokens)
     normalise(scalar, chosen + rejected)
-    saving.save(job, scalar.model, tokenizer, job.output("models/reward"), adapters)
+    save_scalar(job, scalar, tokenizer, job.output("models/reward"), adapters)
     if job.is_main:
         job.write_metrics(
             {

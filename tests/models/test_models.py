@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,10 +25,11 @@ from transformers import (
 )
 
 from rlhf.errors import UserError
+from rlhf.models.dialogues import encode_dialogues
 from rlhf.models.packed import pack
 from rlhf.models.policy import load_policy
 from rlhf.models.saving import save_model
-from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar
+from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, padding_beside_end, save_scalar
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 
 # ------------------------------------------------------------------------------------------------------------------ tokenizer
@@ -219,6 +222,32 @@ def test_a_saved_reward_model_opens_as_a_classifier_with_one_label(
     loaded = load_scalar(tmp_path / "reward", tokenizer, "fp32")
     assert (loaded.mean, loaded.std) == (0.25, 2.0)
     assert torch.equal(loaded.head.weight, scalar.head.weight)
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_transformers_reads_a_saved_reward_model_at_the_end_token(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pad: str
+) -> None:
+    scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.25, 2.0
+    tokenizer.pad_token = pad
+    dialogues = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}] for answer in ("So.", "I do not know.")]
+    expected = [scalar(input_ids=torch.tensor([ids]))[-1] for ids, _ in encode_dialogues(tokenizer, dialogues)]
+    job: Any = SimpleNamespace(is_main=True)
+    save_scalar(job, scalar, tokenizer, tmp_path / "reward", None)
+    # as docs/own-model.md has it
+    read: Any = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
+    texts = [read.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues]
+    texts = [text[: text.rindex(read.eos_token) + len(read.eos_token)] for text in texts]
+    logits = model(**read(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)).logits
+    torch.testing.assert_close(logits[:, 0], torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert read.pad_token != read.eos_token
+
+
+def test_a_tokenizer_that_has_no_other_special_token_pads_scores_with_none(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert padding_beside_end(tokenizer) == "<|pad|>"
+    bare = SimpleNamespace(chat_template=template("turns"), added_tokens_decoder={}, eos_token="<|end|>", bos_token=None)
+    assert padding_beside_end(cast(PreTrainedTokenizerFast, bare)) is None
 
 
 def test_the_head_is_small_and_seeded(scalar: ScalarModel) -> None:
