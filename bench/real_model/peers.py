@@ -64,9 +64,8 @@ def main(
     rows = list[dict[str, Any]]()
     table = Table("", "held-out", "ours", "TRL's", "difference", "95%", "apart")
     with tempfile.TemporaryDirectory(prefix="rlhf-peers-") as place:
-        for name in names:
-            # a process of its own: TRL would take the group of ours
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:  # here TRL would take the group of ours
+            for name in names:
                 other.submit(train, clone, name, Path(place) / name, steps, threads, where).result()
         os.environ |= place_of(0, 1, free_port())
         start(job_in(clone, "evaluate", where))
