@@ -32,7 +32,7 @@ from rlhf.models.tokenizer import load_tokenizer
 
 BATCH, ANSWER_TOKENS = 16, 128
 FEWER = {("dpo", "llama-135m"): 8}  # TRL's takes 16 GiB for 16 pairs, and both sides are there at once
-WORK = (*((family, precision) for precision in ("fp32", "bf16") for family in SMALL), ("llama-135m", "bf16"))
+WORK = (*((family, precision) for precision in ("fp32", "bf16") for family in SMALL), ("llama-135m", "bf16"), ("llama-135m", "fp32"))
 # what TRL's trainers are given beside their own options
 SETTINGS: dict[str, Any] = {
     "use_cpu": True,
