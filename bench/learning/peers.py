@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -215,12 +216,18 @@ def table(rows: list[Row]) -> Table:
 
 
 def over_runs(rows: Sequence[Row]) -> list[str]:
-    """How far gold is above TRL's, of each algorithm and of all: the mean over training runs, with its 95% interval."""
+    """How far gold is above TRL's, of each algorithm and of all: the mean over seeds, with its 95% interval.
+
+    Runs of one seed began with the same models, and count as one.
+    """
     said = []
     for name in (*dict.fromkeys(row["algorithm"] for row in rows), "all"):
-        apart = [row["gold"]["difference"] for row in rows if name in (row["algorithm"], "all")]
-        mean, low, high = interval(apart)
-        said.append(f"{name}: gold {mean:+.3f} above TRL's ({low:+.3f} … {high:+.3f} over {len(apart)} runs)")
+        by_seed: dict[int, list[float]] = {}
+        for row in rows:
+            if name in (row["algorithm"], "all"):
+                by_seed.setdefault(row["seed"], []).append(row["gold"]["difference"])
+        mean, low, high = interval([statistics.fmean(found) for found in by_seed.values()])
+        said.append(f"{name}: gold {mean:+.3f} above TRL's ({low:+.3f} … {high:+.3f} over {len(by_seed)} seeds)")
     return said
 
 

@@ -6,8 +6,8 @@ python -m bench.rating.loop --noise 0.2 ppo.steps=40  raters that err more often
 
 Raters are simulated: they know the sandbox's gold score, and err with some probability. They send what the script of `/rate` sends.
 The first champion's preferences leave out some kinds of tasks. People mostly ask for those, and rate; so most prompts are of those kinds
-that policies are trained on and that versions are held against each other on. Prompts that are rated and those of the comparison at the
-end are new ones, in no source.
+that policies are trained on and that versions are held against each other on. The sandbox has so few prompts that many of those that are
+rated stand in a source as well; those of the comparison at the end stand in none, and were not rated.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def waiting(client: httpx.Client) -> int:
 
 
 def new_prompts(count: int, seed: int, kinds: Sequence[str] = tuple(TASKS)) -> list[dict[str, Any]]:
-    """Prompts of these kinds, in no source."""
+    """Prompts of these kinds."""
     rows = make_rows("prompts", count * len(TASKS) // len(kinds), seed, 0.0)
     return [{"prompt": row["prompt"], "gold": row["gold"]} for row in rows if row["gold"]["kind"] in kinds]
 
@@ -213,7 +213,9 @@ def decided(root: Path) -> registry.Version | None:
 def compare(root: Path, number: int, count: int) -> str:
     """How often the new version's answer to a new prompt has the higher gold score, of all kinds and of NEW; a tie is half a win."""
     params = config.load(root / "params.yaml")
-    rows = new_prompts(count, COMPARED)
+    known = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "data/prepared").glob("*.jsonl")))
+    drawn = {json.dumps(row["prompt"]): row for row in new_prompts(20 * count, COMPARED)}  # most are known
+    rows = [row for row in drawn.values() if json.dumps(row["prompt"][-1]["content"], ensure_ascii=False) not in known][:count]
     scores = []
     for version in (number, 1):
         folder = registry.model_folder(registry.find(root, params, version).uri, root, params)

@@ -1,8 +1,9 @@
 """TRL's GRPOTrainer in the place of stage grpo: the same weights, prompts in the same order, rewards, number of answers and rates.
 
 It is started as a stage is, in a workspace of its own (bench/real_model/seeds.py --peers), and writes what stage grpo writes, so that stage
-evaluate measures both alike. In bf16 by autocast on fp32 weights. Early stopping by max_approx_kl, which TRL does not have, is off. What
-still differs: the answers drawn; TRL deals a step's answers out to its two updates one by one, ours by prompt.
+evaluate measures both alike. In bf16 by autocast on fp32 weights. Answers are drawn by transformers' `generate`, TRL's default; vLLM, which
+it can be given, is faster. What still differs: the answers drawn; TRL deals a step's answers out to its two updates one by one, ours by
+prompt; ours stops a step's updates early by max_approx_kl.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bench.speed.workload import load_plain
 from rlhf.engine.order import Order
 from rlhf.engine.setup import learning_rate_factor, parameter_groups
 from rlhf.engine.speed import peak_memory
+from rlhf.errors import UserError
 from rlhf.job import Job, run, write_lines
 from rlhf.models.dialogues import decode_answer
 from rlhf.models.policy import DTYPES
@@ -34,6 +36,7 @@ def main(job: Job) -> None:
     params, tokenizer = job.params.grpo, load_tokenizer(job.input("models/sft"))
     torch.manual_seed(job.params.seed)
     prompts, _ = read_prompts(job, tokenizer)
+    check(job, tokenizer, prompts)
     groups = params.rollout_batch_size // params.answers_per_prompt
     wanted = Order(len(prompts), 1, job.seed("order")).following(0, params.steps * groups)
     rewards, records, times = Rewards.of(job), list[dict[str, Any]](), [time.monotonic()]
@@ -75,6 +78,21 @@ def main(job: Job) -> None:
     job.write_metrics({"answers": len(records), "seconds": times[-1] - times[0], "peak_memory_gib": peak_memory(policy.device)})
 
 
+def check(job: Job, tokenizer: Any, prompts: list[dict[str, Any]]) -> None:
+    """Check that TRL computes what stage grpo does: of the many forms of its loss, this one is passed on, and it tokenizes by itself."""
+    params = job.params.grpo
+    form = {name: getattr(params, name) for name in ("objective", "ratio", "baseline", "scale", "normaliser", "gamma", "top_k", "top_p")}
+    form |= {"entropy": params.entropy_coefficient, "mixture": params.mixture_coefficient, "dual_clip": params.dual_clip}
+    form |= {"kl": (params.kl.where, params.kl.estimator)}
+    known = {"objective": "clip", "ratio": "token", "baseline": "mean", "scale": "group", "normaliser": "answers", "gamma": 1.0, "top_k": 0}
+    known |= {"top_p": 1.0, "entropy": 0.0, "mixture": 0.0, "dual_clip": None, "kl": ("loss", "k3")}
+    if other := [name for name in known if form[name] != known[name]]:
+        raise UserError(f"section grpo: TRL's side is not told of {', '.join(other)}", remedy="leave these as the presets have them")
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt["row"]["prompt"], add_generation_prompt=True, return_dict=False)
+        assert list(ids) == prompt["ids"], "TRL reads the prompts as other tokens"
+
+
 def settings(job: Job) -> dict[str, Any]:
     """TRL's names for the values of section grpo."""
     params = job.params.grpo
@@ -91,6 +109,7 @@ def settings(job: Job) -> dict[str, Any]:
         "beta": params.kl.coefficient,
         "use_bias_correction_kl": params.kl.with_ratio,
         "epsilon": params.policy_clip[0],
+        "epsilon_high": params.policy_clip[1],
         "max_grad_norm": params.actor.max_grad_norm,
         "shuffle_dataset": False,
         "loss_type": "grpo",

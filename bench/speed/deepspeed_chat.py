@@ -4,8 +4,9 @@
     python bench/speed/ppo_step.py --chat DeepSpeedExamples/applications/DeepSpeed-Chat --only deepspeed
 
 As its training/step3_rlhf_finetuning/main.py does with its own defaults on one device: ZeRO stage 0, no offload, no hybrid engine (which
-needs CUDA), one generation batch, one training batch, one epoch. Two things are put in their places, neither of which makes it slower:
-torch's fused AdamW stands for the one that would be compiled, and a logits processor ends each answer where it is planned to end.
+needs CUDA), one generation batch, one training batch, one epoch. Three things are put in their places, none of which makes it slower:
+torch's fused AdamW stands for the one that would be compiled, a logits processor ends each answer where it is planned to end, and dropout
+is off, as in stage ppo. It throws answers of one token away, so that none is planned so short.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ def convert(job: Job) -> None:
     shutil.copytree(job.input("models/sft"), actor)
     shutil.copytree(job.input("models/reward"), critic)
     tokenizer = load_tokenizer(actor)
-    tokenizer.pad_token = tokenizer.eos_token  # as its load_hf_tokenizer does for Llama; of OPT it keeps the pad token
-    for folder in (actor, critic):
-        tokenizer.save_pretrained(folder)
     scalar = load_scalar(critic, tokenizer, job.params.launch.precision)
     backbone: torch.nn.Module = scalar.model.base_model
     weights = {f"rwtransformer.{name}": weight for name, weight in backbone.state_dict().items()}
@@ -68,8 +66,8 @@ def arguments(job: Job, plan: Any) -> Namespace:
         per_device_training_batch_size=params.mini_batch_size,
         gradient_accumulation_steps=1,
         gradient_accumulation_steps_actor=1,
-        actor_dropout=None,
-        critic_dropout=None,
+        actor_dropout=0.0,
+        critic_dropout=0.0,
         actor_lora_dim=0,
         critic_lora_dim=0,
         actor_weight_decay=params.actor.weight_decay,
@@ -84,7 +82,7 @@ def arguments(job: Job, plan: Any) -> Namespace:
         critic_gradient_checkpointing=False,
         num_padding_at_beginning=0,
         end_of_conversation_token="</s>",  # read once, for its id, and by nothing after that
-        compute_fp32_loss=True,
+        compute_fp32_loss=False,
         align_overflow=False,
         print_answers=False,
         print_answers_interval=0,
@@ -114,6 +112,8 @@ def side(pause: Pause, root: Path, plan: Any, prompts: list[list[int]], lengths:
         num_total_iters=steps * plan.updates,
         args=given,
     )
+    drops = [module.p for engine in (engines.actor, engines.critic) for module in engine.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any(drops), "it drops what stage ppo does not"
     trainer, collate = DeepSpeedPPOTrainer(engines, given), DataCollatorRLHF(given.max_prompt_seq_len, 1)
     ends = ends_as_planned(cast(PreTrainedModel, engines.actor.module), tokenizer.eos_token_id)
     order = Order(len(prompts), job.params.ppo.rollout_batch_size, job.seed("order"))
@@ -124,6 +124,7 @@ def side(pause: Pause, root: Path, plan: Any, prompts: list[list[int]], lengths:
         # it flips prompts before it pads them, and the whole batch back after that
         batch = collate([(torch.tensor(row).flip(0), torch.ones(len(row), dtype=torch.long), tokenizer.pad_token_id) for row in rows])
         found = trainer.generate_experience(batch["prompt"], batch["prompt_att_mask"], step)
+        assert len(found["input_ids"]) == len(rows), "it threw answers away"
         for part in MiniDataset(1, given.per_device_training_batch_size).add(found):
             trainer.train_rlhf(part)
         pause()

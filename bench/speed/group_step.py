@@ -3,7 +3,8 @@
 python bench/speed/group_step.py                  answers of up to 64 tokens, eight to each of eight prompts
 python bench/speed/group_step.py --limit 256      longer ones
 
-Each is a process of its own (sides.py) with two updates a step; they make their steps in turn. How long each answer gets is laid down
+Each is a process of its own (sides.py) with two updates a step; they make their steps in turn, on all prompts: ppo finds each eight times
+in its data. How long each answer gets is laid down
 beforehand. grpo has a reference whose KL counts in the loss; ppo has it in the reward, and a critic.
 """
 
@@ -40,9 +41,10 @@ def main(
     params = plan.params(rounds)
     params["grpo"] = {name: value for name, value in params["ppo"].items() if name not in NOT_OF_GRPO} | {"answers_per_prompt": EACH}
     with (
-        workspace(family, None, ANSWERS // EACH, CONTEXT, params, times=EACH, precision=precision) as place,
+        workspace(family, None, ANSWERS // EACH, CONTEXT, params, precision=precision) as place,
+        workspace(family, None, ANSWERS // EACH, CONTEXT, params, times=EACH, precision=precision) as often,
         Side(planned, place.root, plan, "grpo", threads=threads, ranks=1) as ours,
-        Side(planned, place.root, plan, "ppo", threads=threads, ranks=1) as other,
+        Side(planned, often.root, plan, "ppo", threads=threads, ranks=1) as other,
     ):
         costs = [(ours.step(), other.step()) for _ in range(rounds + 1)][1:]  # the first is to get ready
         name = f"grpo step, {family}, {precision}, up to {limit}, {kind}, against stage ppo"

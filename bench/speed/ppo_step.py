@@ -74,6 +74,7 @@ class Plan:
     updates: int = 2
     precision: str = "fp32"
     critic: dict[str, Any] | None = None  # sizes of critic and reward model; None: those of the policy
+    shortest: int = 1  # tokens of the shortest answer
 
     def params(self, steps: int, **layout: int) -> dict[str, dict[str, Any]]:
         """What stage ppo is set to: no mixture text, never stopped early. `layout` is of `jobs`."""
@@ -96,7 +97,8 @@ class Plan:
     def lengths(self, prompts: list[list[int]]) -> dict[tuple[int, ...], int]:
         """Tokens of the answers to each prompt."""
         distinct = sorted(set(map(tuple, prompts)))
-        return dict(zip(distinct, planned_lengths(len(distinct), self.limit, self.kind), strict=True))
+        planned = (max(self.shortest, length) for length in planned_lengths(len(distinct), self.limit, self.kind))
+        return dict(zip(distinct, planned, strict=True))
 
 
 QUICK_LIMIT = 64
@@ -270,7 +272,10 @@ WORK: tuple[tuple[str, Plan, Callable[..., None]], ...] = (
         for family in ("opt", "llama")
         for answers, limit in ((32, 64), (16, 256))
     ),
-    *(("opt", Plan(16, 64, kind, updates=1, precision="bf16", critic=CHAT_CRITIC), deepspeed_chat_itself) for kind in ("full", "varied")),
+    *(
+        ("opt", Plan(16, 64, kind, updates=1, precision="bf16", critic=CHAT_CRITIC, shortest=3), deepspeed_chat_itself)
+        for kind in ("full", "varied")
+    ),
     ("llama", Plan(32, 64, system=128), reference_loop),
     ("llama", Plan(32, 64, each=2), rloo),
 )

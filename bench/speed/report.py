@@ -56,7 +56,7 @@ def collect(cases: Iterable[Case]) -> list[Case]:
 
 def write(path: Path, cases: Sequence[Case], **more: Any) -> dict[str, Any]:
     """Cases, and what they were measured on; gives what was written."""
-    found = {"machine": {"processor": _processor(), "cores": os.cpu_count()}, "versions": versions(), "cases": list(cases), **more}
+    found = {"machine": {"processor": processor(), "cores": os.cpu_count()}, "versions": versions(), "cases": list(cases), **more}
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found
 
@@ -83,7 +83,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     only = f' --only "{found["only"]}"' if found["only"] else ""
     machine, packages = found["machine"], ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     cases = [
-        [one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", _spread(one)]
+        [one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", one["unit"], f"{one['ratio']:.2f}", spread(one)]
         for one in found["cases"]
     ]
     growth = [
@@ -109,11 +109,11 @@ def rows_of(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows)]
 
 
-def _spread(one: Case) -> str:
+def spread(one: Case) -> str:
     return f"{min(one['ratios']):.2f} … {max(one['ratios']):.2f}"
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name, where the machine says it."""
     place = Path("/proc/cpuinfo")
     lines = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
@@ -131,7 +131,7 @@ def table(cases: Sequence[Case]) -> Table:
             f"{one['peer']:.4g}",
             one["unit"],
             f"{one['ratio']:.2f}",
-            _spread(one),
+            spread(one),
             f"{one['processor_ratio']:.2f}",
         )
     return drawn

@@ -12,6 +12,7 @@ first token is that of the first piece of text that a client receives. Before th
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import tempfile
 import time
@@ -22,7 +23,7 @@ import torch
 import typer
 
 from bench.served import Heard, Json, Server, ask_all, bodies_of, model_of, prompts, workspace_of
-from bench.speed.report import Case, case, collect, console, rows_of, table, versions, write, write_section
+from bench.speed.report import Case, case, collect, console, processor, rows_of, spread, table, versions, write, write_section
 from bench.speed.sides import Step, Stopwatch
 
 LIMIT = 64
@@ -117,10 +118,15 @@ def moments(seconds: list[float]) -> tuple[float, float]:
 
 
 def section(cases: list[Case], first: list[str]) -> str:
-    rows = [[one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", f"{one['ratio']:.2f}"] for one in cases]
+    rows = [[one["name"], one["setting"], f"{one['ours']:.4g}", f"{one['peer']:.4g}", f"{one['ratio']:.2f}", spread(one)] for one in cases]
     packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-    told = ["Written by `python bench/speed/serving.py --page bench/speed/RESULTS.md`.", "", f"2 cores; {packages}.", ""]
-    return "\n".join([*told, *rows_of(["case", "work", "ours, tokens/s", "peer", "ratio"], rows), "", *first, ""])
+    told = [
+        "Written by `python bench/speed/serving.py --page bench/speed/RESULTS.md`.",
+        "",
+        f"{os.cpu_count()} cores of {processor()}, and no other device; {packages}.",
+        "",
+    ]
+    return "\n".join([*told, *rows_of(["case", "work", "ours, tokens/s", "peer", "ratio", "of the rounds"], rows), "", *first, ""])
 
 
 if __name__ == "__main__":

@@ -100,11 +100,14 @@ def _serve(connection: Connection, log: Path, place: dict[str, str], threads: in
     """In a process of its own."""
     import torch
 
+    from rlhf.engine.distributed import keep_memory
+
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ |= place
     torch.set_num_threads(threads)
+    keep_memory()  # as stages do: it is not what is compared
     if place.get("RANK", "0") != "0":
         connection.close()
         program(lambda: None, *arguments)

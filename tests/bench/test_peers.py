@@ -26,12 +26,12 @@ def row(algorithm: str, seed: int, difference: float) -> dict[str, Any]:
 
 
 def test_the_interval_over_runs_is_students() -> None:
-    rows = [row("grpo", 1, 0.01), row("grpo", 2, 0.03), row("rloo", 1, -0.01), row("rloo", 2, -0.03)]
-    # two runs: t 12.706, the standard error that of 0.0141 over √2; four: t 3.182, 0.0258 over 2
+    rows = [row("grpo", 1, 0.01), row("grpo", 2, 0.03), row("rloo", 1, -0.01), row("rloo", 2, -0.05)]
+    # t of one degree of freedom, 12.706, times a standard error of 0.01, 0.02, and, of the seeds' means 0 and -0.01, 0.005
     assert over_runs(rows) == [
-        "grpo: gold +0.020 above TRL's (-0.107 … +0.147 over 2 runs)",
-        "rloo: gold -0.020 above TRL's (-0.147 … +0.107 over 2 runs)",
-        "all: gold +0.000 above TRL's (-0.041 … +0.041 over 4 runs)",
+        "grpo: gold +0.020 above TRL's (-0.107 … +0.147 over 2 seeds)",
+        "rloo: gold -0.030 above TRL's (-0.284 … +0.224 over 2 seeds)",
+        "all: gold -0.005 above TRL's (-0.069 … +0.059 over 2 seeds)",
     ]
 
 
@@ -42,7 +42,7 @@ def test_runs_of_several_calls_are_counted_together(tmp_path: Path, capsys: pyte
     main(earlier=paths, output=tmp_path / "all.json")
     said = capsys.readouterr().out
     assert "rloo, seed 2" in said
-    assert "all: gold +0.015 above TRL's (-0.049 … +0.079 over 2 runs)" in said
+    assert "all: gold +0.015 above TRL's (-0.049 … +0.079 over 2 seeds)" in said
     assert len(json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))["rows"]) == 2
 
 
