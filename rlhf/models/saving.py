@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ def save_model(
         model.generation_config = _generation(tokenizer)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    _name_as_before(folder)
     model.config.use_cache = False
 
 
@@ -54,8 +57,42 @@ def copy_model(source: Path, names: Iterable[str], config: PreTrainedConfig, tok
     config.save_pretrained(folder)
     _generation(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _name_as_before(folder)
     for name in names:
         shutil.copyfile(source / name, folder / name)
+
+
+def _name_as_before(folder: Path) -> None:
+    """Write what transformers 4 reads beside what 5 writes: it would not find `rope_parameters`, and take other positions without a word.
+
+    So do programs that read config.json by themselves.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    given = config.get("rope_parameters") or {}
+    rope = given.get("full_attention", given)  # of layers of several kinds, the others' have names of their own
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if config["model_type"] == "phi3" and "rope_scaling" in config:  # these alone are taken there
+            config["rope_scaling"] = {"type": rope["rope_type"], **{name: rope[name] for name in ("short_factor", "long_factor")}}
+        if "sliding_attention" in given:
+            config["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if config["model_type"] == "gpt_neox":
+            config |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 1.0)}
+        _write(folder / "config.json", config)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if "extra_special_tokens" in tokenizer:
+            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+        _write(folder / "tokenizer_config.json", tokenizer)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _generation(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

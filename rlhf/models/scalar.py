@@ -19,6 +19,9 @@ from rlhf.models.policy import load
 from rlhf.tensors import send
 
 HEAD = frozenset({"score.weight"})
+# a chat template whose dialogues end with the end token; "{{" and "}}" are one brace each
+ENDING = """{{% set written %}}{template}{{% endset %}}\
+{{{{ written if add_generation_prompt or eos_token not in written else written.rpartition(eos_token)[0] + eos_token }}}}"""
 
 
 class ScalarModel(nn.Module):
@@ -75,12 +78,15 @@ def load_scalar(folder: Path, tokenizer: PreTrainedTokenizerBase, precision: str
 
 
 def save_scalar(job: Job, scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapters | None) -> None:
-    """Have rank 0 write the model as `saving.save` does, so that transformers reads its scores where they are read here.
+    """Have rank 0 write the model as `saving.save` does, so that other programs read its scores where they are read here.
 
-    It takes the last token that is no padding. Where the end token is what a model pads with, that would be the one before the end.
+    They take the last token of the dialogue that is no padding. So the template writes nothing behind the end token, and where that is what
+    the model pads with, the folder gets another one.
     """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = ENDING.format(template=str(tokenizer.chat_template).removesuffix("\n"))
+    tokenizer.padding_side = "right"  # some models count positions over what stands before a dialogue
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = padding_beside_end(tokenizer)
         scalar.model.config.pad_token_id = tokenizer.pad_token_id
     saving.save(job, scalar.model, tokenizer, folder, adapters)

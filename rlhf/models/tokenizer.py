@@ -114,6 +114,7 @@ def given_tokenizer(
     tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # where answers are written, they follow the prompt
     return tokenizer, notes
 
 

@@ -78,8 +78,12 @@ class Answering(ABC):
         """
         if isinstance(model_input, dict):
             return self._reply(model_input)
-        if hasattr(model_input, "iloc"):  # a table, from `mlflow.evaluate`
-            model_input = model_input.iloc[:, 0].tolist()
+        if isinstance(model_input, str):
+            model_input = [model_input]
+        if (columns := getattr(model_input, "columns", None)) is not None:  # a table, from `mlflow.evaluate`
+            if len(columns) != 1:
+                raise _refused("a table has one column, of questions; a request with further fields is a dict")
+            model_input = model_input[columns[0]].tolist()
         questions: list[Any] = list(model_input)
         if questions and isinstance(questions[0], dict):
             questions = [questions]

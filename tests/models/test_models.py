@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -119,6 +121,33 @@ def test_a_saved_policy_is_an_ordinary_folder(llama: LlamaForCausalLM, tokenizer
     assert loaded.generation_config.do_sample is False
     assert torch.equal(load_policy(tmp_path, "fp32")(ids).logits, llama(ids).logits)
     assert load_policy(tmp_path, "bf16").dtype == torch.bfloat16
+
+
+SCALED = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+EARLIER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what a config is made of, what transformers 4 finds of it
+    "llama": ({"rope_theta": 5e5, "rope_scaling": SCALED}, {"rope_theta": 5e5, "rope_scaling": SCALED}),
+    "qwen2": ({"rope_theta": 1e6}, {"rope_theta": 1e6}),
+    "gpt_neox": ({"rotary_pct": 1.0, "rotary_emb_base": 5e4}, {"rotary_pct": 1.0, "rotary_emb_base": 5e4}),
+    "phi": ({"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 0.25}),
+    "phi3": ({"rope_scaling": LONG, "original_max_position_embeddings": 64}, {"rope_theta": 1e4, "rope_scaling": LONG}),
+    "gemma3_text": ({"head_dim": 8}, {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+}
+
+
+@pytest.mark.parametrize("family", EARLIER)
+def test_a_saved_policy_has_the_names_that_transformers_4_reads(family: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    given, expected = EARLIER[family]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **sizes, vocab_size=400, pad_token_id=0, **copy.deepcopy(given))
+    ).eval()
+    save_model(model, tokenizer, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert {name: written.get(name) for name in expected} == expected
+    ids = torch.arange(5, 105)[None]
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)  # and 5 is not led astray
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -230,6 +259,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_end_token(
 ) -> None:
     scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.25, 2.0
     tokenizer.pad_token = pad
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("{{- eos_token -}}", "{{- eos_token + '\\n' -}}")  # as many write
     dialogues = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}] for answer in ("So.", "I do not know.")]
     expected = [scalar(input_ids=torch.tensor([ids]))[-1] for ids, _ in encode_dialogues(tokenizer, dialogues)]
     job: Any = SimpleNamespace(is_main=True)
@@ -238,7 +268,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_end_token(
     read: Any = AutoTokenizer.from_pretrained(tmp_path / "reward")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     texts = [read.apply_chat_template(dialogue, tokenize=False) for dialogue in dialogues]
-    texts = [text[: text.rindex(read.eos_token) + len(read.eos_token)] for text in texts]
+    assert all(text.endswith(read.eos_token) for text in texts)
     logits = model(**read(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)).logits
     torch.testing.assert_close(logits[:, 0], torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert read.pad_token != read.eos_token

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import mlflow
+import pandas as pd
 import pytest
 from huggingface_hub import ModelCard
 from mlflow.exceptions import MlflowException
@@ -45,6 +46,12 @@ def served(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return mlflow.pyfunc.load_model(URI)
 
 
+def test_a_table_is_questions_and_nothing_else(served: Any) -> None:
+    assert served.predict(pd.DataFrame({"inputs": ["hello", "hello"]})) == served.predict(["hello"]) * 2
+    with pytest.raises(MlflowException, match="a table has one column, of questions"):
+        served.predict(pd.DataFrame({"messages": [ASKED], "max_tokens": [5]}))
+
+
 def test_a_chat_request_gets_a_chat_completion(served: Any) -> None:
     reply = served.predict({"messages": ASKED, "max_tokens": 5, "model": "assistant"})
     (choice,) = reply["choices"]
@@ -55,6 +62,7 @@ def test_a_chat_request_gets_a_chat_completion(served: Any) -> None:
     assert served.predict([ASKED])[0].startswith(choice["message"]["content"].strip())
     parts = [{"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}]
     assert served.predict(parts) == served.predict(["hello"])
+    assert served.predict("hello") == served.predict(["hello"])
     texts = {served.predict({"messages": ASKED, "temperature": 1.0, "top_p": 0.9})["choices"][0]["message"]["content"] for _ in range(8)}
     assert len(texts) > 1
 
