@@ -13,12 +13,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rlhf.config.training import PretrainedBase
 from rlhf.errors import UserError, first_line
 from rlhf.models import headers, templates
-from rlhf.models.dialogues import Messages
+from rlhf.models.dialogues import Messages, encode_dialogue, render
 from rlhf.models.options import ANOTHER
 from rlhf.models.supported import unsupported
 from rlhf.models.tokenizer import given_tokenizer
 
 SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")  # all files of a hub model but its weights
+SHORT = (
+    {"role": "user", "content": "What is one and two?"},
+    {"role": "assistant", "content": "The sum is three."},
+    {"role": "user", "content": "And four?"},
+    {"role": "assistant", "content": "Seven."},
+)
 FIND = "give a folder with config.json, tokenizer and weights, or a hub id and revision that can be reached"
 
 
@@ -73,7 +79,21 @@ def pin(params: PretrainedBase, to: Path) -> list[str]:
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]  # as it is loaded, and other programs may rely on it
     vars(config).pop("auto_map", None)  # transformers knows the type, and would ask whether to run the model's own code
     saving.copy_model(folder, names, config, tokenizer, to)
-    return notes
+    return notes + in_pieces(tokenizer)
+
+
+def in_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A note where a dialogue as a whole has other tokens than its turns have one by one, as stages learn and sample them."""
+    ids, _ = encode_dialogue(tokenizer, SHORT)
+    text = render(tokenizer, SHORT, answer_follows=False).rpartition(str(tokenizer.eos_token))[0] + str(tokenizer.eos_token)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids == whole:
+        return []
+    at = next((i for i, (own, other) in enumerate(zip(ids, whole, strict=False)) if own != other), min(len(ids), len(whole)))
+    own, other = (tokenizer.convert_ids_to_tokens(found[at : at + 2]) for found in (ids, whole))
+    what = "the tokenizer writes a dialogue's turns, which are learnt and sampled one by one, otherwise than the whole dialogue"
+    rather = "a chat template whose turns begin with special tokens has none of it"
+    return [f"{what}: {' '.join(own)} in the place of {' '.join(other)}; {rather}"]
 
 
 def named(params: PretrainedBase, error: UserError) -> UserError:

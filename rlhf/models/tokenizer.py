@@ -85,7 +85,7 @@ def given_tokenizer(
         UserError: it cannot be read, writes no text, or has no chat template or end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = as_its_file_says(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), folder)
         ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
         # half of a surrogate pair can be read, and not written again
         json.dumps([tokenizer.init_kwargs, tokenizer.chat_template], ensure_ascii=False, default=str).encode()
@@ -118,11 +118,33 @@ def given_tokenizer(
     return tokenizer, notes
 
 
-def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, as it is saved: of a class that transformers knows, for which no code of its own is needed."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template, **tokenizer.special_tokens_map
-    )
+def as_its_file_says(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of tokenizer.json, where the one that transformers made by its class loses text that the file's keeps.
+
+    It makes those of class LlamaTokenizerFast anew, from their words. Models that have the class but not the tokenizer it knows by their
+    names on the hub alone (DeepSeek's distilled Llamas), not in a folder.
+    """
+    file = folder / "tokenizer.json"
+    if not (file.exists() and isinstance(tokenizer, PreTrainedTokenizerFast)) or keeps_text(tokenizer.backend_tokenizer):
+        return tokenizer
+    core = Tokenizer.from_file(str(file))
+    return plain(tokenizer, core) if keeps_text(core) else tokenizer
+
+
+def keeps_text(core: Tokenizer) -> bool:
+    return bool(core.decode(core.encode(PROBE, add_special_tokens=False).ids).strip() == PROBE)
+
+
+def plain(tokenizer: PreTrainedTokenizerFast, core: Tokenizer | None = None) -> PreTrainedTokenizerFast:
+    """The same tokenizer, as it is saved: of a class that transformers knows, for which no code of its own is needed.
+
+    Args:
+        core: what is to take the place of its core.
+    """
+    core = core or tokenizer.backend_tokenizer
+    named = tokenizer.special_tokens_map.items()  # with those that a class takes for granted
+    special = {name: token for name, token in named if not isinstance(token, str) or core.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=tokenizer.chat_template, **special)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GenerationConfig,
     LlamaForCausalLM,
 )
@@ -70,6 +72,30 @@ def test_it_is_pinned_with_what_later_stages_need(model: Path, tmp_path: Path) -
     plain = load_tokenizer(tmp_path / "turns")
     assert plain.eos_token == "<|end|>"
     assert plain.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True) == "Human: Hi\n\nAssistant:"
+
+
+def test_a_tokenizer_that_its_class_does_not_fit_is_taken_from_its_file(model: Path, tmp_path: Path) -> None:
+    path = model / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    del settings["backend"]
+    path.write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}), encoding="utf-8")
+    text = "What is the capital of France?"
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
+    assert AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
+    pin(given(model), tmp_path / "to")
+    kept = load_tokenizer(tmp_path / "to")
+    assert kept(text, add_special_tokens=False)["input_ids"] == ids
+    assert kept.decode(ids) == text
+
+
+def test_turns_that_have_other_tokens_by_themselves_are_told_of(model: Path, tmp_path: Path) -> None:
+    assert pin(given(model, chat_template="turns"), tmp_path / "turns") == []
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (note,) = pin(given(model), tmp_path / "to")
+    assert "otherwise than the whole dialogue: Ġ " in note
 
 
 def test_files_of_weights_are_pinned_as_they_are(untied: Path, tmp_path: Path) -> None:
