@@ -5,8 +5,9 @@ python bench/learning/warm_start.py --seeds 1 awac.epochs=2    with changed valu
 
 In each clone a first version is trained by grpo, which leaves several answers to a prompt, and registered. People then compare its answers
 to new prompts with sft's, in pairs; those are data, prompts are added, and the policy is trained again, by ppo: once from sft, once with
-stage awac before it. Every other step's policy answers PROMPTS more prompts, as the first version does, with the same random numbers. A run
-that never comes to its gold score counts with all that it sampled.
+stage awac before it. Every other step's policy answers PROMPTS prompts of another seed, as the first version does, with the same random
+numbers; the sandbox is so small that two thirds of these stand in a stage's data, too. A run that never comes to its gold score counts with
+all that it sampled.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def linked(runs: Path, place: Path) -> Iterator[None]:
 
 
 def gold(root: Path, model: str, weights: Path | None = None) -> float:
-    """Mean gold score of a policy's answers to the new prompts.
+    """Mean gold score of a policy's answers to the prompts of another seed.
 
     Args:
         root: of the workspace.
