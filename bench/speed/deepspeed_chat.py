@@ -112,8 +112,7 @@ def side(pause: Pause, root: Path, plan: Any, prompts: list[list[int]], lengths:
         num_total_iters=steps * plan.updates,
         args=given,
     )
-    drops = [module.p for engine in (engines.actor, engines.critic) for module in engine.modules() if isinstance(module, torch.nn.Dropout)]
-    assert not any(drops), "it drops what stage ppo does not"
+    assert [engine.module.config.dropout for engine in (engines.actor, engines.critic)] == [0.0, 0.0], "it drops what stage ppo does not"
     trainer, collate = DeepSpeedPPOTrainer(engines, given), DataCollatorRLHF(given.max_prompt_seq_len, 1)
     ends = ends_as_planned(cast(PreTrainedModel, engines.actor.module), tokenizer.eos_token_id)
     order = Order(len(prompts), job.params.ppo.rollout_batch_size, job.seed("order"))
