@@ -56,7 +56,7 @@ promote.max_perplexity_ratio=1000 promote.min_eos_rate=0 promote.max_answer_toke
 promote.min_champion_win_rate=0 promote.min_kind_win_rate=0 serving.max_tokens=16 launch.accelerator=cpu
 """)
 RATED, COMPARED = 100_001, 100_002  # seeds of prompts
-HELD = "data/prepared/heldout_prompts.jsonl"
+HELD, ASKED = "data/prepared/heldout_prompts.jsonl", "prompts.jsonl"
 TEMPERATURE = 1.5  # of the answers that are rated: at 1 a trained policy's two answers are mostly alike
 SECONDS = 7200  # they only bound a failure
 Gold = dict[str, Any]
@@ -171,8 +171,8 @@ def sample(clone: Clone, ratings: int) -> dict[str, Gold]:
     held = {json.loads(line)["prompt"][-1]["content"] for line in (clone.root / HELD).read_text(encoding="utf-8").splitlines()}
     rows = new_prompts(6 * ratings, RATED, NEW)  # many more than are needed: answers may be alike
     rows = [row for row in rows if row["prompt"][-1]["content"] not in held]  # they would be dropped as they come in
-    file = clone.root.parent / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows), encoding="utf-8")
+    file = clone.root.parent / ASKED
+    file.write_text("".join(json.dumps({"prompt": row["prompt"]}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     clone.run("rlhf", "feedback", "sample", str(file), "--temperature", str(TEMPERATURE))
     return {json.dumps(row["prompt"]): row["gold"] for row in rows}
 
@@ -213,7 +213,8 @@ def decided(root: Path) -> registry.Version | None:
 def compare(root: Path, number: int, count: int) -> str:
     """How often the new version's answer to a new prompt has the higher gold score, of all kinds and of NEW; a tie is half a win."""
     params = config.load(root / "params.yaml")
-    known = "".join(path.read_text(encoding="utf-8") for path in sorted((root / "data/prepared").glob("*.jsonl")))
+    files = [*sorted((root / "data/prepared").glob("*.jsonl")), root.parent / ASKED]
+    known = "".join(path.read_text(encoding="utf-8") for path in files)
     drawn = {json.dumps(row["prompt"]): row for row in new_prompts(20 * count, COMPARED)}  # most are known
     rows = [row for row in drawn.values() if json.dumps(row["prompt"][-1]["content"], ensure_ascii=False) not in known][:count]
     scores = []
