@@ -258,6 +258,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_end_token(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pad: str
 ) -> None:
     scalar.model.config.reward_mean, scalar.model.config.reward_std = 0.25, 2.0
+    tokenizer = copy.deepcopy(tokenizer)  # the others' stays as it is
     tokenizer.pad_token = pad
     tokenizer.chat_template = str(tokenizer.chat_template).replace("{{- eos_token -}}", "{{- eos_token + '\\n' -}}")  # as many write
     dialogues = [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}] for answer in ("So.", "I do not know.")]
