@@ -16,6 +16,7 @@ import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf.workspace import served
 HOST = "127.0.0.1"
 USUAL_PORTS = {"prefect": 4200, "mlflow": 5000}
 SECONDS_TO_START = 600
+SECONDS_LOCKED = 60
 SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line that it is known by
 MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
@@ -95,14 +97,14 @@ def start(root: Path, parts: Parts, ports: Mapping[str, int], uri: str) -> None:
         # in the environment: a command line is for all to see
         environment["MLFLOW_BACKEND_STORE_URI"] = uri
         parts.start("mlflow", "mlflow", "server", "--host", HOST, "--port", str(ports["mlflow"]), "--workers", "1")
-        parts.await_answer("mlflow", f"{environment['RLHF_MLFLOW_PAGES']}/health")
+        parts.await_answer("mlflow", lambda: answers(f"{environment['RLHF_MLFLOW_PAGES']}/health"))
     api = environment["PREFECT_API_URL"]
-    parts.await_answer("prefect", f"{api}/health")
+    parts.await_answer("prefect", lambda: answers(f"{api}/health"))
     _do(root, environment, "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
     _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
     _do(root, environment, "python", "-m", "tasks.notice")
     forget_other_places(root, api)
-    end_dead_runs(api)
+    parts.await_answer("prefect", lambda: end_dead_runs(api))
     parts.start("worker", "prefect", "worker", "start", "--pool", pool)
 
 
@@ -138,8 +140,7 @@ def forget_other_places(root: Path, api: str) -> None:
         for found in _ask(f"{api}/deployments/filter", {}):
             pool = found["work_pool_name"]
             if pool != served.name(root) and found["name"] == f"nightly-{pool}":
-                request = urllib.request.Request(f"{api}/deployments/{found['id']}", method="DELETE")
-                urllib.request.urlopen(request, timeout=30).close()
+                _ask(f"{api}/deployments/{found['id']}", method="DELETE")
 
 
 def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
@@ -207,8 +208,8 @@ class Parts:
         say(f"{name} ended with exit code {self._running[name].returncode} and is started again; see {self.logs / name}.log")
         self.start(name, *self._commands[name])
 
-    def await_answer(self, name: str, address: str) -> None:
-        """Wait until a part answers.
+    def await_answer(self, name: str, asked: Callable[[], bool]) -> None:
+        """Wait until a part answers what it is `asked`.
 
         Raises:
             UserError: it does not, or one has ended.
@@ -216,11 +217,9 @@ class Parts:
         deadline = time.monotonic() + SECONDS_TO_START
         while time.monotonic() < deadline:
             self._check()
-            try:
-                with urllib.request.urlopen(address, timeout=5):
-                    return
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.5)
+            if asked():
+                return
+            time.sleep(0.5)
         raise UserError(f"{name} did not answer within {SECONDS_TO_START} seconds", remedy=f"see {self.logs / name}.log")
 
     def wait(self) -> None:
@@ -231,6 +230,15 @@ class Parts:
         for name in self.ended():
             what = f"{name} ended with exit code {self._running[name].returncode}"
             raise UserError(what, remedy=f"see {self.logs / name}.log")
+
+
+def answers(address: str) -> bool:
+    """Whether a server answers there, and with success."""
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def end_dead_runs(api: str) -> bool:
@@ -260,10 +268,23 @@ def _runs_with_a_process() -> set[str | None]:
     return found
 
 
-def _ask(address: str, content: Any) -> Any:
-    request = urllib.request.Request(address, json.dumps(content).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return json.load(answer)
+def _ask(address: str, content: Any = None, method: str = "POST") -> Any:
+    """Prefect's answer. 503 says that its database was locked and nothing was done: that is asked again, as Prefect's own client does.
+
+    Raises:
+        OSError: it does not answer, or refuses.
+    """
+    body = None if content is None else json.dumps(content).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"}, method=method)
+    deadline = time.monotonic() + SECONDS_LOCKED
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or "null")
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
 
 
 def _do(root: Path, environment: Mapping[str, str], *words: str) -> None:

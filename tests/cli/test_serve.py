@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -55,12 +56,20 @@ class Workspace:
             return subprocess.Popen([PROGRAMS / "rlhf", "serve"], cwd=self.root, env=self.environment, stdout=log, stderr=log)
 
     def ask(self, path: str, content: Any = None) -> Any:
+        """Prefect's answer, once it has one: 503 says that its SQLite was locked and nothing was done, and that is asked again."""
         body = None if content is None else json.dumps(content).encode()
         servers = served.find(self.root)
         assert servers
         request = urllib.request.Request(f"{servers.api}/{path}", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
     def runs(self) -> list[Any]:
         """Flow runs that have begun; the others are of nights to come."""
@@ -186,6 +195,30 @@ def test_a_copy_does_not_take_the_servers_for_its_own(two: tuple[Workspace, Work
     with lock(tmp_path, served.LOCK), pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "SECONDS_TO_START", 0.2)
         assert served.find(tmp_path) is None
+
+
+class Locked(BaseHTTPRequestHandler):
+    """Prefect whose database is locked as the first request comes, and that has no runs."""
+
+    statuses: ClassVar[list[int]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.statuses.append(200 if self.statuses else 503)
+        self.send_response(self.statuses[-1])
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_what_prefect_could_not_do_for_its_locked_database_is_asked_again() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert serve.end_dead_runs(f"http://127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert Locked.statuses == [503, 200]
 
 
 def test_a_port_is_free_or_refused_if_it_was_asked_for() -> None:
