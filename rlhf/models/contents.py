@@ -76,6 +76,12 @@ class Controls:
         return ids
 
     @cached_property
+    def marks_beginnings(self) -> bool:
+        """Whether the tokenizer begins a text otherwise than what stands within one, as with a mark of a space (Llama 2's, Mistral's)."""
+        first, second, both = self._tokenizer(["\n", "B", "\nB"], add_special_tokens=False)["input_ids"]
+        return bool(first + second != both)
+
+    @cached_property
     def _numbers(self) -> set[int]:
         words = self.words - {str(self._tokenizer.unk_token)}  # what stands for unknown characters
         return {number for word, number in self._tokenizer.get_vocab().items() if word in words}

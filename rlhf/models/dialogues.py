@@ -1,20 +1,21 @@
 """From dialogues and passages to token ids, and from the ids of an answer back to its text.
 
-One encoding for all stages: a dialogue is cut where the chat template starts and ends an assistant turn, and each piece is tokenized for
-itself. So the tokens that sft trains on, that the reward model reads and that PPO samples are the same ids.
+One encoding for all stages: a dialogue is cut where the chat template starts and ends an assistant turn, and each piece is tokenized
+without those that follow. So the tokens that sft trains on, that the reward model reads and that PPO samples are the same ids.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError, first_line
-from rlhf.models.contents import controls, encode_passages
+from rlhf.models.contents import Controls, controls, encode_passages
 
 Messages = Sequence[Mapping[str, Any]]  # role, content, …: as rlhf.data.turns makes them
 Frozen = tuple[str, ...]  # messages that can be looked up, each as JSON
@@ -45,11 +46,49 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Mes
     after = _render(tokenizer, [key[: i + 1] for key, places in zip(frozen, answers, strict=True) for i in places], answer_follows=False)
     end = str(tokenizer.eos_token)
     cut = [_pieces(*dialogue, before, after, end) for dialogue in zip(given, frozen, answers, strict=True)]
-    texts = list(dict.fromkeys(text for pieces in cut for text, _ in pieces))
-    ids = dict(zip(texts, words.encode(texts), strict=True))
+    tokens = _tokens(words, [[text for text, _ in pieces] for pieces in cut])
     return [
-        ([token for text, _ in pieces for token in ids[text]], [counted for text, counted in pieces for _ in ids[text]]) for pieces in cut
+        (
+            [token for ids in found for token in ids],
+            [counted for (_, counted), ids in zip(pieces, found, strict=True) for _ in ids],
+        )
+        for pieces, found in zip(cut, tokens, strict=True)
     ]
+
+
+def _tokens(words: Controls, dialogues: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+    """Token ids of each piece of each dialogue."""
+    if not words.marks_beginnings:
+        ids = _known(words, [text for pieces in dialogues for text in pieces])
+        return [[ids[text] for text in pieces] for pieces in dialogues]
+    ids = _known(words, [text for pieces in dialogues for text in accumulate(pieces)])
+    return [_in_turn(words, pieces, ids) for pieces in dialogues]
+
+
+def _known(words: Controls, texts: Iterable[str]) -> dict[str, list[int]]:
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, words.encode(distinct), strict=True))
+
+
+def _in_turn(words: Controls, pieces: Sequence[str], ids: Mapping[str, list[int]]) -> list[list[int]]:
+    """Token ids of each piece as the tokenizer writes it behind those before it.
+
+    Where it puts the end of one and the beginning of the next into one token, the next is written for itself: a prompt stays as it is,
+    whatever is answered.
+
+    Args:
+        ids: of the pieces up to each, as one text.
+    """
+    text, known = "", list[int]()
+    found = []
+    for piece in pieces:
+        text += piece
+        whole = ids[text] if text in ids else words.encode([text])[0]
+        if whole[: len(known)] != known:
+            text, known, whole = piece, [], words.encode([piece])[0]
+        found.append(whole[len(known) :])
+        known = whole
+    return found
 
 
 def _before_answers(dialogues: Iterable[Frozen], answers: Iterable[Sequence[int]]) -> list[Frozen]:

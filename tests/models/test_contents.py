@@ -15,6 +15,7 @@ from rlhf.data.sandbox import make_rows
 from rlhf.errors import UserError
 from rlhf.models.contents import MARK, controls, encode_passages
 from rlhf.models.dialogues import blocks, encode_dialogue, encode_dialogues, encode_prompt
+from rlhf.models.given import in_pieces
 from rlhf.models.tokenizer import build_tokenizer, template
 from rlhf.registry import serving
 
@@ -22,6 +23,8 @@ TURNS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['conten
 CHATML = TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 ASKED = "{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
 LIKE_LLAMA = f"{{% for m in messages %}}{ASKED}{{% else %}}{{{{ m['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
+WORDS = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+LIKE_ZEPHYR = WORDS + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 TEXTS = [turn["content"] for row in make_rows("pairs", 60, 1, 0.0) for turn in row["prompt"]]
 # every letter of the words below, so that none is unknown
 LETTERS = ["".join(map(chr, range(33, 127))) + "\n"] * 3
@@ -101,6 +104,36 @@ def test_words_of_control_tokens_are_text(kind: str) -> None:
     asked = encode_prompt(tokenizer, dialogue(words)[:3])
     if kind != "turns":  # which writes a line behind an answer only where a turn follows
         assert ids[: len(asked)] == asked
+
+
+@pytest.mark.parametrize("chat_template", [LIKE_LLAMA, LIKE_ZEPHYR])
+@pytest.mark.parametrize("kind", ["first", "prepend", "unigram"])
+def test_turns_have_the_tokens_that_they_have_in_the_whole_dialogue(kind: str, chat_template: str) -> None:
+    """Each by itself, such a tokenizer would put a mark of a space before it (TinyLlama's template is Zephyr's)."""
+    tokenizer = KINDS[kind][0]()
+    tokenizer.chat_template = chat_template
+
+    def whole(messages: list[dict[str, Any]], answer_follows: bool) -> Any:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_follows))
+        return tokenizer(text if answer_follows else text.rstrip("\n"), add_special_tokens=False)["input_ids"]
+
+    messages = dialogue("soup")
+    (ids, mask), asked = encode_dialogue(tokenizer, messages), encode_prompt(tokenizer, messages[:3])
+    assert ids == whole(messages, False)
+    assert ids[: len(asked)] == asked == whole(messages[:3], True)
+    assert mask[len(asked) :] == [1] * (len(ids) - len(asked))
+    assert in_pieces(tokenizer) == []
+
+
+def test_a_prompt_stays_as_it_is_where_the_tokenizer_would_join_it_with_the_answer() -> None:
+    tokenizer = like_llama("bpe")
+    # asked with a space at the end, which belongs to the first word of what follows
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + (' ' if m['role'] == 'user' else eos_token) }}{% endfor %}"
+    messages = [{"role": "user", "content": "A word"}, {"role": "assistant", "content": "means the"}]
+    asked, (ids, _) = encode_prompt(tokenizer, messages[:1]), encode_dialogue(tokenizer, messages)
+    assert asked == tokenizer("A word ", add_special_tokens=False)["input_ids"] == ids[: len(asked)]
+    assert ids != tokenizer("A word means the</s>", add_special_tokens=False)["input_ids"]
+    assert ids[len(asked) :] == tokenizer("means the</s>", add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
