@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -57,37 +56,28 @@ def encode_dialogues(tokenizer: PreTrainedTokenizerBase, dialogues: Iterable[Mes
 
 
 def _tokens(words: Controls, dialogues: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """Token ids of each piece of each dialogue."""
-    if not words.marks_beginnings:
-        ids = _known(words, [text for pieces in dialogues for text in pieces])
-        return [[ids[text] for text in pieces] for pieces in dialogues]
-    ids = _known(words, [text for pieces in dialogues for text in accumulate(pieces)])
-    return [_in_turn(words, pieces, ids) for pieces in dialogues]
-
-
-def _known(words: Controls, texts: Iterable[str]) -> dict[str, list[int]]:
-    distinct = list(dict.fromkeys(texts))
-    return dict(zip(distinct, words.encode(distinct), strict=True))
-
-
-def _in_turn(words: Controls, pieces: Sequence[str], ids: Mapping[str, list[int]]) -> list[list[int]]:
-    """Token ids of each piece as the tokenizer writes it behind those before it.
+    """Token ids of each piece of each dialogue, as the tokenizer writes it behind the piece before.
 
     Where it puts the end of one and the beginning of the next into one token, the next is written for itself: a prompt stays as it is,
     whatever is answered.
-
-    Args:
-        ids: of the pieces up to each, as one text.
     """
-    text, known = "", list[int]()
-    found = []
+    behind = [_with_before(pieces) if words.marks_beginnings else [("", piece) for piece in pieces] for pieces in dialogues]
+    texts = list(dict.fromkeys(text for pairs in behind for before, piece in pairs for text in (before, piece, before + piece)))
+    ids = dict(zip(texts, words.encode(texts), strict=True))
+
+    def written(before: str, piece: str) -> list[int]:
+        known, both = ids[before], ids[before + piece]
+        return both[len(known) :] if both[: len(known)] == known else ids[piece]
+
+    return [[written(*pair) for pair in pairs] for pairs in behind]
+
+
+def _with_before(pieces: Sequence[str]) -> list[tuple[str, str]]:
+    """Each piece, and the last one before it that is not empty."""
+    found, before = [], ""
     for piece in pieces:
-        text += piece
-        whole = ids[text] if text in ids else words.encode([text])[0]
-        if whole[: len(known)] != known:
-            text, known, whole = piece, [], words.encode([piece])[0]
-        found.append(whole[len(known) :])
-        known = whole
+        found.append((before, piece))
+        before = piece or before
     return found
 
 
