@@ -15,6 +15,8 @@ from rlhf.engine.partition import whole_weights
 from rlhf.job import Job
 from rlhf.models.lora import Adapters
 
+SENTENCEPIECE = "tokenizer.model"  # llama.cpp's converter makes a Gemma of it alone
+
 
 def save(job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, adapters: Adapters | None = None) -> None:
     """Have rank 0 write the model, and its adapters beside it; all ranks must call it, and the model is not to be used afterwards."""
@@ -41,7 +43,8 @@ def save_model(
     if model.can_generate():
         model.generation_config = _generation(tokenizer)
     model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    # an answer follows its prompt; but of a reward model some families count positions over what stands before a dialogue
+    _save_tokenizer(tokenizer, folder, "left" if model.can_generate() else "right")
     _name_as_before(folder)
     model.config.use_cache = False
 
@@ -56,10 +59,20 @@ def copy_model(source: Path, names: Iterable[str], config: PreTrainedConfig, tok
     config.use_cache = True
     config.save_pretrained(folder)
     _generation(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder, "left")
     _name_as_before(folder)
     for name in names:
         shutil.copyfile(source / name, folder / name)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, padding_side: str) -> None:
+    """Write a tokenizer, with what transformers leaves out: the padding side, and a file that programs read which are not transformers."""
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write(folder / "tokenizer_config.json", config | {"padding_side": padding_side})
+    source = Path(tokenizer.name_or_path) / SENTENCEPIECE
+    if source.is_file() and not (folder / SENTENCEPIECE).exists():
+        shutil.copyfile(source, folder / SENTENCEPIECE)
 
 
 def _name_as_before(folder: Path) -> None:

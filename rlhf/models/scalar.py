@@ -19,9 +19,10 @@ from rlhf.models.policy import load
 from rlhf.tensors import send
 
 HEAD = frozenset({"score.weight"})
-# a chat template whose dialogues end with the end token; "{{" and "}}" are one brace each
+# a chat template whose dialogues end with the end token, in words that Jinja's other readers know (llama.cpp's, transformers.js's); "{{"
+# and "}}" are one brace each
 ENDING = """{{% set written %}}{template}{{% endset %}}\
-{{{{ written if add_generation_prompt or eos_token not in written else written.rpartition(eos_token)[0] + eos_token }}}}"""
+{{{{ written if add_generation_prompt or eos_token not in written else (written.split(eos_token)[:-1] | join(eos_token)) + eos_token }}}}"""
 
 
 class ScalarModel(nn.Module):
@@ -85,7 +86,7 @@ def save_scalar(job: Job, scalar: ScalarModel, tokenizer: PreTrainedTokenizerBas
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = ENDING.format(template=str(tokenizer.chat_template).removesuffix("\n"))
-    tokenizer.padding_side = "right"  # some models count positions over what stands before a dialogue
+    scalar.model.config.problem_type = "regression"  # else transformers' pipeline gives the sigmoid of a reward
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = padding_beside_end(tokenizer)
         scalar.model.config.pad_token_id = tokenizer.pad_token_id

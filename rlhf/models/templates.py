@@ -18,7 +18,9 @@ DATE = datetime(2024, 7, 26)
 PARTS = (
     "{%- set taken = namespace(messages=[]) %}{%- for message in messages %}{%- set content = message['content'] %}"
     "{%- if content is string %}{%- set content = [{'type': 'text', 'text': content}] %}{%- endif %}"
-    "{%- set taken.messages = taken.messages + [dict(message, content=content)] %}{%- endfor %}{%- set messages = taken.messages %}\n"
+    # transformers.js knows no `dict`
+    "{%- set made = {'role': message['role'], 'content': content} if message | length == 2 else dict(message, content=content) %}"
+    "{%- set taken.messages = taken.messages + [made] %}{%- endfor %}{%- set messages = taken.messages %}\n"
 )
 DRAWS = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")
 QUESTION, ANSWER = {"role": "user", "content": "A question"}, {"role": "assistant", "content": "An answer"}

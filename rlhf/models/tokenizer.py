@@ -39,7 +39,6 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, context_tokens: int) 
         extra_special_tokens=list(ROLES),
         model_max_length=context_tokens,
         clean_up_tokenization_spaces=False,
-        padding_side="left",
     )
     fast.chat_template = template("special")
     return fast
@@ -114,7 +113,6 @@ def given_tokenizer(
     tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"  # where answers are written, they follow the prompt
     return tokenizer, notes
 
 

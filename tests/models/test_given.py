@@ -61,9 +61,12 @@ def test_a_whole_model_has_nothing_wrong_with_it(model: Path, llama: LlamaForCau
 def test_it_is_pinned_with_what_later_stages_need(model: Path, tmp_path: Path) -> None:
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
+    (model / "tokenizer.model").write_bytes(b"of SentencePiece")
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<|user|>{% endfor %}")
     pin(given(model), tmp_path / "kept")
     kept, config = load_tokenizer(tmp_path / "kept"), AutoConfig.from_pretrained(tmp_path / "kept")
+    assert kept.padding_side == "left"
+    assert (tmp_path / "kept/tokenizer.model").read_bytes() == b"of SentencePiece"
     # this template ends a turn with another token than the end of text
     assert kept.eos_token == kept.pad_token == "<|user|>"
     assert (config.eos_token_id, config.pad_token_id) == (kept.eos_token_id, kept.pad_token_id)

@@ -24,6 +24,7 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 
 from rlhf.errors import UserError
@@ -32,6 +33,7 @@ from rlhf.models.packed import pack
 from rlhf.models.policy import load_policy
 from rlhf.models.saving import save_model
 from rlhf.models.scalar import ScalarModel, initialise_head, load_scalar, padding_beside_end, save_scalar
+from rlhf.models.templates import settle
 from rlhf.models.tokenizer import build_tokenizer, end_of_turn, load_tokenizer, template
 
 # ------------------------------------------------------------------------------------------------------------------ tokenizer
@@ -75,7 +77,7 @@ def test_a_saved_tokenizer_is_the_same_one(tokenizer: PreTrainedTokenizerFast, t
     loaded = load_tokenizer(tmp_path)
     asked = [{"role": "user", "content": "Hi 🙂"}]
     assert loaded.apply_chat_template(asked, tokenize=False) == tokenizer.apply_chat_template(asked, tokenize=False) == "<|user|>Hi 🙂"
-    assert (loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (tokenizer.eos_token_id, tokenizer.pad_token_id, "left")
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -117,7 +119,9 @@ def test_a_saved_policy_is_an_ordinary_folder(llama: LlamaForCausalLM, tokenizer
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, llama(ids).logits)
     assert loaded.config.use_cache
-    assert loaded.generation_config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id == tokenizer.eos_token_id
+    read: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.generation_config.eos_token_id == read.eos_token_id == tokenizer.eos_token_id
+    assert read.padding_side == "left"  # an answer follows its prompt
     assert loaded.generation_config.do_sample is False
     assert torch.equal(load_policy(tmp_path, "fp32")(ids).logits, llama(ids).logits)
     assert load_policy(tmp_path, "bf16").dtype == torch.bfloat16
@@ -273,6 +277,47 @@ def test_transformers_reads_a_saved_reward_model_at_the_end_token(
     logits = model(**read(texts, add_special_tokens=False, padding=True, return_tensors="pt", return_token_type_ids=False)).logits
     torch.testing.assert_close(logits[:, 0], torch.stack(expected), atol=1e-5, rtol=1e-5)
     assert read.pad_token != read.eos_token
+    assert read.padding_side == "right"
+    pipe: Any = pipeline("text-classification", str(tmp_path / "reward"), add_special_tokens=False)
+    assert [one["score"] for one in pipe(texts)] == pytest.approx([float(score) for score in expected], abs=1e-5)  # and not its sigmoid
+
+
+@pytest.mark.parametrize("form", ["special", "turns", "parts"])
+def test_templates_of_saved_models_are_read_by_others_than_transformers(
+    scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, form: str
+) -> None:
+    """llama.cpp and transformers.js have a Jinja of their own, with some of Python's methods."""
+    minijinja = pytest.importorskip("minijinja", reason="minijinja is not installed: pip install -c constraints.txt -e '.[dev]'")
+    tokenizer = copy.deepcopy(tokenizer)
+    of_parts = "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = of_parts if form == "parts" else template(form)
+    assert len(settle(tokenizer)) == (form == "parts")
+    save_model(scalar.model, tokenizer, tmp_path / "policy")
+    job: Any = SimpleNamespace(is_main=True)
+    save_scalar(job, scalar, tokenizer, tmp_path / "reward", None)
+    messages = [{"role": role, "content": text} for role, text in (("system", "Be brief."), ("user", "Why?"), ("assistant", "So."))]
+    for name in ("policy", "reward"):
+        read: Any = AutoTokenizer.from_pretrained(tmp_path / name)
+        texts = {"template": (tmp_path / name / "chat_template.jinja").read_text(encoding="utf-8")}
+        others = minijinja.Environment(
+            templates=texts, pycompat=True, trim_blocks=True, lstrip_blocks=True, auto_escape_callback=lambda _: False
+        )
+        for said, answer_follows in ((messages, False), (messages[:2], True)):
+            known = {"messages": said, "add_generation_prompt": answer_follows, "eos_token": read.eos_token}
+            expected = read.apply_chat_template(said, tokenize=False, add_generation_prompt=answer_follows)
+            assert others.render_template("template", **known) == expected
+
+
+def test_a_file_that_others_read_is_handed_on_from_model_to_model(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(llama, tokenizer, tmp_path / "base")
+    assert not (tmp_path / "base/tokenizer.model").exists()
+    (tmp_path / "base/tokenizer.model").write_bytes(b"of SentencePiece")
+    save_model(llama, load_tokenizer(tmp_path / "base"), tmp_path / "sft")
+    save_model(llama, load_tokenizer(tmp_path / "sft"), tmp_path / "ppo")
+    assert (tmp_path / "ppo/tokenizer.model").read_bytes() == b"of SentencePiece"
+    assert load_tokenizer(tmp_path / "ppo").encode("Hi") == tokenizer.encode("Hi")
 
 
 def test_a_tokenizer_that_has_no_other_special_token_pads_scores_with_none(tokenizer: PreTrainedTokenizerFast) -> None:
