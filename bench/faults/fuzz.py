@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from bench.clone import REPOSITORY
 from rlhf import config
 from rlhf.errors import UserError
-from rlhf.workspace import fingerprint, presets
+from rlhf.workspace import dag, fingerprint, presets
 
 LACKING = ("hh", "smollm2-135m-hh")  # their file
 PRESETS = sorted(path.stem for path in (REPOSITORY / "presets").glob("*.yaml") if path.stem not in LACKING)
@@ -235,7 +235,7 @@ def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
 
 def of_graph(root: Path, chance: random.Random) -> str:
     """Read a changed dvc.yaml."""
-    text = presets.graph(REPOSITORY, chance.choice(_params()))
+    text = dag.text(REPOSITORY, chance.choice(_params()))
     raw = mutate(text, chance)
     (root / "dvc.yaml").write_bytes(raw)
     try:

@@ -95,6 +95,10 @@ def use(
             help="Values to change, for example ppo.steps=100 or data.sources.0.path=pairs.jsonl; docs/params.md explains every key.",
         ),
     ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(metavar="PRESET", help="Take what the file lacks from this preset, and known no more out: after an upgrade."),
+    ] = None,
 ) -> None:
     """Write params.yaml from a preset, with changed values, and dvc.yaml for its algorithm.
 
@@ -104,7 +108,7 @@ def use(
     from rlhf.workspace import presets
 
     root = workspace()
-    for line in presets.use(root, preset, values or [], lambda params: bring_earlier(root, params)):
+    for line in presets.use(root, preset, values or [], lambda params: bring_earlier(root, params), fill):
         print(line)
 
 

@@ -13,7 +13,7 @@ from rlhf import config, plan
 from rlhf.plan import pinned
 from rlhf.plan.findings import Findings
 from rlhf.plan.memory import COLUMNS
-from rlhf.workspace import fingerprint, presets
+from rlhf.workspace import dag, fingerprint
 
 
 def check(root: Path) -> Findings:
@@ -29,7 +29,7 @@ def check(root: Path) -> Findings:
     findings = Findings()
     with findings.collecting():
         fingerprint.check_algorithm(fingerprint.read_graph(root), params)
-        if (root / "dvc.yaml").read_text(encoding="utf-8") != presets.graph(root, params):
+        if (root / "dvc.yaml").read_text(encoding="utf-8") != dag.text(root, params):
             findings.notes.append("dvc.yaml is not as `rlhf use` writes it: DVC does not see a change of what it does not list")
             _graph_of_dvc(root)
     found = plan.check(root, params, params.stages)

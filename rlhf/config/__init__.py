@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlhf.config import algorithms, text
 from rlhf.config.awac import Awac
-from rlhf.config.data import FORMATS, SLICES_OF_KIND, Data, Prepare
+from rlhf.config.data import SLICES_OF_KIND, Data, Prepare
 from rlhf.config.feedback import Feedback
 from rlhf.config.group import Grpo
 from rlhf.config.operations import Launch, Operations, Promote, Tracking
@@ -23,6 +23,8 @@ from rlhf.config.serving import Serving
 from rlhf.config.stored import Answers, BestOfN, Iterative, Rrhf
 from rlhf.config.training import Answering, Base, Dpo, Evaluate, Ppo, Reward, Sft
 from rlhf.errors import UserError
+
+Key = tuple[str | int, ...]  # of a value in params.yaml; a number is a place in a list
 
 STAGES = (
     "prepare", "base", "sft", "reward", "awac", "ppo", "grpo", "dpo", "answers", "best_of_n", "rrhf", "round", "iterative", "evaluate",
@@ -285,18 +287,39 @@ def validate(raw: object, origin: str) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(f"{origin}: {_explain(e)}" for e in error.errors()), remedy="see docs/params.md for every key") from None
+        faults = error.errors()
+        remedy = "see docs/params.md for every key"
+        if isinstance(raw, dict) and any(e["type"] == "missing" for e in faults):
+            remedy += f"; if it is of an earlier version, `rlhf use {origin} --fill PRESET` takes what is missing from a preset"
+        raise UserError("; ".join(f"{origin}: {_explain(e, raw)}" for e in faults), remedy=remedy) from None
 
 
-def _explain(error: Any) -> str:
-    # pydantic puts the union's tag into the location ("sources.0.hh.path"): not a key of the file
-    tags = {*FORMATS, "build", "pretrained"}
-    location = list(error["loc"])
-    key = ".".join(
-        str(part)
-        for i, part in enumerate(location)
-        if not (part in tags and i > 0 and (location[i - 1] == "base" or isinstance(location[i - 1], int)))
-    )
+def out_of_place(raw: object) -> tuple[list[Key], list[Key]]:
+    """Keys that the parsed content of params.yaml lacks, and those that it has and the schema does not."""
+    try:
+        Params.model_validate(raw)
+    except ValidationError as error:
+        found = error.errors()
+    else:
+        found = []
+    lacking, unknown = ([_key(e, raw) for e in found if e["type"] == kind] for kind in ("missing", "extra_forbidden"))
+    return lacking, unknown
+
+
+def _key(error: Any, raw: object) -> Key:
+    """Where an error is, without the tags of unions that pydantic puts between (rewards.0.model.weight): they lead to nothing."""
+    *before, last = error["loc"] or ("",)
+    key: list[str | int] = []
+    for part in before:
+        inner = raw.get(part) if isinstance(raw, dict) else raw[part] if isinstance(raw, list) and isinstance(part, int) else None
+        if isinstance(inner, dict | list):
+            key.append(part)
+            raw = inner
+    return (*key, last)
+
+
+def _explain(error: Any, raw: object) -> str:
+    key = ".".join(map(str, _key(error, raw)))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"key '{key}' is missing"

@@ -181,11 +181,6 @@ class NamedSource(FileSource):
         return next(kind for kind, datasets in kinds.items() if self.format in get_args(datasets))
 
 
-FORMATS = tuple(
-    name
-    for source in (SandboxSource, ColumnSource, VerifiableSource, NamedSource)
-    for name in get_args(source.model_fields["format"].annotation)
-)
 Source = Annotated[SandboxSource | ColumnSource | VerifiableSource | NamedSource, Field(discriminator="format")]
 
 

@@ -13,7 +13,7 @@ from rlhf import config
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 from rlhf.sweep.space import Space, Values
-from rlhf.workspace import fingerprint, presets
+from rlhf.workspace import dag, fingerprint, presets
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Maker:
         self._text = (root / "params.yaml").read_text(encoding="utf-8")
         self._graph = (root / "dvc.yaml").read_text(encoding="utf-8")
         self.params = config.load(root / "params.yaml")
-        self._usual = presets.graph(root, self.params)
+        self._usual = dag.text(root, self.params)
 
     def make(self, values: Values) -> Point:
         """The point of some values.
@@ -61,7 +61,7 @@ class Maker:
         except UserError as error:
             said = error.what if str(self._file) in error.what else f"{self._file}: {error.what}"
             raise UserError(said, remedy=error.remedy) from None
-        usual = presets.graph(self._root, params)
+        usual = dag.text(self._root, params)
         # a graph that somebody has changed stays as it is, unless the point needs another one
         graph = self._graph if usual == self._usual else usual
         nodes = fingerprint.nodes(config.text.parse(graph, "dvc.yaml"), self._root / "dvc.yaml")

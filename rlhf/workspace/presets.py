@@ -30,11 +30,9 @@ from rlhf.config import algorithms
 from rlhf.config.data import FileSource
 from rlhf.errors import UserError
 from rlhf.paths import check_links, inside
-from rlhf.workspace import precision
+from rlhf.workspace import dag, precision, upgrade
 
 RAW = Path("data/raw")
-POLICY_READS = "deps: [models/sft, models/reward, data/prepared/ppo.jsonl,"  # as ppo and grpo have it
-TUNED = "plots/ultho.csv: {cache: false, x: step, y: signal}"
 
 
 def names(root: Path) -> list[str]:
@@ -42,12 +40,15 @@ def names(root: Path) -> list[str]:
     return sorted(path.stem for path in (root / "presets").glob("*.yaml"))
 
 
-def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.Params], list[str]] = lambda _: []) -> list[str]:
+def use(
+    root: Path, preset: str, overrides: list[str], bring: Callable[[config.Params], list[str]] = lambda _: [], fill: str | None = None
+) -> list[str]:
     """Write params.yaml from a preset, by name or as a YAML file, and `key=value` overrides; and dvc.yaml for its algorithm.
 
     Nothing is written unless all is right.
 
     Args:
+        fill: another preset, which gives the keys that this one lacks.
         bring: called with the params before anything is written, for what else they name; what it did, in lines.
 
     Returns:
@@ -56,16 +57,13 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
     Raises:
         UserError: unknown preset or key, a value out of bounds, a data file that does not exist, or one that DVC refuses.
     """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"unknown preset '{preset}'{_nearest(preset, names(root))}", remedy=f"use one of {', '.join(names(root))}, or a YAML file"
-        )
-    origin = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-    config.read(path)  # that it is there, and YAML
-    text = path.read_text(encoding="utf-8")
+    text, origin = _read(root, preset)
     raw, editor = _open(text, origin)
-    done, changed = _override(raw, overrides, origin), bool(overrides)
+    done = []
+    if fill:
+        done += upgrade.fill(raw, _open(*_read(root, fill))[0], lambda: config.text.parse(_text(raw, editor), origin), _shown)
+    done += _override(raw, overrides, origin)
+    changed = bool(done)
     if _at(raw, "launch.precision") == precision.AUTO:
         found, why = precision.best(built=_at(raw, "base.source") == "build")
         done.append(f"{_set(raw, 'launch.precision', found, origin)} ({why})")
@@ -73,8 +71,11 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
     try:
         params = config.validate(config.text.parse(_text(raw, editor), origin), origin)
     except UserError as error:
-        raise UserError(error.what, remedy=f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key") from None
-    dag = graph(root, params)
+        remedy = f"give it as `rlhf use {preset} KEY=VALUE`; docs/params.md explains every key"
+        if "is missing" in error.what and not fill:
+            remedy += "; if it is of an earlier version, add `--fill PRESET`, the preset that it was made from"
+        raise UserError(error.what, remedy=remedy) from None
+    stages = dag.text(root, params)
     done += bring(params)
     folders: list[Path] = []
     for number, source in enumerate(params.data.sources):
@@ -86,12 +87,23 @@ def use(root: Path, preset: str, overrides: list[str], bring: Callable[[config.P
             folders.append(RAW / Path(place).relative_to(RAW).parts[0])
     done += [version(root, folder) for folder in dict.fromkeys(folders)]
     dvc = root / "dvc.yaml"
-    if not dvc.is_file() or dvc.read_text(encoding="utf-8") != dag:
-        _write(dvc, dag)
+    if not dvc.is_file() or dvc.read_text(encoding="utf-8") != stages:
+        _write(dvc, stages)
         done.append(f"wrote dvc.yaml for algorithm {params.algorithm}")
     _write(root / "params.yaml", _text(raw, editor) if changed else text)
     doubt = precision.doubt(params.launch)
     return [*done, f"wrote params.yaml from {origin}", *([f"note: {doubt}"] if doubt else [])]
+
+
+def _read(root: Path, preset: str) -> tuple[str, str]:
+    """The text of a preset, by name or as a YAML file, and what it is called in errors."""
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else root / "presets" / f"{preset}.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"unknown preset '{preset}'{_nearest(preset, names(root))}", remedy=f"use one of {', '.join(names(root))}, or a YAML file"
+        )
+    config.read(path)  # that it is YAML
+    return path.read_text(encoding="utf-8"), str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
 def with_values(text: str, overrides: Sequence[str], origin: str) -> tuple[str, config.Params]:
@@ -122,54 +134,6 @@ def _override(raw: Any, overrides: Sequence[str], origin: str) -> list[str]:
         if key == "algorithm":
             done += _set_all(raw, "grpo", value, origin)
     return done
-
-
-def graph(root: Path, params: config.Params) -> str:
-    """The text of dvc.yaml for params: DVC has no branches, so each stage that makes the policy has a graph of its own.
-
-    Where no reward is a model, there is no stage reward, and nothing reads what it makes. With a warm start there is stage awac, and the
-    policy's own reads its model, too; where a bandit chooses values, its table is an output. The files of reward functions are inputs of
-    the stages that call them.
-
-    Raises:
-        UserError: a part of it is missing.
-    """
-    parts = ["common", *(["reward"] if params.trains_reward else []), *(["awac"] if params.warm_starts else [])]
-    parts += ["answers"] if params.policy in ("best_of_n", "rrhf") else []
-    try:
-        text = "".join((root / "graphs" / f"{part}.yaml").read_text(encoding="utf-8") for part in parts)
-        if params.policy == "iterative":
-            text += _rounds((root / "graphs" / "round.yaml").read_text(encoding="utf-8"), params.rounds)
-        text += _of_rounds((root / "graphs" / f"{params.policy}.yaml").read_text(encoding="utf-8"), params.rounds)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file", remedy="restore it: git checkout graphs") from None
-    if params.warm_starts:
-        text = text.replace(POLICY_READS, POLICY_READS.replace("models/sft", "models/sft, models/awac"))
-    if params.tunes:  # a table of its own
-        text = re.sub(rf"^( +- )plots/{params.policy}\.csv: .*\n", rf"\g<0>\1{TUNED}\n", text, flags=re.MULTILINE)
-    if not params.reads_pairs:
-        text = re.sub(r"models/reward, |, reward\.max_tokens|^.*plots/reward\.csv.*\n", "", text, flags=re.MULTILINE)
-    return text.replace("rlhf/rewards,", ", ".join(["rlhf/rewards", *map(json.dumps, params.reward_files)]) + ",")
-
-
-def _rounds(text: str, rounds: int) -> str:
-    """The stages of all rounds. Each reads what those before it made, and nothing that says how many there will be."""
-    parts = []
-    for number in range(1, rounds + 1):
-        before = f"models/round-{number - 1}, metrics/answers-{number - 1}.json, " if number > 1 else ""
-        last = f"models/round-{number - 1}, " if number > 1 else ""
-        part = text.replace("<round>", str(number)).replace("<before>, ", before).replace("<last>, ", last)
-        parts.append(_of_rounds(part, number - 1))
-    return "".join(parts)
-
-
-def _of_rounds(text: str, rounds: int) -> str:
-    """A text in which `<each round's PATH>, ` stands for that path of each round, N being its number."""
-
-    def listed(match: re.Match[str]) -> str:
-        return "".join(f"{match[1].replace('N', str(number))}, " for number in range(1, rounds + 1))
-
-    return re.sub(r"<each round's (\S+)>, ", listed, text)
 
 
 def _open(text: str, origin: str) -> tuple[Any, YAML]:

@@ -13,7 +13,7 @@ from prefect.utilities.collections import visit_collection
 from rlhf import config
 from rlhf.cli import reference
 from rlhf.errors import UserError
-from rlhf.workspace import presets
+from rlhf.workspace import dag
 from rlhf.workspace.fingerprint import check_algorithm, read_graph
 
 ROOT = Path(__file__).parents[2]
@@ -176,7 +176,7 @@ def test_an_adaptive_controller_sets_the_coefficient_itself() -> None:
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_what_a_bandit_chose_is_a_table_of_its_own(tmp_path: Path, algorithm: str) -> None:
     raw = with_value(SANDBOX | {"algorithm": algorithm}, f"{algorithm}.ultho", ULTHO | {"clusters": {"epochs": [1, 2]}})
-    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, config.validate(raw, "params.yaml")), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(dag.text(ROOT, config.validate(raw, "params.yaml")), encoding="utf-8")
     graph = read_graph(tmp_path)
     assert list(graph[algorithm].plots) == [f"plots/{algorithm}.csv", "plots/ultho.csv"]
     check_algorithm(graph, config.validate(raw, "params.yaml"))
@@ -232,17 +232,17 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_stage_depends_on_its_own_sections_alone() -> None:
-    assert presets.graph(ROOT, config.validate(SANDBOX, "params.yaml")) == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert dag.text(ROOT, config.validate(SANDBOX, "params.yaml")) == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     for algorithm in config.ONE_OF_EACH:
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
-        graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
+        graph = yaml.safe_load(dag.text(ROOT, params))["stages"]
         assert tuple(graph) == params.stages
         for stage in params.stages:
             assert list(params.of_stage(stage)) == graph[stage]["params"]
     for preset in ("sandbox", "sandbox-function"):
         params = config.load(ROOT / f"presets/{preset}.yaml")
         params = config.validate(with_value(params.model_dump(mode="json"), "awac.versions", 1), "params.yaml")
-        graph = yaml.safe_load(presets.graph(ROOT, params))["stages"]
+        graph = yaml.safe_load(dag.text(ROOT, params))["stages"]
         assert tuple(graph) == params.stages
         assert list(params.of_stage("awac")) == graph["awac"]["params"]
         assert [stage for stage, entry in graph.items() if "models/awac" in entry["deps"]] == [params.policy]
@@ -252,7 +252,7 @@ def test_stage_depends_on_its_own_sections_alone() -> None:
 def test_dvc_lists_the_numbers_that_decide_and_the_flow_knows_all(tmp_path: Path) -> None:
     for algorithm in config.ONE_OF_EACH:
         params = config.validate(SANDBOX | {"algorithm": algorithm}, "params.yaml")
-        (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params), encoding="utf-8")
+        (tmp_path / "dvc.yaml").write_text(dag.text(ROOT, params), encoding="utf-8")
         listed = yaml.safe_load((tmp_path / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
         assert {stage: entry["metrics"] for stage, entry in listed.items() if "metrics" in entry} == {
             "evaluate": [{"metrics/summary.json": {"cache": False}}]

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf import config
 from rlhf.errors import UserError
-from rlhf.workspace import fingerprint, presets
+from rlhf.workspace import dag, fingerprint
 
 ROOT = Path(__file__).parents[2]
 SANDBOX = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8"))
@@ -60,7 +60,7 @@ def test_rewards_of_every_kind_are_read() -> None:
 
 
 def test_the_file_of_a_function_is_an_input_of_the_stages_that_call_it(tmp_path: Path) -> None:
-    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params(MODEL, FUNCTION)), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(dag.text(ROOT, params(MODEL, FUNCTION)), encoding="utf-8")
     graph = fingerprint.read_graph(tmp_path)
     assert [name for name, node in graph.items() if "rewards/my.py" in node.inputs] == ["ppo", "evaluate"]
     fingerprint.check_algorithm(graph, params(MODEL, FUNCTION))
@@ -78,14 +78,14 @@ def test_a_graph_without_a_reward_model_is_refused_where_one_is_asked_for() -> N
 def test_without_a_model_there_is_no_stage_reward_and_nothing_reads_one(tmp_path: Path) -> None:
     given = config.load(ROOT / "presets/sandbox-function.yaml")
     assert not any(source.kind == "pairs" for source in given.data.sources)
-    text = presets.graph(ROOT, given)
+    text = dag.text(ROOT, given)
     assert "models/reward" not in text
     assert "plots/reward.csv" not in text
     graph = yaml.safe_load(text)["stages"]
     assert tuple(graph) == given.stages == ("prepare", "base", "sft", "grpo", "evaluate")
     for stage in given.stages:
         assert list(given.of_stage(stage)) == graph[stage]["params"]
-    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, params(MODEL, algorithm="grpo")), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(dag.text(ROOT, params(MODEL, algorithm="grpo")), encoding="utf-8")
     with pytest.raises(UserError, match=r"dvc\.yaml has stage reward"):
         fingerprint.check_algorithm(fingerprint.read_graph(tmp_path), given)
 

@@ -28,7 +28,7 @@ from rlhf.stages.rounds import Ranked, read_ranked
 from rlhf.stages.rrhf import laid_out
 from rlhf.stages.sampled import read_prompts
 from rlhf.sweep import tasks
-from rlhf.workspace import fingerprint, presets
+from rlhf.workspace import dag, fingerprint
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
 ROOT = Path(__file__).parents[2]
@@ -260,7 +260,7 @@ def test_pairs_are_the_sampled_tokens_and_ties_are_counted() -> None:
 def graph(rounds: int) -> dict[str, Any]:
     raw = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8")) | {"algorithm": "iterative"}
     raw["iterative"] |= {"rounds": rounds}
-    return dict(yaml.safe_load(presets.graph(ROOT, config.validate(raw, "params.yaml")))["stages"])
+    return dict(yaml.safe_load(dag.text(ROOT, config.validate(raw, "params.yaml")))["stages"])
 
 
 def test_one_more_round_leaves_the_stages_of_those_before_as_they_are() -> None:
@@ -276,7 +276,7 @@ def test_one_more_round_leaves_the_stages_of_those_before_as_they_are() -> None:
 def test_a_graph_of_other_rounds_is_refused(tmp_path: Path) -> None:
     raw = yaml.safe_load((ROOT / "presets/sandbox.yaml").read_text(encoding="utf-8")) | {"algorithm": "iterative"}
     two, three = (config.validate(raw | {"iterative": raw["iterative"] | {"rounds": rounds}}, "params.yaml") for rounds in (2, 3))
-    (tmp_path / "dvc.yaml").write_text(presets.graph(ROOT, two), encoding="utf-8")
+    (tmp_path / "dvc.yaml").write_text(dag.text(ROOT, two), encoding="utf-8")
     nodes = fingerprint.read_graph(tmp_path)
     fingerprint.check_algorithm(nodes, two)
     with pytest.raises(UserError, match=r"dvc\.yaml lacks stage answers-3 and round-3, .* iterative\.rounds: 3"):

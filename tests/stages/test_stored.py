@@ -14,7 +14,7 @@ from rlhf.job import Job, read_lines
 from rlhf.launcher.launch import launch
 from rlhf.launcher.replay import replay
 from rlhf.stages import stored
-from rlhf.workspace import presets
+from rlhf.workspace import dag, presets
 from tests.stage_runs import REPOSITORY, make_workspace, run, tiny_params
 from tests.stages.test_rewards import function
 
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw["launch"]["accelerator"] = "cpu"
     make_workspace(root, raw, pairs=240)
     shutil.copytree(REPOSITORY / "graphs", root / "graphs")
-    (root / "dvc.yaml").write_text(presets.graph(root, config.load(root / "params.yaml")), encoding="utf-8")
+    (root / "dvc.yaml").write_text(dag.text(root, config.load(root / "params.yaml")), encoding="utf-8")
     (root / "rlhf").symlink_to(REPOSITORY / "rlhf")
     (root / "my.py").write_text(FUNCTIONS, encoding="utf-8")
     run(root, "base", "sft", "reward", "grpo")
