@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bench.learning.peers import ALGORITHMS, NEVER, apart, main, over_runs, trained
+from bench.learning.peers import ALGORITHMS, main, over_runs
+from bench.real_model.same_answers import beside
 from rlhf.models.policy import load_policy
 from rlhf.models.saving import save_model
 from tests.stage_runs import make_workspace, set_params
@@ -49,7 +50,7 @@ def test_runs_of_several_calls_are_counted_together(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_on_the_same_answers_trls_trainers_end_at_our_weights(algorithm: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install -c constraints.txt -e '.[dev]'")
-    raw = params_of(algorithm, steps=4, epochs=1, entropy_coefficient=0.0, mixture_coefficient=0.0, max_approx_kl=NEVER)
+    raw = params_of(algorithm, steps=4, epochs=1, entropy_coefficient=0.0)
     raw["grpo"]["actor"] |= {"learning_rate": 3e-3, "epsilon": 1e-5, "warmup_ratio": 0.25}
     raw["grpo"]["kl"]["coefficient"] = 1.0  # the policy is hardly off in so few steps
     make_workspace(tmp_path, raw, pairs=120)
@@ -59,5 +60,4 @@ def test_on_the_same_answers_trls_trainers_end_at_our_weights(algorithm: str, to
         policy.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
     save_model(policy, tokenizer, tmp_path / "models/sft")
     set_params(tmp_path, raw)
-    trained(tmp_path, algorithm, 1, same_answers=True)
-    assert apart(tmp_path) < 1e-4
+    assert beside(tmp_path, tmp_path / "both", 1, [])["apart"] < 1e-4
