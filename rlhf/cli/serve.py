@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from rlhf.workspace import served
 HOST = "127.0.0.1"
 USUAL_PORTS = {"prefect": 4200, "mlflow": 5000}
 SECONDS_TO_START = 600
-SECONDS_LOCKED = 60
 SECONDS_TO_EXEC = 0.5  # from a process's fork until it has the command line that it is known by
 MOST_ENDS, WITHIN_SECONDS = 5, 120  # a part that ends so often in so short a time would end for ever
 
@@ -103,7 +103,7 @@ def start(root: Path, parts: Parts, ports: Mapping[str, int], uri: str) -> None:
     _do(root, environment, "prefect", "work-pool", "create", pool, "--type", "process", "--overwrite")
     _do(root, environment, "prefect", "--no-prompt", "deploy", "--all")
     _do(root, environment, "python", "-m", "tasks.notice")
-    forget_other_places(root, api)
+    parts.await_answer("prefect", lambda: forget_other_places(root, api))
     parts.await_answer("prefect", lambda: end_dead_runs(api))
     parts.start("worker", "prefect", "worker", "start", "--pool", pool)
 
@@ -131,16 +131,21 @@ def choose_port(part: str, port: int | None, to_the_end: ExitStack, usual: int =
     )
 
 
-def forget_other_places(root: Path, api: str) -> None:
-    """Delete deployments that a workspace brought along as it was moved or copied: they lead to where it was before.
+def forget_other_places(root: Path, api: str) -> bool:
+    """Delete deployments that a workspace brought along as it was moved or copied: they lead to where it was before. False: no answer.
 
     In a home that the user names, they may be other workspaces'.
     """
-    if served.home(root) == str(root / "runs" / "prefect"):
+    if served.home(root) != str(root / "runs" / "prefect"):
+        return True
+    try:
         for found in _ask(f"{api}/deployments/filter", {}):
             pool = found["work_pool_name"]
             if pool != served.name(root) and found["name"] == f"nightly-{pool}":
                 _ask(f"{api}/deployments/{found['id']}", method="DELETE")
+    except OSError:
+        return False
+    return True
 
 
 def _environment(root: Path, api: str, pages: str) -> dict[str, str]:
@@ -237,7 +242,7 @@ def answers(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=5):
             return True
-    except OSError:
+    except (OSError, HTTPException):
         return False
 
 
@@ -269,22 +274,25 @@ def _runs_with_a_process() -> set[str | None]:
 
 
 def _ask(address: str, content: Any = None, method: str = "POST") -> Any:
-    """Prefect's answer. 503 says that its database was locked and nothing was done: that is asked again, as Prefect's own client does.
+    """Prefect's answer; None where what is asked for is there no more.
 
     Raises:
-        OSError: it does not answer, or refuses.
+        OSError: it does not answer, or could do nothing now, as its database was locked (503): it is to be asked again.
+        UserError: it refuses.
     """
     body = None if content is None else json.dumps(content).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"}, method=method)
-    deadline = time.monotonic() + SECONDS_LOCKED
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or "null")
-        except urllib.error.HTTPError as error:
-            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read() or "null")
+    except urllib.error.HTTPError as error:
+        if error.code == HTTPStatus.NOT_FOUND:
+            return None
+        if error.code == HTTPStatus.SERVICE_UNAVAILABLE:
+            raise
+        raise UserError(f"Prefect's server refuses {method} {address}: {error}", remedy="see runs/serve/prefect.log") from None
+    except (HTTPException, ValueError) as error:  # an answer that was cut off
+        raise ConnectionError(str(error)) from None
 
 
 def _do(root: Path, environment: Mapping[str, str], *words: str) -> None:

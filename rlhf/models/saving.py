@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engine.partition import whole_weights
@@ -68,11 +69,20 @@ def copy_model(source: Path, names: Iterable[str], config: PreTrainedConfig, tok
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, padding_side: str) -> None:
     """Write a tokenizer, with what transformers leaves out: the padding side, and a file that programs read which are not transformers."""
     tokenizer.save_pretrained(folder)
+    more: dict[str, Any] = {"padding_side": padding_side}
+    source = Path(tokenizer.name_or_path or folder) / SENTENCEPIECE
+    if source.is_file():
+        if not (folder / SENTENCEPIECE).exists():
+            shutil.copyfile(source, folder / SENTENCEPIECE)
+        # tokens that are not in that file have their names from here
+        added = tokenizer.added_tokens_decoder.items()
+        more["added_tokens_decoder"] = {str(number): {"content": str(token), **_options(token)} for number, token in sorted(added)}
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write(folder / "tokenizer_config.json", config | {"padding_side": padding_side})
-    source = Path(tokenizer.name_or_path) / SENTENCEPIECE
-    if source.is_file() and not (folder / SENTENCEPIECE).exists():
-        shutil.copyfile(source, folder / SENTENCEPIECE)
+    _write(folder / "tokenizer_config.json", config | more)
+
+
+def _options(token: AddedToken) -> dict[str, bool]:
+    return {name: getattr(token, name) for name in ("lstrip", "normalized", "rstrip", "single_word", "special")}
 
 
 def _name_as_before(folder: Path) -> None:

@@ -19,7 +19,8 @@ PARTS = (
     "{%- set taken = namespace(messages=[]) %}{%- for message in messages %}{%- set content = message['content'] %}"
     "{%- if content is string %}{%- set content = [{'type': 'text', 'text': content}] %}{%- endif %}"
     # transformers.js knows no `dict`
-    "{%- set made = {'role': message['role'], 'content': content} if message | length == 2 else dict(message, content=content) %}"
+    "{%- set made = {'role': message['role'], 'content': content} if message | length == 2 and 'content' in message "
+    "else dict(message, content=content) %}"
     "{%- set taken.messages = taken.messages + [made] %}{%- endfor %}{%- set messages = taken.messages %}\n"
 )
 DRAWS = re.compile(r"\|\s*random\b|\blipsum\b(?=\s*\()")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf import config
+from rlhf.errors import UserError
 
 
 def fill(raw: Any, preset: Any, plain: Callable[[], object], shown: Callable[[object], str]) -> list[str]:
@@ -20,7 +21,11 @@ def fill(raw: Any, preset: Any, plain: Callable[[], object], shown: Callable[[ob
 
     Returns:
         The changes, for people.
+
+    Raises:
+        UserError: sections are one and the same by an anchor, so that what one gets the other would have, too.
     """
+    _check_apart(raw, {})
     done: list[str] = []
     while True:  # what a new section lacks is seen once the section is there
         lacking, unknown = config.out_of_place(plain())
@@ -33,6 +38,16 @@ def fill(raw: Any, preset: Any, plain: Callable[[], object], shown: Callable[[ob
         if not changes:
             return done
         done += changes
+
+
+def _check_apart(value: Any, known: dict[int, config.Key], key: config.Key = ()) -> None:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if inner and id(value) in known:
+        what = f"{_name(key)} is {_name(known[id(value)])} by an anchor of YAML"
+        raise UserError(what, remedy="write its values out in the place of the alias")
+    known[id(value)] = key
+    for part, one in inner:
+        _check_apart(one, known, (*key, part))
 
 
 def _name(key: config.Key) -> str:

@@ -197,15 +197,14 @@ def test_a_copy_does_not_take_the_servers_for_its_own(two: tuple[Workspace, Work
         assert served.find(tmp_path) is None
 
 
-class Locked(BaseHTTPRequestHandler):
-    """Prefect whose database is locked as the first request comes, and that has no runs."""
+class Scripted(BaseHTTPRequestHandler):
+    """Prefect that answers each request with the next of some statuses, and has no runs."""
 
     statuses: ClassVar[list[int]] = []
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.statuses.append(200 if self.statuses else 503)
-        self.send_response(self.statuses[-1])
+        self.send_response(self.statuses.pop(0))
         self.end_headers()
         self.wfile.write(b"[]")
 
@@ -213,12 +212,17 @@ class Locked(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_prefect_could_not_do_for_its_locked_database_is_asked_again() -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Locked) as server:
+def test_prefect_is_asked_again_where_its_database_was_locked_and_not_where_it_refuses(tmp_path: Path) -> None:
+    Scripted.statuses[:] = [503, 200, 503, 200, 400]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Scripted) as server, pytest.MonkeyPatch.context() as patch:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert serve.end_dead_runs(f"http://127.0.0.1:{server.server_address[1]}")
+        api = f"http://127.0.0.1:{server.server_address[1]}"
+        patch.delenv("PREFECT_HOME", raising=False)
+        assert [serve.end_dead_runs(api), serve.end_dead_runs(api)] == [False, True]
+        assert [serve.forget_other_places(tmp_path, api), serve.forget_other_places(tmp_path, api)] == [False, True]
+        with pytest.raises(UserError, match=r"refuses POST \S+/flow_runs/filter: HTTP Error 400"):
+            serve.end_dead_runs(api)
         server.shutdown()
-    assert Locked.statuses == [503, 200]
 
 
 def test_a_port_is_free_or_refused_if_it_was_asked_for() -> None:

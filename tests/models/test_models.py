@@ -127,6 +127,7 @@ def test_a_saved_policy_is_an_ordinary_folder(llama: LlamaForCausalLM, tokenizer
     assert load_policy(tmp_path, "bf16").dtype == torch.bfloat16
 
 
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 SCALED = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 EARLIER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what a config is made of, what transformers 4 finds of it
@@ -317,7 +318,20 @@ def test_a_file_that_others_read_is_handed_on_from_model_to_model(
     save_model(llama, load_tokenizer(tmp_path / "base"), tmp_path / "sft")
     save_model(llama, load_tokenizer(tmp_path / "sft"), tmp_path / "ppo")
     assert (tmp_path / "ppo/tokenizer.model").read_bytes() == b"of SentencePiece"
-    assert load_tokenizer(tmp_path / "ppo").encode("Hi") == tokenizer.encode("Hi")
+    read = load_tokenizer(tmp_path / "ppo")
+    assert read.encode("Hi<|user|>") == tokenizer.encode("Hi<|user|>")
+    # those that SentencePiece knows nothing of
+    names = json.loads((tmp_path / "ppo/tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
+    assert names[str(tokenizer.eos_token_id)] == {"content": "<|end|>", "special": True, **dict.fromkeys(FLAGS, False)}
+
+
+def test_a_tokenizer_of_no_folder_takes_no_file_of_where_it_happens_to_be(
+    llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"of another")
+    monkeypatch.chdir(tmp_path)
+    save_model(llama, tokenizer, tmp_path / "base")
+    assert not (tmp_path / "base/tokenizer.model").exists()
 
 
 def test_a_tokenizer_that_has_no_other_special_token_pads_scores_with_none(tokenizer: PreTrainedTokenizerFast) -> None:

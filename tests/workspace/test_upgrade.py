@@ -74,3 +74,11 @@ def test_what_no_preset_has_is_asked_for_and_nothing_is_written(workspace: Path)
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="unknown preset 'sandbax': did you mean 'sandbox'"):
         presets.use(workspace, str(path), [], fill="sandbax")
+
+
+def test_sections_that_are_one_by_an_anchor_are_not_filled(workspace: Path) -> None:
+    path = workspace / "params.yaml"
+    text = path.read_text(encoding="utf-8").replace("\nsft:\n", "\nsft: &both\n")
+    path.write_text(re.sub(r"^dpo:\n(?: .*\n)+", "dpo: *both\n", text, flags=re.MULTILINE), encoding="utf-8")
+    with pytest.raises(UserError, match="dpo is sft by an anchor of YAML"):
+        presets.use(workspace, str(path), [], fill="sandbox")
