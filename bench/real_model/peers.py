@@ -3,6 +3,7 @@
     rlhf use smollm2-135m-hh data.sources.0.path=FILE && rlhf run          in a clone; with algorithm=dpo for stage dpo
     python bench/real_model/peers.py CLONE                                 the stages whose models are there
     python bench/real_model/peers.py CLONE reward --steps 2                a try: TRL's trainer stops after two steps
+    python bench/real_model/peers.py CLONE dpo --alone                     what ours knows, without TRL
 
 On a GPU where there is one, unless params.yaml says launch.accelerator: cpu.
 
@@ -55,6 +56,7 @@ def main(
     stages: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(BEFORE)}; all that have run where none is named.")] = None,
     steps: Annotated[int, typer.Option(help="Stop TRL's trainers after so many steps; 0: at their end.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of TRL's trainers.")] = 2,
+    alone: Annotated[bool, typer.Option("--alone", help="Measure our models alone.")] = False,
     output: Annotated[Path | None, typer.Option(help="Where to write the numbers.")] = None,
 ) -> None:
     """Train by TRL, and print what both sides know of held-out pairs."""
@@ -62,19 +64,21 @@ def main(
     where = "cuda" if find_gpus(config.load(clone / "params.yaml").launch.accelerator) else "cpu"
     os.environ |= {"DS_ACCELERATOR": where, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # as the launcher has it
     rows = list[dict[str, Any]]()
-    table = Table("", "held-out", "ours", "TRL's", "difference", "95%", "apart")
+    table = Table("", "held-out", "ours", "95%", *(["TRL's", "difference", "95%", "apart"] if not alone else []))
     with tempfile.TemporaryDirectory(prefix="rlhf-peers-") as place:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:  # here TRL would take the group of ours
-            for name in names:
+            for name in names if not alone else []:
                 other.submit(train, clone, name, Path(place) / name, steps, threads, where).result()
         os.environ |= place_of(0, 1, free_port())
         start(job_in(clone, "evaluate", where))
         for name in names:
-            row = compared(job_in(clone, "evaluate", where), name, Path(place) / name)
+            row = compared(job_in(clone, "evaluate", where), name, None if alone else Path(place) / name)
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
-            bounds = " … ".join(map(cell, row["ci95"]))
-            table.add_row(name, row["measure"], *map(cell, (row["ours"], row["trl"], row["difference"])), bounds, f"{row['apart']:.1e}")
+            cells = [row["measure"], cell(row["ours"]), " … ".join(map(cell, row["ci95_ours"]))]
+            if not alone:
+                cells += [*map(cell, (row["trl"], row["difference"])), " … ".join(map(cell, row["ci95"])), f"{row['apart']:.1e}"]
+            table.add_row(name, *cells)
     Console(width=120).print(table)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -168,16 +172,19 @@ def classifier(job: Job, tokenizer: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ comparison
 
 
-def compared(job: Job, stage: str, theirs: Path) -> dict[str, Any]:
-    """A number of both sides, and how far ours is above theirs (for a loss: below)."""
+def compared(job: Job, stage: str, theirs: Path | None) -> dict[str, Any]:
+    """A number of both sides, and how far ours is above theirs (for a loss: below); of ours alone where there is no other."""
     measure, sign, of = MEASURES[stage]
-    ours, other = of(job, job.root / "models" / stage), of(job, theirs)
-    above = sign * (ours - other)
-    means = {"ours": float(ours.mean()), "trl": float(other.mean()), "difference": float(above.mean())}
+    ours = of(job, job.root / "models" / stage)
+    found = {"stage": stage, "measure": measure, "n": len(ours), "ours": float(ours.mean()), "ci95_ours": evaluate.bootstrap(job, ours)}
     if stage == "sft":
-        means["before"] = float(of(job, job.root / "models/base").mean())
-    found = {"n": len(ours), **means, "ci95": evaluate.bootstrap(job, above), "apart": apart(job.root, stage, theirs)}
-    return {"stage": stage, "measure": measure, **found}
+        found["before"] = float(of(job, job.root / "models/base").mean())
+    if theirs is None:
+        return found
+    other = of(job, theirs)
+    above = sign * (ours - other)
+    means = {"trl": float(other.mean()), "difference": float(above.mean()), "ci95": evaluate.bootstrap(job, above)}
+    return found | means | {"apart": apart(job.root, stage, theirs)}
 
 
 def apart(root: Path, stage: str, theirs: Path) -> float:
