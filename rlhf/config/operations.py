@@ -31,6 +31,9 @@ class Promote(Section):
         description="gold score of the policy − sft, lower end of its 95% interval (where a gold score exists)"
     )
     min_win_rate: Fraction = Field(description="win rate against sft, lower end of its 95% interval")
+    min_length_controlled_win_rate: Fraction | None = Field(
+        description="the same for answers of one length: a policy that wins by writing more, or less, falls short; null: it does not decide"
+    )
     min_reward_accuracy: Fraction = Field(description="accuracy of the reward model, or of dpo's implicit reward, on held-out pairs")
     max_kl: Positive = Field(description="KL to sft per answer, in nats")
     max_perplexity_ratio: Positive = Field(description="perplexity on plain text, policy over sft")

@@ -89,6 +89,9 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
             )
         )
     gates.append(_at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate))
+    if promote.min_length_controlled_win_rate is not None:
+        name, what = "min_length_controlled_win_rate", "win rate against sft at equal length, lower end"
+        gates.append(_at_least(name, what, _number(metrics, "win_rate.length_controlled.ci95.0"), promote.min_length_controlled_win_rate))
     if params.reads_pairs:
         accuracy = _number(metrics, "reward_model.accuracy")
         gates.append(_at_least("min_reward_accuracy", "reward model's accuracy", accuracy, promote.min_reward_accuracy))

@@ -51,6 +51,8 @@ LEARN_TO_BE_RIGHT = (
 OF_GATES: dict[str, dict[str, str] | str] = {
     "min_gold_difference": LEARN_MORE,
     "min_win_rate": LEARN_MORE,
+    "min_length_controlled_win_rate": "It wins by the length of its answers: see samples, and whether reward model and judge like short or "
+    "long ones whatever they say. A reward for length beside (docs/rewards.md), or fewer steps, keep answers as long as they were.",
     "min_reward_accuracy": JUDGE_BETTER,
     "max_kl": STAY_NEAR,
     "max_perplexity_ratio": {

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from rlhf import config, registry, tracking
 from rlhf.errors import UserError
 from rlhf.registry import gates
+from rlhf.registry.remedies import remedy
 from rlhf.workspace.fingerprint import Node
 from tasks import registry as registering
 from tests.stage_runs import free_port
@@ -249,6 +250,16 @@ def test_each_gate(params: config.Params, path: str, value: Any, name: str, dist
     failed = [gate for gate in gates.check(changed(path, value), params, None) if not gate.passed]
     assert [gate.name for gate in failed] == [name]
     assert failed[0].text.endswith(distance)
+
+
+def test_a_policy_that_wins_by_length_alone_can_be_refused(params: config.Params) -> None:
+    shorter = changed("win_rate.length_controlled", {"value": 0.63, "ci95": [0.47, 0.76], "of_length": -2.2})
+    assert all(gate.passed for gate in gates.check(shorter, params, None))
+    asked = params.model_copy(update={"promote": params.promote.model_copy(update={"min_length_controlled_win_rate": 0.5})})
+    (failed,) = [gate for gate in gates.check(shorter, asked, None) if not gate.passed]
+    assert failed.name == "min_length_controlled_win_rate"
+    assert failed.text == "win rate against sft at equal length, lower end: 0.47, short of 0.5 by 0.03"
+    assert "by the length of its answers" in remedy(failed.name, "ppo")
 
 
 def beside(*kinds: str, wins: int, losses: int, ties: int, rise: float = 0.1) -> list[gates.Pair]:
