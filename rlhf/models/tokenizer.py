@@ -38,6 +38,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int, context_tokens: int) 
         pad_token=PAD,
         extra_special_tokens=list(ROLES),
         model_max_length=context_tokens,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = template("special")
