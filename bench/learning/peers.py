@@ -52,7 +52,8 @@ from rlhf.models.policy import load_policy
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages import evaluate, grpo, stored
-from rlhf.stages.answering import read_prompts
+from rlhf.stages.answering import closed, read_prompts
+from rlhf.stages.rewarding import final_rewards
 from rlhf.stages.updates import deal
 from rlhf.workspace import presets
 
@@ -95,10 +96,11 @@ def theirs(pause: Pause, root: Path, algorithm: str, same_answers: bool) -> None
     policy = load_plain(job.input("models/sft"), "fp32")
 
     def scores(prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        rows = [encode_prompt(tokenizer, prompt) + answer for prompt, answer in zip(prompts, completion_ids, strict=True)]
-        found = (last_values(reward, rows, tokenizer.pad_token_id) - reward.mean) / reward.std
         ended = torch.tensor([ids[-1] == tokenizer.eos_token_id for ids in completion_ids])
-        return torch.where(ended, found.clamp(-params.reward_clip, params.reward_clip), params.no_eos_reward).tolist()
+        said = zip(prompts, completion_ids, closed(ended.tolist(), tokenizer), strict=True)
+        rows = [encode_prompt(tokenizer, prompt) + answer + closing for prompt, answer, closing in said]
+        found = (last_values(reward, rows, tokenizer.pad_token_id) - reward.mean) / reward.std
+        return final_rewards(found, ended, params).tolist()
 
     updates = params.steps * params.updates_per_step
     settings: dict[str, Any] = SETTINGS | {

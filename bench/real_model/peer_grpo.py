@@ -25,7 +25,7 @@ from rlhf.models.dialogues import decode_answer
 from rlhf.models.policy import DTYPES
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.stages.answering import read_prompts
-from rlhf.stages.rewarding import Rewards
+from rlhf.stages.rewarding import Rewards, final_rewards
 
 
 def main(job: Job) -> None:
@@ -50,8 +50,7 @@ def main(job: Job) -> None:
         parts = zip(rows, answers, summed, ended, strict=True)
         records.extend({"step": step, **row, "answer": said, "kl": None, "score": score, "ended": end} for row, said, score, end in parts)
         times.append(time.monotonic())
-        clipped = [max(-params.reward_clip, min(params.reward_clip, score)) for score in summed]
-        given: list[float] = [score if end else params.no_eos_reward for score, end in zip(clipped, ended, strict=True)]
+        given: list[float] = final_rewards(torch.tensor(summed), torch.tensor(ended), params).tolist()
         cost = {"seconds": times[-1] - times[-2]}
         job.log(step, params.steps, {"reward": statistics.fmean(given), "eos_rate": statistics.fmean(ended), **cost})
         return [*given]

@@ -25,7 +25,6 @@ class Answers(Lengths):
     answers_per_temperature: PositiveInt = Field(description="answers to each prompt at each temperature")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
-    no_eos_reward: float = Field(description="score of an answer that was cut off, instead of the rewards'")
     batch_size: PositiveInt = Field(description="prompts answered at a time, over all processes; after each batch the answers are kept")
 
     @model_validator(mode="after")

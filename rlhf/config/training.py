@@ -130,15 +130,26 @@ class Stop(Section):
 
 
 class Lengths(Section):
-    """How long prompts and answers may be."""
+    """How long prompts and answers may be, and what an answer gets that was cut off."""
 
     max_prompt_tokens: PositiveInt = Field(description="longer prompts are left out and counted")
     max_answer_tokens: PositiveInt = Field(description="an answer is cut off here if it has not ended by itself")
+    no_eos_reward: float | None = Field(
+        description="reward of an answer that was cut off, whatever it says; null: that of the answer as if it had ended there, less "
+        "`missing_eos_penalty`"
+    )
+    missing_eos_penalty: NonNegative = Field(description="what an answer that was cut off loses, where no_eos_reward is null")
+
+    @model_validator(mode="after")
+    def _penalty_counts(self) -> Self:
+        if self.missing_eos_penalty and self.no_eos_reward is not None:
+            raise ValueError("missing_eos_penalty counts only where no_eos_reward is null: set it to 0, or no_eos_reward to null")
+        return self
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with the longest answer."""
-        return self.max_prompt_tokens + self.max_answer_tokens
+        """Tokens of the longest prompt with the longest answer and the end token, at which a reward model judges it."""
+        return self.max_prompt_tokens + self.max_answer_tokens + 1
 
 
 class Answering(Lengths):
@@ -152,7 +163,6 @@ class Answering(Lengths):
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
     reward_clip: Positive = Field(description="normalised reward-model scores are clipped to ± this")
-    no_eos_reward: float = Field(description="score of an answer that was cut off, instead of the reward model's")
     policy_clip: tuple[Fraction, Positive] = Field(
         strict=False,
         description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO",

@@ -95,7 +95,7 @@ def _lengths(params: Params, stages: Sequence[str]) -> dict[str, int]:
     lengths = {f"{stage}.max_tokens": tokens for stage, tokens in longest.items() if stage in stages}
     if params.policy in stages or any(kind(stage) in SAMPLING for stage in stages):
         key = params.answering_key
-        lengths[f"{key}.max_prompt_tokens + {key}.max_answer_tokens"] = params.answering.longest
+        lengths[f"{key}.max_prompt_tokens + {key}.max_answer_tokens + 1"] = params.answering.longest
     if "evaluate" in stages and params.trains_judge:
         lengths["evaluate.judge.max_tokens"] = params.evaluate.judge.max_tokens
     return lengths

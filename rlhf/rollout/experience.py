@@ -79,9 +79,23 @@ class Layout:
     shape: tuple[int, int]  # B, A
 
     @classmethod
-    def of(cls, sequences: Sequence[list[int]], prompt_lengths: Sequence[int], width: int, device: torch.device) -> Layout:
-        """Of prompts with their answers, none of more tokens than `width`, for models on a device."""
+    def of(
+        cls,
+        sequences: Sequence[list[int]],
+        prompt_lengths: Sequence[int],
+        width: int,
+        device: torch.device,
+        closings: Sequence[list[int]] | None = None,
+    ) -> Layout:
+        """Of prompts with their answers, none of more tokens than `width`, for models on a device.
+
+        Args:
+            closings: tokens behind each answer, which are no part of it.
+        """
         masks = [[0] * prompt + [1] * (len(sequence) - prompt) for sequence, prompt in zip(sequences, prompt_lengths, strict=True)]
+        if closings:
+            sequences = [sequence + closing for sequence, closing in zip(sequences, closings, strict=True)]
+            masks = [mask + [0] * len(closing) for mask, closing in zip(masks, closings, strict=True)]
         packed = pack(sequences, device)
         answered = packed.predictions(masks)
         answers = torch.tensor([sum(mask) for mask in masks])

@@ -99,7 +99,7 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     reward = load_reward(job, tokenizer, device) if job.params.trains_reward else None
     with born(settings(job, "policy")):
         actor = load_policy(job.input(job.params.start), job.params.launch.precision)
-    key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens"
+    key = f"{job.stage}.max_prompt_tokens + {job.stage}.max_answer_tokens + 1"
     check_length(actor, params.longest, key)
     adapters = lora.attach(actor, params.actor_lora, job.params.start, f"{job.stage}.actor_lora", job)
     without = None if job.params.warm_starts else adapters  # without them the actor is awac's, and the reference is sft
@@ -171,7 +171,9 @@ def score(
     found: list[tuple[list[int], list[Tensor]]] = []  # numbers of the answers, and what is said of them
     for index in parts:
         sequences = [rollouts.prompts[i] + rollouts.answers[i] for i in index]
-        at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], max(len(rollouts.answers[i]) for i in index), device)
+        width = max(len(rollouts.answers[i]) for i in index)
+        closings = closed([rollouts.ended[i] for i in index], models.tokenizer) if models.reward else None
+        at = Layout.of(sequences, [len(rollouts.prompts[i]) for i in index], width, device, closings)
         scores = [model_scores(models.reward, at)] if models.reward else []
         nothing = torch.zeros(len(index), 0)
         reference = reference_log_probs(models.reference, at, params.temperature) if models.reference else nothing
@@ -192,6 +194,11 @@ def score(
             total, rewards = models.rewards.summed(given, [part[row].item() for part in scores])
             scored[i] = Scored(rollouts.prompts[i], rollouts.answers[i], rollouts.ended[i], total, *of_tokens, rewards)
     return [scored[i] for i in range(len(rollouts.answers))]
+
+
+def closed(ended: Sequence[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """What is written behind answers for a reward model, which has learnt to judge at the end token: that, where one was cut off."""
+    return [[] if end else [tokenizer.eos_token_id] for end in ended]
 
 
 def model_scores(model: ScalarModel, at: Layout) -> Tensor:

@@ -53,7 +53,7 @@ def main(job: Job) -> None:
     new = job.params.policy
     policies = {name: frozen_policy(job, job.input(f"models/{name}"), device) for name in ("sft", new)}
     for policy in policies.values():
-        check_length(policy, job.params.answering.longest, f"{job.params.answering_key}.max_prompt_tokens + max_answer_tokens")
+        check_length(policy, job.params.answering.longest, f"{job.params.answering_key}.max_prompt_tokens + max_answer_tokens + 1")
 
     # 1. both models answer the same held-out prompts
     rollouts = {name: answer(job, policies[name], tokenizer, prompts) for name in policies}

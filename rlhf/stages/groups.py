@@ -20,6 +20,7 @@ from rlhf.rollout.generate import Rollouts
 from rlhf.rollout.sampling import Sampling
 from rlhf.stages import stored
 from rlhf.stages.answering import Models, roll_out, score
+from rlhf.stages.rewarding import final_rewards
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def collect(job: Job, models: Models, prompts: Sequence[dict[str, Any]], order: 
 
 def rewards(params: Grpo, answers: Sequence[Scored]) -> Tensor:
     """What each answer (B,) is rewarded with, but for the KL."""
-    clipped = torch.tensor([row.score for row in answers]).clamp(-params.reward_clip, params.reward_clip)
-    found = torch.where(torch.tensor([row.ended for row in answers]), clipped, torch.full_like(clipped, params.no_eos_reward))
+    found = final_rewards(torch.tensor([row.score for row in answers]), torch.tensor([row.ended for row in answers]), params)
     if params.overlong is None:
         return found
     lengths = torch.tensor([len(row.answer) for row in answers])

@@ -67,10 +67,10 @@ def main(job: Job) -> None:
         place = found.place
         experience = Experience.of([row for group in found.groups for row in group.answers], device)
         # 3. rewards and advantages
-        reward = rewards(params, [one for group in found.groups for one in group.answers]).mean().item()
-        tuned = tuning.next(step, reward, answer_kl(experience).mean().item() if params.holds_reference else 0.0)
+        reward = rewards(params, [one for group in found.groups for one in group.answers])
+        tuned = tuning.next(step, reward.mean().item(), answer_kl(experience).mean().item() if params.holds_reference else 0.0)
         targets, stats = advantages(experience, found, tuned.params.grpo)
-        stats |= models.rewards.check(job, step + 1, [row.rewards for row in found.made])
+        stats |= models.rewards.check(job, step + 1, [row.rewards for row in found.made], reward.tolist(), experience.ended.tolist())
         # 4. updates
         batches = mini_batches(tuned, experience, texts, text_order, step, params.answers_per_prompt)
         stats |= update(tuned, models, experience, targets, batches)

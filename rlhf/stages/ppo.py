@@ -35,6 +35,7 @@ from rlhf.rollout.generate import Rollouts
 from rlhf.stages import answering, stored
 from rlhf.stages.answering import Models, answer_kl, answer_values, in_parts, read_prompts, read_texts, roll_out
 from rlhf.stages.records import Records, Report, hand_on
+from rlhf.stages.rewarding import final_rewards
 from rlhf.stages.tuning import Trained, Tuning
 from rlhf.stages.updates import Batch, actor_step, check_ratio, mini_batches
 from rlhf.stages.updates import update as update_all
@@ -74,10 +75,11 @@ def main(job: Job) -> None:
         experience = Experience.of(scored, device)
         clock.stop("scoring")
         # 3. rewards and advantages
-        tuned = tuning.next(step, final_scores(experience, params).mean().item(), answer_kl(experience).mean().item())
+        reward = final_rewards(experience.scores, experience.ended, params)
+        tuned = tuning.next(step, reward.mean().item(), answer_kl(experience).mean().item())
         controller.set(tuned.params.ppo.kl.coefficient)
         targets, stats = advantages(experience, tuned.params.ppo, controller.beta)
-        stats |= models.rewards.check(job, step + 1, experience.rewards)
+        stats |= models.rewards.check(job, step + 1, experience.rewards, reward.tolist(), experience.ended.tolist())
         # 4. updates
         batches = mini_batches(tuned, experience, texts, text_order, step)
         stats |= update(tuned, models, critic, experience, targets, batches, step)
@@ -153,15 +155,9 @@ class Targets:
     returns: Tensor
 
 
-def final_scores(e: Experience, params: Ppo) -> Tensor:
-    """What each answer (B,) is rewarded with, but for the KL."""
-    clipped = e.scores.clamp(-params.reward_clip, params.reward_clip)
-    return torch.where(e.ended, clipped, torch.full_like(clipped, params.no_eos_reward))
-
-
 def advantages(e: Experience, params: Ppo, beta: float) -> tuple[Targets, dict[str, float]]:
     """Rewards, advantages and returns of the whole rollout batch; and what is logged of it."""
-    final = final_scores(e, params)
+    final = final_rewards(e.scores, e.ended, params)
     kl = ppo.kl_estimate(e.log_probs, e.reference_log_probs, params.kl.estimator) * e.mask
     rewards = ppo.token_rewards(kl, final, e.mask, beta)
     raw, returns = ppo.gae(rewards, e.values, e.mask, params.gamma, params.gae_lambda)

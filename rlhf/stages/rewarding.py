@@ -8,7 +8,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from rlhf import config
 from rlhf.config.rewards import RewardEntry
+from rlhf.config.training import Answering
 from rlhf.job import Job
 from rlhf.rewards.scoring import Checkers, Outcome, check_failures, first_failures
 
@@ -47,19 +52,23 @@ class Rewards:
         found = {entry.name: Outcome(model[0]) if entry.kind == "model" else outcomes[entry.name] for entry in self.entries}
         return sum(entry.weight * found[entry.name].score for entry in self.entries), found
 
-    def check(self, job: Job, step: int, answers: Sequence[Mapping[str, Outcome]]) -> dict[str, float]:
+    def check(
+        self, job: Job, step: int, answers: Sequence[Mapping[str, Outcome]], rewards: Sequence[float] = (), ended: Sequence[bool] = ()
+    ) -> dict[str, float]:
         """Look at what all ranks were given in a step; what is logged of it.
 
         Args:
             answers: of all of them, what each entry gave.
+            rewards, ended: of those that are learnt from, what comes of that in the end, and whether each ended by itself.
 
         Raises:
             UserError: an entry failed on too many answers.
         """
+        self._tell_of_ends(job, step, rewards, ended)
         if self.plain:
             return {}
         self._tell_of_edits(job)
-        given = {entry.name: [rewards[entry.name] for rewards in answers] for entry in self.entries}
+        given = {entry.name: [one[entry.name] for one in answers] for entry in self.entries}
         for name, failure in first_failures(given).items():
             if name not in self.told:
                 self.told.add(name)
@@ -74,11 +83,36 @@ class Rewards:
                 self.told.add(file)
                 job.say(f"{file} was edited: this run goes on by what it was, {kept}, and can be published only if {file} is that again")
 
+    def _tell_of_ends(self, job: Job, step: int, rewards: Sequence[float], ended: Sequence[bool]) -> None:
+        """Say where answers that are cut off get more than others: the mean score of people's answers is 0, that of a policy's anything."""
+        whole, cut_off = ([reward for reward, end in zip(rewards, ended, strict=True) if end is this] for this in (True, False))
+        if not whole or not cut_off or "ends" in self.told or (mean := statistics.fmean(whole)) >= (other := statistics.fmean(cut_off)):
+            return
+        self.told.add("ends")
+        section = config.kind(job.stage)
+        fixed = getattr(job.params, section).no_eos_reward is not None
+        remedy = f"lower {section}.no_eos_reward" if fixed else f"raise {section}.missing_eos_penalty"
+        what = f"answers that end have a reward of {mean:.3g} on the average, those that are cut off {other:.3g}: it pays not to end"
+        job.say(f"step {step}: {what}; {remedy}")
+
     def seconds(self) -> dict[str, float]:
         """What each entry took since this was last asked, for the log alone."""
         taken = {f"reward/{name}_seconds": seconds for name, seconds in self.checkers.seconds.items()}
         self.checkers.seconds.clear()
         return taken
+
+
+def final_rewards(scores: Tensor, ended: Tensor, params: Answering) -> Tensor:
+    """What answers are rewarded with in the end (but for the KL), (B,).
+
+    Args:
+        scores: (B,), of those that were cut off as if they had ended there.
+        ended: (B,), whether each ended by itself.
+    """
+    clipped = scores.clamp(-params.reward_clip, params.reward_clip)
+    fixed = params.no_eos_reward
+    cut_off = clipped - params.missing_eos_penalty if fixed is None else torch.full_like(clipped, fixed)
+    return torch.where(ended, clipped, cut_off)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from rlhf.rollout.experience import Layout
 from rlhf.rollout.generate import generate
 from rlhf.rollout.sampling import Sampling
 from rlhf.rollout.weights import policy_weights
-from rlhf.stages.answering import load_reward, model_scores, reference_log_probs
+from rlhf.stages.answering import closed, load_reward, model_scores, reference_log_probs
 from rlhf.stages.rewarding import Rewards
 
 
@@ -68,7 +68,7 @@ class Sampler:
         """Of the policy at `path`, an input of the stage."""
         policy = lora.reference(None, job, job.input(path), device)
         with policy() as model:
-            check_length(model, job.params.answers.longest, "answers.max_prompt_tokens + answers.max_answer_tokens")
+            check_length(model, job.params.answers.longest, "answers.max_prompt_tokens + answers.max_answer_tokens + 1")
         reward = load_reward(job, tokenizer, device) if job.params.trains_reward else None
         return cls(job, tokenizer, device, policy, reward, Rewards.of(job))
 
@@ -100,7 +100,7 @@ class Sampler:
         Raises:
             UserError: an entry of section rewards failed on too many.
         """
-        job, mine = self.job, self._own(list(answers))
+        job, mine, own = self.job, self._own(list(answers)), self.job.params.answers
         asked = self.rewards.begin([prompts[one.prompt].row for one in mine], [one.text for one in mine])
         scores, distances = [[0.0] * len(mine) for _ in range(2)]
         needed = self.reward is not None or reference is not None
@@ -110,7 +110,8 @@ class Sampler:
         for part in parts:
             before = [prompts[mine[i].prompt].ids for i in part]
             sequences = [ids + mine[i].tokens for i, ids in zip(part, before, strict=True)]
-            at = Layout.of(sequences, list(map(len, before)), max(len(mine[i].tokens) for i in part), self.device)
+            width, closings = max(len(mine[i].tokens) for i in part), closed([mine[i].ended for i in part], self.tokenizer)
+            at = Layout.of(sequences, list(map(len, before)), width, self.device, closings)
             if self.reward is not None:
                 for i, value in zip(part, model_scores(self.reward, at).tolist(), strict=True):
                     scores[i] = value
@@ -123,10 +124,11 @@ class Sampler:
         for i, one in enumerate(mine):
             given = {name: of_all[i] for name, of_all in outcomes.items()}
             total, rewards = self.rewards.summed(given, [scores[i]] if self.reward is not None else [])
-            total = total if one.ended else job.params.answers.no_eos_reward
+            if not one.ended:
+                total = total - own.missing_eos_penalty if own.no_eos_reward is None else own.no_eos_reward
             scored.append(replace(one, score=total, rewards=rewards, kl=distances[i] if reference is not None else one.kl))
         everyone = join(scored, job)[: len(answers)]
-        self.rewards.check(job, step, [one.rewards for one in everyone])
+        self.rewards.check(job, step, [one.rewards for one in everyone], [one.score for one in everyone], [one.ended for one in everyone])
         return everyone
 
     def given(self, prompts: Sequence[Prompt]) -> list[Answer]:

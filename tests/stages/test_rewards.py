@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from rlhf.job import read_lines
+from rlhf import config
+from rlhf.job import Job, read_lines
+from rlhf.models.scalar import load_scalar
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.stages import reward
+from rlhf.stages.rewarding import Rewards
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
 FUNCTIONS = """
@@ -100,3 +106,43 @@ def test_a_reward_that_fails_on_too_many_answers_ends_the_stage(workspace: Path,
     assert "reward 'never' (my.py:never) failed on 8 of 8 answers, more than max_failed_share (0.5) allows" in said
     assert said.count("LookupError: no answer will do") >= 1
     assert not (root / "models/ppo").exists()
+
+
+def test_an_answer_that_was_cut_off_is_judged_as_if_it_had_ended_there(workspace: Path, tmp_path: Path) -> None:
+    raw = with_rewards()
+    own = {"steps": 1, "max_answer_tokens": 6, "rollout_batch_size": 32, "missing_eos_penalty": 0.5, "no_eos_reward": None}
+    raw["ppo"] |= own
+    root = copy_of(workspace, tmp_path)
+    set_params(root, raw)
+    assert "it pays not to end" not in run(root, "ppo")
+    rows = read_lines(root / "data/rollouts.jsonl")
+    assert {row["ended"] for row in rows} == {True, False}
+
+    tokenizer = load_tokenizer(root / "models/reward")
+    model = load_scalar(root / "models/reward", tokenizer, "fp32")
+    prompts = torch.load(root / "runs/ppo/rollout.pt", weights_only=True)["prompts"]
+    whole = [prompt["ids"] + ids + ([] if ended else [tokenizer.eos_token_id]) for prompt in prompts for ids, ended, _ in prompt["answers"]]
+    judged = [(score - model.mean) / model.std for score in reward.score(model, whole, 4096)]
+    assert [row["score"] for row in rows] == pytest.approx(judged, abs=1e-5)
+    rewards = [row["score"] - 0.5 * (not row["ended"]) for row in rows]
+    assert float(table(root / "plots/ppo.csv")[0]["reward"]) == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
+
+
+@pytest.mark.parametrize(("fixed", "remedy"), [(50.0, "lower ppo.no_eos_reward"), (None, "raise ppo.missing_eos_penalty")])
+def test_it_is_told_once_that_not_to_end_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str], fixed: float | None, remedy: str) -> None:
+    raw = with_rewards()
+    raw["ppo"]["no_eos_reward"] = fixed
+    job = Job("ppo", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0)
+    rewards = Rewards.of(job)
+    for step, (scores, ended) in enumerate(
+        [([1.0, 1.0], [True, False]), ([1.0, 2.0], [True, True]), ([1.0, 2.0, 3.0], [True, False, True])]
+    ):
+        rewards.check(job, step, [], scores, ended)
+    assert "pays" not in capsys.readouterr().out
+    for step in (4, 5):
+        rewards.check(job, step, [], [1.0, 2.5, 1.5], [True, False, True])
+    said = capsys.readouterr().out
+    assert said.count("pays") == 1
+    assert (
+        f"step 4: answers that end have a reward of 1.25 on the average, those that are cut off 2.5: it pays not to end; {remedy}" in said
+    )
