@@ -132,7 +132,7 @@ def _pieces(
         answer = after[len(before) :] if after.startswith(before) else _bare(given[i]) + end
         if end not in answer:
             raise UserError(f"the chat template writes no end token ({end}) after an answer: {answer[-60:]!r}", remedy=MEND)
-        answer = answer[: answer.rindex(end) + len(end)]
+        answer = answer[: answer.index(end) + len(end)]  # the first: there sampling ends, whatever the template writes behind it (Phi 3)
         pieces += [(before[len(done) :], 0), (answer, int(given[i].get("weight") != 0))]
         done = before + answer
     if len(messages) - 1 not in answers:

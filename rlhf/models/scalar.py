@@ -19,10 +19,11 @@ from rlhf.models.policy import load
 from rlhf.tensors import send
 
 HEAD = frozenset({"score.weight"})
-# a chat template whose dialogues end with the end token, in words that Jinja's other readers know (llama.cpp's, transformers.js's); "{{"
-# and "}}" are one brace each
+# a chat template whose dialogues end with the end token, in words that Jinja's other readers know (llama.cpp's, transformers.js's); what
+# stands between two ends and is blank, as behind Phi 3's, is left out with the second; "{{" and "}}" are one brace each
 ENDING = """{{% set written %}}{template}{{% endset %}}\
-{{{{ written if add_generation_prompt or eos_token not in written else (written.split(eos_token)[:-1] | join(eos_token)) + eos_token }}}}"""
+{{% if add_generation_prompt or eos_token not in written %}}{{{{ written }}}}{{% else %}}\
+{{% for part in written.split(eos_token)[:-1] if part | trim %}}{{{{ part + eos_token }}}}{{% endfor %}}{{% endif %}}"""
 
 
 class ScalarModel(nn.Module):

@@ -67,6 +67,19 @@ def test_a_prompt_is_the_beginning_of_its_dialogue(templated: str, tokenizer: Pr
         assert decode_answer(tokenizer, ids[len(asked) :]) == answer["content"].strip()
 
 
+def test_what_a_template_writes_behind_an_answers_end_is_not_learnt(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phi 3's writes an end of the whole dialogue behind the end of its last turn, and both are one token once the turn's is the end."""
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token + '\n' }}{% endfor %}"
+    ending = "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", turns + ending)
+    for dialogue, said in (([USER, ANSWER], [ANSWER]), ([USER, ANSWER, AGAIN, LAST], [ANSWER, LAST])):
+        ids, mask = encode_dialogue(tokenizer, dialogue)
+        assert [tokenizer.decode(ids[span]) for span in spans(mask)] == [f"{turn['content']}<|end|>" for turn in said]
+        assert sum(mask[-1:]) == 1
+
+
 def test_a_template_that_rewrites_earlier_turns_counts_the_last_answer_only(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

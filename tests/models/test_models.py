@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from rlhf.errors import UserError
-from rlhf.models.dialogues import encode_dialogues
+from rlhf.models.dialogues import encode_dialogue, encode_dialogues
 from rlhf.models.packed import pack
 from rlhf.models.policy import load_policy
 from rlhf.models.saving import save_model
@@ -283,7 +283,7 @@ def test_transformers_reads_a_saved_reward_model_at_the_end_token(
     assert [one["score"] for one in pipe(texts)] == pytest.approx([float(score) for score in expected], abs=1e-5)  # and not its sigmoid
 
 
-@pytest.mark.parametrize("form", ["special", "turns", "parts"])
+@pytest.mark.parametrize("form", ["special", "turns", "parts", "two ends"])
 def test_templates_of_saved_models_are_read_by_others_than_transformers(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, form: str
 ) -> None:
@@ -291,7 +291,11 @@ def test_templates_of_saved_models_are_read_by_others_than_transformers(
     minijinja = pytest.importorskip("minijinja", reason="minijinja is not installed: pip install -c constraints.txt -e '.[dev]'")
     tokenizer = copy.deepcopy(tokenizer)
     of_parts = "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}{{ eos_token }}{% endfor %}"
-    tokenizer.chat_template = of_parts if form == "parts" else template(form)
+    two_ends = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+    )  # as Phi 3's
+    tokenizer.chat_template = {"parts": of_parts, "two ends": two_ends}.get(form) or template(form)
     assert len(settle(tokenizer)) == (form == "parts")
     save_model(scalar.model, tokenizer, tmp_path / "policy")
     job: Any = SimpleNamespace(is_main=True)
@@ -307,6 +311,8 @@ def test_templates_of_saved_models_are_read_by_others_than_transformers(
             known = {"messages": said, "add_generation_prompt": answer_follows, "eos_token": read.eos_token}
             expected = read.apply_chat_template(said, tokenize=False, add_generation_prompt=answer_follows)
             assert others.render_template("template", **known) == expected
+            if name == "reward" and not answer_follows:
+                assert tokenizer.decode(encode_dialogue(tokenizer, said)[0]) == expected
 
 
 def test_a_file_that_others_read_is_handed_on_from_model_to_model(
