@@ -6,6 +6,8 @@ The numbers come from metrics/evaluate.json, and from the champion's answers bes
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from rlhf.config.operations import Promote
 from rlhf.errors import UserError
 
 METRICS = Path("metrics/evaluate.json")
+LEAST_SIDE = 0.05  # of the prompts, on which the new answer is as long or longer, and as long or shorter
 LEAST_SHARE = 0.5  # of the prompts, which the champion must have room for: on fewer, the others may tell another story
 
 
@@ -90,8 +93,7 @@ def check(metrics: Mapping[str, Any], params: Params, pairs: Sequence[Pair] | No
         )
     gates.append(_at_least("min_win_rate", "win rate against sft, lower end", _number(metrics, "win_rate.ci95.0"), promote.min_win_rate))
     if promote.min_length_controlled_win_rate is not None:
-        name, what = "min_length_controlled_win_rate", "win rate against sft at equal length, lower end"
-        gates.append(_at_least(name, what, _number(metrics, "win_rate.length_controlled.ci95.0"), promote.min_length_controlled_win_rate))
+        gates.append(_at_equal_length(metrics, promote.min_length_controlled_win_rate))
     if params.reads_pairs:
         accuracy = _number(metrics, "reward_model.accuracy")
         gates.append(_at_least("min_reward_accuracy", "reward model's accuracy", accuracy, promote.min_reward_accuracy))
@@ -134,7 +136,7 @@ def against_champion(pairs: Sequence[Pair], params: Params, asked: int | None = 
     what = f"win rate against the champion {win.mean():.4g} ({low:.4g} … {high:.4g}){some}, lower end"
     gates = [_at_least("min_champion_win_rate", what, low, promote.min_champion_win_rate)]
     kinds = sorted({pair.kind for pair in pairs if pair.kind is not None})
-    by_kind = {kind: interval(wins([pair for pair in pairs if pair.kind == kind]), samples)[1] for kind in kinds}
+    by_kind = {kind: upper_end(wins([pair for pair in pairs if pair.kind == kind]), (0, 1), len(kinds)) for kind in kinds}
     if by_kind:
         what = "win rate against the champion by kind of task, upper end"
         gates.append(_every_kind("min_kind_win_rate", what, by_kind, promote.min_kind_win_rate))
@@ -144,6 +146,16 @@ def against_champion(pairs: Sequence[Pair], params: Params, asked: int | None = 
     if len(rises):
         gates.append(_over_optimisation("over_optimisation_champion", "the champion", interval(rises, samples)[0], float(win.mean())))
     return gates
+
+
+def _at_equal_length(metrics: Mapping[str, Any], bound: float) -> Gate:
+    name, what = "min_length_controlled_win_rate", "win rate against sft at equal length"
+    sides = _number(metrics, "win_rate.length_controlled.both_sides")
+    if sides < LEAST_SIDE:
+        one_way = f"on {1 - sides:.1%} of the prompts the answers are all longer than sft's, or all shorter (at most {1 - LEAST_SIDE:.0%})"
+        text = f"{what} cannot be told: {one_way}"
+        return Gate(name, None, bound, False, text)
+    return _at_least(name, f"{what}, lower end", _number(metrics, "win_rate.length_controlled.ci95.0"), bound)
 
 
 def _accuracy(metrics: Mapping[str, Any], policy: str, promote: Promote) -> list[Gate]:
@@ -168,7 +180,7 @@ def _accuracy_against_champion(pairs: Sequence[Pair], params: Params) -> list[Ga
     gates = [_at_least("min_champion_accuracy_difference", what, low, promote.min_champion_accuracy_difference)]
     kinds = sorted({kind for kind, _ in both if kind is not None})
     if kinds:
-        by_kind = {kind: interval(np.array([rise for of, rise in both if of == kind]), samples)[1] for kind in kinds}
+        by_kind = {kind: upper_end(np.array([rise for of, rise in both if of == kind]), (-1, 1), len(kinds)) for kind in kinds}
         what = "accuracy − the champion's by kind of task, upper end"
         gates.append(_every_kind("min_kind_accuracy_difference", what, by_kind, promote.min_kind_accuracy_difference))
     return gates
@@ -184,6 +196,20 @@ def interval(values: np.ndarray, samples: int) -> tuple[float, float]:
     index = np.random.default_rng(0).integers(len(values), size=(samples, len(values)))
     low, high = np.percentile(values[index].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def upper_end(values: np.ndarray, bounds: tuple[float, float], means: int) -> float:
+    """Upper end of the 95% interval of the mean of values (N,), where so many means are looked at together (Bonferroni).
+
+    After Agresti and Coull (1998, "Approximate is better than exact"): z²/2 values at each bound of what a value can be stand beside those
+    that were found. A bootstrap of three equal values knows of no doubt, and one kind of task in a long tail of them has always lost.
+    """
+    z = statistics.NormalDist().inv_cdf(1 - 0.025 / means)
+    weights = np.array([*np.ones(len(values)), z * z / 2, z * z / 2])
+    every = np.array([*values, *bounds])
+    mean = np.average(every, weights=weights)
+    spread = np.average((every - mean) ** 2, weights=weights)
+    return float(mean + z * math.sqrt(spread / weights.sum()))
 
 
 def _every_kind(name: str, what: str, upper_ends: Mapping[str, float], bound: float) -> Gate:

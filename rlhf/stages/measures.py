@@ -64,7 +64,8 @@ def length_controlled(wins: np.ndarray, lengths: np.ndarray, index: np.ndarray) 
     """The win rate that would be if answers were as long as those they are held against (after arXiv 2404.04475).
 
     A logistic regression of the wins, with a constant and with tanh(difference of the lengths ÷ its standard deviation); the win rate is
-    what it says where there is no difference.
+    what it says where there is no difference. `both_sides` is the share of the prompts on the smaller side of that point, those on it
+    counted: where it is next to nothing, no answers of one length were compared, and the number is a guess.
 
     Args:
         wins: of each prompt (N,): 1, ½ or 0.
@@ -75,7 +76,9 @@ def length_controlled(wins: np.ndarray, lengths: np.ndarray, index: np.ndarray) 
     terms = np.tanh(lengths / spread) if spread else np.zeros(len(lengths))
     (constant,), (slope,) = fitted(wins[None], terms[None])
     bounds = np.percentile(_chance(fitted(wins[index], terms[index])[0]), [2.5, 97.5])
-    return {"value": float(_chance(constant)), "ci95": [float(bound) for bound in bounds], "of_length": float(slope)}
+    sides = min((lengths >= 0).mean(), (lengths <= 0).mean())
+    found = {"value": float(_chance(constant)), "ci95": [float(bound) for bound in bounds], "of_length": float(slope)}
+    return found | {"both_sides": float(sides)}
 
 
 def fitted(wins: np.ndarray, terms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Versions, gates and promotion, with a real MLflow database and a real (tiny) model."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pytest
 import yaml
 from prefect.logging import disable_run_logger
@@ -253,13 +255,18 @@ def test_each_gate(params: config.Params, path: str, value: Any, name: str, dist
 
 
 def test_a_policy_that_wins_by_length_alone_can_be_refused(params: config.Params) -> None:
-    shorter = changed("win_rate.length_controlled", {"value": 0.63, "ci95": [0.47, 0.76], "of_length": -2.2})
+    shorter = changed("win_rate.length_controlled", {"value": 0.63, "ci95": [0.47, 0.76], "of_length": -2.2, "both_sides": 0.1})
     assert all(gate.passed for gate in gates.check(shorter, params, None))
     asked = params.model_copy(update={"promote": params.promote.model_copy(update={"min_length_controlled_win_rate": 0.5})})
     (failed,) = [gate for gate in gates.check(shorter, asked, None) if not gate.passed]
     assert failed.name == "min_length_controlled_win_rate"
     assert failed.text == "win rate against sft at equal length, lower end: 0.47, short of 0.5 by 0.03"
     assert "by the length of its answers" in remedy(failed.name, "ppo")
+    # nothing was compared at equal length: what the regression says there is a guess
+    guessed = {"value": 0.76, "ci95": [0.73, 0.81], "of_length": 0.9, "both_sides": 0.008}
+    (failed,) = [gate for gate in gates.check(changed("win_rate.length_controlled", guessed), asked, None) if not gate.passed]
+    assert failed.value is None
+    assert "cannot be told: on 99.2% of the prompts the answers are all longer than sft's, or all shorter (at most 95%)" in failed.line
 
 
 def beside(*kinds: str, wins: int, losses: int, ties: int, rise: float = 0.1) -> list[gates.Pair]:
@@ -305,9 +312,29 @@ def test_a_kind_of_task_that_became_worse_is_named(params: config.Params) -> Non
     # with few prompts, the same share may be chance
     few = beside("capital", wins=70, losses=10, ties=0) + beside("colour", wins=1, losses=3, ties=0)
     assert all(gate.passed for gate in gates.against_champion(few, params))
+    # nor do kinds with two or three prompts refuse a version, however many of them it loses
+    tail = [pair for number in range(30) for pair in beside(f"rare {number}", wins=0, losses=1 + number % 3, ties=0)]
+    [gate] = [gate for gate in gates.against_champion(pairs[:80] + tail, params) if gate.name == "min_kind_win_rate"]
+    assert gate.passed
     # rows without a kind are not divided
     unkind = [replace(pair, kind=None) for pair in pairs]
     assert "min_kind_win_rate" not in {gate.name for gate in gates.against_champion(unkind, params)}
+
+
+def test_the_upper_end_of_a_few_values_knows_of_doubt() -> None:
+    # one mean of 16 of 20: (16 + z²/2) / (20 + z²) ± z √(p (1 − p) / (20 + z²)), z = 1.959964 (Agresti and Coull 1998)
+    wide = 20 + 3.841459
+    p = (16 + 3.841459 / 2) / wide
+    assert gates.upper_end(np.array([1.0] * 16 + [0.0] * 4), (0, 1), 1) == pytest.approx(p + 1.959964 * math.sqrt(p * (1 - p) / wide))
+    # five of five lost are chance (1 in 32), six are not (1 in 64)
+    assert [gates.upper_end(np.zeros(n), (0, 1), 1) < 0.45 for n in (1, 5, 6)] == [False, False, True]
+    assert [gates.upper_end(-np.ones(n), (-1, 1), 1) < -0.05 for n in (1, 4, 6)] == [False, False, True]
+    # of thirty kinds, one will lose six
+    assert gates.upper_end(np.zeros(6), (0, 1), 30) > 0.45
+    # of many, the bootstrap says the same
+    draw = np.random.default_rng(1)
+    rises = draw.choice([-1.0, 0.0, 1.0], 2000, p=[0.1, 0.85, 0.05])
+    assert gates.upper_end(rises, (-1, 1), 1) == pytest.approx(gates.interval(rises, 2000)[1], abs=0.002)
 
 
 def test_more_reward_and_no_better_answers_is_refused(params: config.Params) -> None:

@@ -60,7 +60,7 @@ def test_what_failed_comes_first_with_what_to_do_and_the_worst_answers_are_ranke
 
 def test_each_gate_has_a_remedy_whose_keys_exist() -> None:
     metrics: dict[str, Any] = {"gold": {"ci95": [0, 0]}, "reward_model": {"accuracy": 0, "ci95": [0, 0]}}
-    metrics["win_rate"] = {"value": 0, "ci95": [0, 0], "length_controlled": {"ci95": [0, 0]}}
+    metrics["win_rate"] = {"value": 0, "ci95": [0, 0], "length_controlled": {"ci95": [0, 0], "both_sides": 1}}
     metrics |= {"kl": 0, "perplexity": {"ratio": 0}, "eos_rate": {"ppo": 0}, "answer_tokens": {"ppo": 0}}
     metrics["accuracy"] = {"ppo": {"ci95": [0, 0]}, "difference": 0, "ci95": [0, 0]}
     every = PARAMS.promote.model_copy(update={"min_length_controlled_win_rate": 0.5})

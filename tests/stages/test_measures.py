@@ -38,7 +38,7 @@ def test_a_reward_model_that_knows_nothing_and_says_so_is_calibrated() -> None:
 def test_answers_of_one_length_keep_their_win_rate() -> None:
     found = length_controlled(np.array([1, 1, 1, 0, 1, 1, 1, 0.0]), np.zeros(8), ONCE)
     assert found["value"] == pytest.approx(0.75, abs=0.001)
-    assert found["of_length"] == 0
+    assert (found["of_length"], found["both_sides"]) == (0, 1)
 
 
 def test_wins_that_length_alone_explains_count_for_nothing() -> None:
@@ -49,6 +49,7 @@ def test_wins_that_length_alone_explains_count_for_nothing() -> None:
     assert wins.mean() == 0.7
     assert found["value"] == pytest.approx(0.5, abs=0.01)
     assert found["of_length"] > 1
+    assert found["both_sides"] == 0.25
     # and the other way round: shorter answers that win are better than they look
     assert length_controlled(1 - wins, longer, np.arange(40)[None])["value"] == pytest.approx(0.5, abs=0.01)
 
