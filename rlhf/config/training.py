@@ -126,7 +126,10 @@ class Stop(Section):
     """A run that leaves these bounds has diverged: the stage stops with an error, and its last checkpoint is kept."""
 
     kl: Positive = Field(description="KL to the reference, mean per answer in nats")
-    score: Positive = Field(description="mean score of the reward model in standard deviations of its held-out scores, up or down")
+    score: Positive = Field(
+        description="mean score, the sum over section rewards, up or down; a reward model's counts in standard deviations of its held-out "
+        "scores"
+    )
 
 
 class Lengths(Section):
@@ -162,7 +165,10 @@ class Answering(Lengths):
     temperature: Temperature = Field(description="sampling temperature; log-probabilities are divided by it everywhere")
     top_k: Annotated[int, Field(ge=0)] = Field(description="sample among the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(description="sample in the nucleus of this mass; 1: all")
-    reward_clip: Positive = Field(description="normalised reward-model scores are clipped to ± this")
+    reward_clip: Positive = Field(
+        description="an answer's score, the sum over section rewards, is clipped to ± this; a reward model's counts in its standard "
+        "deviations"
+    )
     policy_clip: tuple[Fraction, Positive] = Field(
         strict=False,
         description="how far the ratio may fall below and rise above 1 before its gradient is cut; equal in PPO, wider upwards in DAPO",

@@ -31,16 +31,20 @@ class ScalarModel(nn.Module):
 
     Its own ``forward`` would look for the last token by ``ids != pad``, which is wrong where pad is the end token: here positions come from
     lengths.
+
+    Attributes:
+        offset: what is taken from every value.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.offset = 0.0
 
     def forward(self, **inputs: Any) -> Tensor:
         """Inputs of a Hugging Face model (B, T) → one value per token, flattened (B·T,), fp32."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.head(hidden).flatten().float()
+        return self.head(hidden).flatten().float() - self.offset
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """What transformers' models offer under this name, of the backbone."""

@@ -70,7 +70,9 @@ def main(job: Job) -> None:
         reward = rewards(params, [one for group in found.groups for one in group.answers])
         tuned = tuning.next(step, reward.mean().item(), answer_kl(experience).mean().item() if params.holds_reference else 0.0)
         targets, stats = advantages(experience, found, tuned.params.grpo)
-        stats |= models.rewards.check(job, step + 1, [row.rewards for row in found.made], reward.tolist(), experience.ended.tolist())
+        stats |= models.rewards.check(
+            job, step + 1, [row.rewards for row in found.made], reward.tolist(), experience.ended.tolist(), len(found.groups)
+        )
         # 4. updates
         batches = mini_batches(tuned, experience, texts, text_order, step, params.answers_per_prompt)
         stats |= update(tuned, models, experience, targets, batches)

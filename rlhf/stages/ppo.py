@@ -28,7 +28,7 @@ from rlhf.engine.speed import Clock
 from rlhf.engine.steps import Steps
 from rlhf.job import Job, run
 from rlhf.models import lora
-from rlhf.models.scalar import load_scalar
+from rlhf.models.scalar import ScalarModel, load_scalar
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.experience import Experience, Layout, Scored
 from rlhf.rollout.generate import Rollouts
@@ -110,10 +110,22 @@ def load_models(job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.devi
     models = answering.load_models(job, tokenizer, device, max(1, (params.steps - params.critic_warmup_steps) * updates))
     with born(settings(job, "critic")):
         critic = load_scalar(job.input("models/reward"), tokenizer, job.params.launch.precision)
-    with torch.no_grad(), written(critic.head.weight):
-        critic.head.weight.div_(models.reward.std if models.reward else 1)  # in the units of the normalised reward
+    if models.reward:
+        begin_as(critic, models.reward)
     lora.attach(critic.model, params.critic_lora, "models/reward", "ppo.critic_lora", job)
     return models, train_engine(critic, peak(params.critic, params.critic_lora), job, "critic", params.steps * updates)
+
+
+@torch.no_grad()
+def begin_as(critic: ScalarModel, reward: ScalarModel) -> None:
+    """Make of a copy of the reward model a critic that begins in the units of the normalised reward.
+
+    Its mean has to go, too: value_clip lets a value move a little in each rollout, and until an offset is gone it stands in the advantage
+    of each answer's last token, which is that of ending.
+    """
+    with written(critic.head.weight):
+        critic.head.weight.div_(reward.std)
+    critic.offset = reward.mean / reward.std
 
 
 def tuning_of(job: Job, models: Models, critic: DeepSpeedEngine, state: Mapping[str, Any] | None) -> Tuning:

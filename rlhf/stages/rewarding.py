@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ from rlhf.config.rewards import RewardEntry
 from rlhf.config.training import Answering
 from rlhf.job import Job
 from rlhf.rewards.scoring import Checkers, Outcome, check_failures, first_failures
+
+LEAST_TOLD = 0.1  # of the answers of a step: fewer may be chance
 
 
 @dataclass
@@ -53,18 +56,26 @@ class Rewards:
         return sum(entry.weight * found[entry.name].score for entry in self.entries), found
 
     def check(
-        self, job: Job, step: int, answers: Sequence[Mapping[str, Outcome]], rewards: Sequence[float] = (), ended: Sequence[bool] = ()
+        self,
+        job: Job,
+        step: int,
+        answers: Sequence[Mapping[str, Outcome]],
+        rewards: Sequence[float] = (),
+        ended: Sequence[bool] = (),
+        groups: int = 1,
     ) -> dict[str, float]:
         """Look at what all ranks were given in a step; what is logged of it.
 
         Args:
             answers: of all of them, what each entry gave.
             rewards, ended: of those that are learnt from, what comes of that in the end, and whether each ended by itself.
+            groups: of which each is held against its own.
 
         Raises:
             UserError: an entry failed on too many answers.
         """
-        self._tell_of_ends(job, step, rewards, ended)
+        self._tell_of_ends(job, step, rewards, ended, groups)
+        self._tell_of_clips(job, step, rewards, ended)
         if self.plain:
             return {}
         self._tell_of_edits(job)
@@ -83,17 +94,33 @@ class Rewards:
                 self.told.add(file)
                 job.say(f"{file} was edited: this run goes on by what it was, {kept}, and can be published only if {file} is that again")
 
-    def _tell_of_ends(self, job: Job, step: int, rewards: Sequence[float], ended: Sequence[bool]) -> None:
+    def _tell_of_ends(self, job: Job, step: int, rewards: Sequence[float], ended: Sequence[bool], groups: int) -> None:
         """Say where answers that are cut off get more than others: the mean score of people's answers is 0, that of a policy's anything."""
-        whole, cut_off = ([reward for reward, end in zip(rewards, ended, strict=True) if end is this] for this in (True, False))
-        if not whole or not cut_off or "ends" in self.told or (mean := statistics.fmean(whole)) >= (other := statistics.fmean(cut_off)):
+        more = []  # of each group that has both
+        size = max(1, len(rewards) // groups)
+        for first in range(0, len(rewards), size):
+            of_group = list(zip(rewards[first : first + size], ended[first : first + size], strict=True))
+            whole, cut_off = ([reward for reward, end in of_group if end is this] for this in (True, False))
+            if whole and cut_off:
+                more.append(statistics.fmean(cut_off) - statistics.fmean(whole))
+        some = len(rewards) - sum(ended) >= LEAST_TOLD * len(rewards)
+        if not some or not more or "ends" in self.told or (mean := statistics.fmean(more)) <= 0:
             return
         self.told.add("ends")
         section = config.kind(job.stage)
         fixed = getattr(job.params, section).no_eos_reward is not None
         remedy = f"lower {section}.no_eos_reward" if fixed else f"raise {section}.missing_eos_penalty"
-        what = f"answers that end have a reward of {mean:.3g} on the average, those that are cut off {other:.3g}: it pays not to end"
-        job.say(f"step {step}: {what}; {remedy}")
+        what = f"answers that are cut off have a reward that is {mean:.3g} higher on the average than that of answers that end"
+        job.say(f"step {step}: {what}, so that it pays not to end; {remedy}")
+
+    def _tell_of_clips(self, job: Job, step: int, rewards: Sequence[float], ended: Sequence[bool]) -> None:
+        """Say where many answers have one reward because it is cut: nothing is learnt of what lies beyond."""
+        section = config.kind(job.stage)
+        clip = getattr(getattr(job.params, section), "reward_clip", math.inf)
+        share = statistics.fmean(end and abs(reward) >= clip for reward, end in zip(rewards, ended, strict=True)) if rewards else 0.0
+        if share >= LEAST_TOLD and "clips" not in self.told:
+            self.told.add("clips")
+            job.say(f"step {step}: {share:.0%} of the rewards are cut at ±{clip:g}; raise {section}.reward_clip")
 
     def seconds(self) -> dict[str, float]:
         """What each entry took since this was last asked, for the log alone."""

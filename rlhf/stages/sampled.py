@@ -128,7 +128,8 @@ class Sampler:
                 total = total - own.missing_eos_penalty if own.no_eos_reward is None else own.no_eos_reward
             scored.append(replace(one, score=total, rewards=rewards, kl=distances[i] if reference is not None else one.kl))
         everyone = join(scored, job)[: len(answers)]
-        self.rewards.check(job, step, [one.rewards for one in everyone], [one.score for one in everyone], [one.ended for one in everyone])
+        made = [one for one in everyone if one.by == "policy"]
+        self.rewards.check(job, step, [one.rewards for one in everyone], [one.score for one in made], [one.ended for one in made])
         return everyone
 
     def given(self, prompts: Sequence[Prompt]) -> list[Answer]:

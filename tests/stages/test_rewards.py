@@ -15,7 +15,7 @@ from rlhf import config
 from rlhf.job import Job, read_lines
 from rlhf.models.scalar import load_scalar
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.stages import reward
+from rlhf.stages import ppo, reward
 from rlhf.stages.rewarding import Rewards
 from tests.stage_runs import make_workspace, run, set_params, table, tiny_params
 
@@ -128,21 +128,43 @@ def test_an_answer_that_was_cut_off_is_judged_as_if_it_had_ended_there(workspace
     assert float(table(root / "plots/ppo.csv")[0]["reward"]) == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
 
 
+def test_the_critic_begins_with_the_normalised_scores(workspace: Path) -> None:
+    tokenizer = load_tokenizer(workspace / "models/reward")
+    model, critic = (load_scalar(workspace / "models/reward", tokenizer, "fp32") for _ in range(2))
+    ppo.begin_as(critic, model)
+    assert abs(model.mean / model.std) > 0.1
+    ids = torch.tensor([tokenizer.encode("What is the opposite of hot?")])
+    with torch.no_grad():
+        assert critic(input_ids=ids).tolist() == pytest.approx(((model(input_ids=ids) - model.mean) / model.std).tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(("fixed", "remedy"), [(50.0, "lower ppo.no_eos_reward"), (None, "raise ppo.missing_eos_penalty")])
 def test_it_is_told_once_that_not_to_end_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str], fixed: float | None, remedy: str) -> None:
     raw = with_rewards()
     raw["ppo"]["no_eos_reward"] = fixed
     job = Job("ppo", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0)
     rewards = Rewards.of(job)
-    for step, (scores, ended) in enumerate(
-        [([1.0, 1.0], [True, False]), ([1.0, 2.0], [True, True]), ([1.0, 2.0, 3.0], [True, False, True])]
-    ):
-        rewards.check(job, step, [], scores, ended)
+    rewards.check(job, 1, [], [1.0, 1.0], [True, False])
+    rewards.check(job, 2, [], [1.0, 2.0], [True, True])
+    rewards.check(job, 3, [], [1.0, 2.0, 3.0], [True, False, True])
+    rewards.check(job, 4, [], [*[1.0] * 11, 9.0], [*[True] * 11, False])  # one of twelve
+    rewards.check(job, 5, [], [1.0, 0.0, 9.0, 9.0], [True, False, False, False], 2)  # against those of its own group it is worse
     assert "pays" not in capsys.readouterr().out
-    for step in (4, 5):
-        rewards.check(job, step, [], [1.0, 2.5, 1.5], [True, False, True])
+    for step in (6, 7):
+        rewards.check(job, step, [], [1.0, 2.5, 1.5, 5.0, 5.5, 5.0], [True, False, True, True, False, True], 2)
     said = capsys.readouterr().out
     assert said.count("pays") == 1
-    assert (
-        f"step 4: answers that end have a reward of 1.25 on the average, those that are cut off 2.5: it pays not to end; {remedy}" in said
-    )
+    assert "step 6: answers that are cut off have a reward that is 0.875 higher on the average than that of answers that end" in said
+    assert f"so that it pays not to end; {remedy}\n" in said
+
+
+def test_it_is_told_once_that_many_rewards_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = with_rewards()
+    raw["ppo"]["reward_clip"] = 5.0
+    job = Job("ppo", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0)
+    rewards = Rewards.of(job)
+    rewards.check(job, 1, [], [4.9, -5.0], [True, False])  # what an answer that was cut off gets is not cut
+    assert capsys.readouterr().out == ""
+    for step in (2, 3):
+        rewards.check(job, step, [], [5.0, -5.0, 1.0, 2.0], [True] * 4)
+    assert capsys.readouterr().out == "ppo: step 2: 50% of the rewards are cut at ±5; raise ppo.reward_clip\n"
