@@ -65,7 +65,9 @@ def sample(
         with found.writing() as session:
             given = sampling_of(params, temperature)
             new = sum(pairs.add_all(session, "sample", list(prompt), each, given) for prompt, each in zip(prompts, said, strict=True))
-    print(f"{len(prompts)} prompts, {new} new pairs to rate")
+    every, whole = len(prompts) * answers * len(versions), sum(map(len, said))
+    cut_off = f"; {every - whole} of {every} answers were cut off at serving.max_tokens, {params.serving.max_tokens}, and are left out"
+    print(f"{len(prompts)} prompts, {new} new pairs to rate{cut_off if whole < every else ''}")
 
 
 def evaluated(

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session, joinedload
 
-from rlhf.feedback.tables import Opinion, Pair, Rating
+from rlhf.feedback.tables import WHOLE, Opinion, Pair, Rating
 from rlhf.feedback.verdicts import Judged, decided, held, judged
 from rlhf.job import write_lines
 
@@ -60,7 +60,7 @@ def export(session: Session, least: int = 1, *, new: bool = False) -> Exported:
     for opinion in _last(opinions):
         if opinion.edit:
             _correct(_prompt(opinion), opinion.answer.text, opinion.edit, rows)
-        elif opinion.thumb:
+        elif opinion.thumb and (opinion.thumb < 0 or opinion.answer.finish == WHOLE):  # what was cut off is no example
             rows["thumbs"].append({"prompt": _prompt(opinion), "completion": opinion.answer.text, "label": opinion.thumb > 0})
     rows["arena"] = [_arena(rating) for pair in pairs for rating in pair.ratings]
     all_of_them = [*(rating for pair in pairs for rating in pair.ratings), *edited]

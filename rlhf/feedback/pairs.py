@@ -1,4 +1,7 @@
-"""Pairs of answers to be rated: where they come from. Each is there once, however often it is brought."""
+"""Pairs of answers to be rated: where they come from. Each is there once, however often it is brought.
+
+Answers that were cut off make none that is trained on: one that won would be learnt with an end where it has none.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from sqlalchemy.orm import Session, aliased
 from rlhf import registry
 from rlhf.config import Params
 from rlhf.errors import UserError
-from rlhf.feedback.tables import Answer, Dialogue, Pair, Source
+from rlhf.feedback.tables import WHOLE, Answer, Dialogue, Pair, Source
 from rlhf.job import read_lines
 
 MOST_AT_ONCE = 300  # pairs: others wait to write
@@ -86,6 +89,7 @@ def from_shadows(session: Session) -> int:
         select(Answer, shadow)
         .join(shadow, (shadow.correlation == Answer.correlation) & (shadow.choice == Answer.choice))
         .where(~Answer.shadow, shadow.shadow, Answer.messages.is_not(None), ~known)
+        .where(Answer.finish == WHOLE, shadow.finish == WHOLE)
         .where(Answer.version != shadow.version, func.trim(Answer.text, BLANKS) != func.trim(shadow.text, BLANKS))
         .order_by(shadow.id)
         .limit(MOST_AT_ONCE)

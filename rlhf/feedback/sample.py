@@ -27,7 +27,7 @@ def sampling_of(params: Params, temperature: float) -> dict[str, Any]:
 
 
 def answers(folder: Path, version: str, prompts: Sequence[Prompt], params: Params, temperature: float, times: int) -> list[list[Written]]:
-    """So many answers to each prompt, each from a seed of its own.
+    """So many answers to each prompt, each from a seed of its own; those that were cut off are left out.
 
     Args:
         folder: of the version's model.
@@ -56,6 +56,8 @@ def answers(folder: Path, version: str, prompts: Sequence[Prompt], params: Param
         pad_id=tokenizer.pad_token_id,
         slots=params.launch.rollout.slots,
     )
-    texts = [decode_answer(tokenizer, answer) for answer in made.answers]
-    written = [Written(text, version, seed) for text, seed in zip(texts, seeds, strict=True)]
-    return [written[start : start + times] for start in range(0, len(written), times)]
+    found: list[list[Written]] = [[] for _ in prompts]
+    for number, (answer, ended, seed) in enumerate(zip(made.answers, made.ended, seeds, strict=True)):
+        if ended:
+            found[number // times].append(Written(decode_answer(tokenizer, answer), version, seed))
+    return found

@@ -77,6 +77,8 @@ class Layout(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
 
 
+WHOLE = "stop"  # how an answer finished that was not cut off
+
 TAKING = datetime(1970, 1, 1, tzinfo=UTC)  # in the place of when: an ingest is at it, or was killed while it was
 
 

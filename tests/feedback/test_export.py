@@ -86,8 +86,8 @@ def test_edits_are_demonstrations_and_better_than_what_they_mend(record: Databas
     put(record, 0, "b", edit="two, mended")
     put(record, 1, "a", gold="first", edit="gold, mended")  # hidden among the others, and never exported
     with record.writing() as session:
-        said: list[dict[str, Any]] = [{"edit": "Wir."}, {"thumb": -1}, {"thumb": 1}]
-        session.add_all([answer(str(number)) for number in range(3)])
+        said: list[dict[str, Any]] = [{"edit": "Wir."}, {"thumb": -1}, {"thumb": 1}, {"thumb": -1}, {"thumb": 1}]
+        session.add_all([answer(str(number), finish="stop" if number < 3 else "length") for number in range(5)])
         session.flush()
         session.add_all([Opinion(token=str(number), answer_id=number, **one) for number, one in enumerate(said, start=1)])
     with record.reading() as session:
@@ -99,7 +99,7 @@ def test_edits_are_demonstrations_and_better_than_what_they_mend(record: Databas
         ("Wir.", "Ich. 🧪"),
     ]
     assert [row.chosen for row in rows_of(tmp_path / "demonstrations.jsonl", "messages")] == ["two, mended", "Wir."]
-    assert [row["label"] for row in done.rows["thumbs"]] == [False, True]
+    assert [row["label"] for row in done.rows["thumbs"]] == [False, True, False]  # what was cut off is a bad example at most
 
 
 def test_the_same_answers_brought_twice_are_one_row(record: Database) -> None:

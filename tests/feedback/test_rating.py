@@ -155,6 +155,10 @@ def test_shadow_answers_become_pairs_once(record: Database) -> None:
                 answer("two", correlation="c2"),
                 answer("two-shadow", correlation="c2", shadow=True, version="assistant/2"),  # word for word the same
                 answer("three"),
+                answer("four", correlation="c4", finish="length"),  # cut off: it could win
+                answer("four-shadow", correlation="c4", shadow=True, version="assistant/2", text="Er."),
+                answer("five", correlation="c5"),
+                answer("five-shadow", correlation="c5", shadow=True, version="assistant/2", text="Er.", finish="length"),
             ]
         )
     for new in (1, 0):
