@@ -129,6 +129,16 @@ def _written(tokenizer: PreTrainedTokenizerBase, dialogue: Sequence[dict[str, st
 
 
 def encode_passages(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts in which nothing is a control token."""
+    """Token ids of texts in which nothing is a control token, but for that which the tokenizer begins a text with, if it does."""
     found = controls(tokenizer)
-    return found.encode([found.marked(text) for text in texts])
+    begin = beginning(tokenizer)
+    return [begin + ids for ids in found.encode([found.marked(text) for text in texts])]
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a tokenizer puts before a text (Llama 3's, Gemma's): without it such a model computes on what it has never seen.
+
+    In dialogues it is the template that writes it.
+    """
+    ids: list[int] = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

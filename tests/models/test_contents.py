@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.data.sandbox import make_rows
@@ -144,6 +145,19 @@ def test_what_holds_none_has_the_tokens_that_it_had(kind: str) -> None:
     assert words.encode(TEXTS) == encode_passages(tokenizer, TEXTS) == tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
     assert words.marked(dialogue("<b> </b> < s > <|")) == dialogue("<b> </b> < s > <|")
     assert "_copy" not in vars(words)
+
+
+def test_a_passage_begins_as_the_tokenizer_begins_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    plain = encode_passages(tokenizer, TEXTS)
+    tokenizer.bos_token = "<|system|>"
+    assert encode_passages(tokenizer, TEXTS) == plain  # it has the token, and does not write it
+    begin = int(tokenizer.bos_token_id or 0)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", begin)]
+    )
+    assert encode_passages(tokenizer, TEXTS) == [[begin, *ids] for ids in plain] == tokenizer(TEXTS)["input_ids"]
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "Why?"}])[0] != begin  # the template's affair
 
 
 def test_the_copy_has_the_tokens_of_the_tokenizer() -> None:
