@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf import config
 from rlhf.config.rewards import RewardEntry
 from rlhf.config.training import Answering
 from rlhf.job import Job
@@ -107,20 +106,19 @@ class Rewards:
         if not some or not more or "ends" in self.told or (mean := statistics.fmean(more)) <= 0:
             return
         self.told.add("ends")
-        section = config.kind(job.stage)
-        fixed = getattr(job.params, section).no_eos_reward is not None
+        section, fixed = job.params.answering_key, job.params.answering.no_eos_reward is not None
         remedy = f"lower {section}.no_eos_reward" if fixed else f"raise {section}.missing_eos_penalty"
         what = f"answers that are cut off have a reward that is {mean:.3g} higher on the average than that of answers that end"
         job.say(f"step {step}: {what}, so that it pays not to end; {remedy}")
 
     def _tell_of_clips(self, job: Job, step: int, rewards: Sequence[float], ended: Sequence[bool]) -> None:
         """Say where many answers have one reward because it is cut: nothing is learnt of what lies beyond."""
-        section = config.kind(job.stage)
-        clip = getattr(getattr(job.params, section), "reward_clip", math.inf)
+        own = job.params.answering
+        clip = own.reward_clip if isinstance(own, Answering) else math.inf
         share = statistics.fmean(end and abs(reward) >= clip for reward, end in zip(rewards, ended, strict=True)) if rewards else 0.0
         if share >= LEAST_TOLD and "clips" not in self.told:
             self.told.add("clips")
-            job.say(f"step {step}: {share:.0%} of the rewards are cut at ±{clip:g}; raise {section}.reward_clip")
+            job.say(f"step {step}: {share:.0%} of the rewards are cut at ±{clip:g}; raise {job.params.answering_key}.reward_clip")
 
     def seconds(self) -> dict[str, float]:
         """What each entry took since this was last asked, for the log alone."""
