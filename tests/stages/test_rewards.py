@@ -138,11 +138,20 @@ def test_the_critic_begins_with_the_normalised_scores(workspace: Path) -> None:
         assert critic(input_ids=ids).tolist() == pytest.approx(((model(input_ids=ids) - model.mean) / model.std).tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize(("fixed", "remedy"), [(50.0, "lower ppo.no_eos_reward"), (None, "raise ppo.missing_eos_penalty")])
-def test_it_is_told_once_that_not_to_end_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str], fixed: float | None, remedy: str) -> None:
-    raw = with_rewards()
-    raw["ppo"]["no_eos_reward"] = fixed
-    job = Job("ppo", config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0)
+@pytest.mark.parametrize(
+    ("stage", "section", "fixed", "remedy"),
+    [
+        ("ppo", "ppo", 50.0, "lower ppo.no_eos_reward"),
+        ("grpo", "grpo", None, "raise grpo.missing_eos_penalty"),
+        ("iterative", "answers", -1.0, "lower answers.no_eos_reward"),
+    ],
+)
+def test_it_is_told_once_that_not_to_end_pays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, section: str, fixed: float | None, remedy: str
+) -> None:
+    raw = with_rewards() | {"algorithm": stage}
+    raw[section]["no_eos_reward"] = fixed
+    job = Job(stage, config.validate(raw, "params.yaml"), tmp_path, tmp_path, "cpu", 0, 1, 0)
     rewards = Rewards.of(job)
     rewards.check(job, 1, [], [1.0, 1.0], [True, False])
     rewards.check(job, 2, [], [1.0, 2.0], [True, True])
