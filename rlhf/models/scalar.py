@@ -26,6 +26,13 @@ ENDING = """{{% set written %}}{template}{{% endset %}}\
 {{% for part in written.split(eos_token)[:-1] if part | trim %}}{{{{ part + eos_token }}}}{{% endfor %}}{{% endif %}}"""
 
 
+class Head(nn.Linear):
+    """Gives fp32 whatever its weights are: rewards of a mean of 8 would be a multiple of 1/16 in bf16, and many answers' the same."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight.float())
+
+
 class ScalarModel(nn.Module):
     """A backbone with a linear head without bias, in Hugging Face's sequence-classification form, scored at every position.
 
@@ -39,20 +46,21 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.model.score.__class__ = Head  # as it stands in the model, by whatever way that was made
         self.offset = 0.0
 
     def forward(self, **inputs: Any) -> Tensor:
         """Inputs of a Hugging Face model (B, T) → one value per token, flattened (B·T,), fp32."""
         hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.head(hidden).flatten().float() - self.offset
+        return self.head(hidden).flatten() - self.offset
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """What transformers' models offer under this name, of the backbone."""
         self.model.gradient_checkpointing_enable(**options)
 
     @property
-    def head(self) -> nn.Linear:
-        return cast(nn.Linear, self.model.score)
+    def head(self) -> Head:
+        return cast(Head, self.model.score)
 
     @property
     def mean(self) -> float:

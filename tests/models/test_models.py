@@ -258,6 +258,17 @@ def test_a_saved_reward_model_opens_as_a_classifier_with_one_label(
     assert torch.equal(loaded.head.weight, scalar.head.weight)
 
 
+def test_a_score_in_half_precision_is_rounded_no_further(scalar: ScalarModel) -> None:
+    half = copy.deepcopy(scalar).bfloat16()
+    with torch.no_grad():
+        half.head.weight.add_(1.0)  # far from 0
+    ids = torch.arange(40)[None]
+    found = half(input_ids=ids)
+    hidden = half.model.base_model(input_ids=ids).last_hidden_state[0]
+    torch.testing.assert_close(found, hidden.float() @ half.head.weight[0].float(), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(found, found.bfloat16().float())
+
+
 @pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
 def test_transformers_reads_a_saved_reward_model_at_the_end_token(
     scalar: ScalarModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pad: str
