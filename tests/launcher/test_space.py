@@ -65,8 +65,8 @@ def test_the_estimate_by_hand(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     assert space.estimate(tmp_path, "dpo", half) == space.Estimate(3, 14 * count, 2 * count, 0)
     adapters = {"rank": 4, "alpha": 8, "targets": "all-linear", "learning_rate": 1e-3}
     assert space.estimate(tmp_path, "reward", params(reward__lora=adapters)).checkpoints == 4 * count
-    # actor and critic, the actor's average besides; a token is four bytes
-    rollouts = params().ppo.steps * 64 * (128 + 48) * 4
+    # actor and critic, the actor's average besides; a token is four bytes, and each answer may have an end besides
+    rollouts = params().ppo.steps * 64 * (128 + 48 + 1) * 4
     ppo = space.estimate(tmp_path, "ppo", params(ppo__ema_decay=0.99))
     assert ppo == space.Estimate(4, (12 + 12 + 4) * count, 4 * count, rollouts)
     # the gold score is no model
