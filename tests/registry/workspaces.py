@@ -18,6 +18,28 @@ from rlhf.workspace.fingerprint import Node
 
 PROJECT = Path(__file__).parents[2]
 NODE = Node("ppo", (), ("models/ppo",), (), {})
+# what stage evaluate says of a version that passes
+GOOD: dict[str, Any] = {
+    "gold": {"sft": 0.4, "ppo": 0.7, "difference": 0.3, "ci95": [0.25, 0.35]},
+    "win_rate": {"value": 0.8, "ci95": [0.76, 0.84], "judge": "gold"},
+    "reward_model": {"accuracy": 0.9, "n": 500, "sft": 0.1, "ppo": 0.9, "ci95": [0.7, 0.9]},
+    "kl": 12.0,
+    "perplexity": {"sft": 10.0, "ppo": 10.5, "ratio": 1.05},
+    "eos_rate": {"sft": 0.95, "ppo": 0.99},
+    "answer_tokens": {"sft": 20.0, "ppo": 22.0},
+    "heldout": "abc",
+    "judge": "def",
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    metrics = json.loads(json.dumps(GOOD))
+    *parents, last = path.split(".")
+    place = metrics
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return metrics
 
 
 def small(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
