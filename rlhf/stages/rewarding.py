@@ -26,7 +26,8 @@ class Rewards:
 
     entries: Sequence[RewardEntry]
     checkers: Checkers
-    told: set[str] = field(default_factory=set)  # entries whose first failure was told, files of which it was told that they were edited
+    # entries whose first failure was told, files of which it was told that they were edited, remedies
+    told: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, job: Job) -> Rewards:
@@ -103,11 +104,11 @@ class Rewards:
             if whole and cut_off:
                 more.append(statistics.fmean(cut_off) - statistics.fmean(whole))
         some = len(rewards) - sum(ended) >= LEAST_TOLD * len(rewards)
-        if not some or not more or "ends" in self.told or (mean := statistics.fmean(more)) <= 0:
-            return
-        self.told.add("ends")
         section, fixed = job.params.answering_key, job.params.answering.no_eos_reward is not None
         remedy = f"lower {section}.no_eos_reward" if fixed else f"raise {section}.missing_eos_penalty"
+        if not some or not more or remedy in self.told or (mean := statistics.fmean(more)) <= 0:
+            return
+        self.told.add(remedy)
         what = f"answers that are cut off have a reward that is {mean:.3g} higher on the average than that of answers that end"
         job.say(f"step {step}: {what}, so that it pays not to end; {remedy}")
 
@@ -116,9 +117,10 @@ class Rewards:
         own = job.params.answering
         clip = own.reward_clip if isinstance(own, Answering) else math.inf
         share = statistics.fmean(end and abs(reward) >= clip for reward, end in zip(rewards, ended, strict=True)) if rewards else 0.0
-        if share >= LEAST_TOLD and "clips" not in self.told:
-            self.told.add("clips")
-            job.say(f"step {step}: {share:.0%} of the rewards are cut at ±{clip:g}; raise {job.params.answering_key}.reward_clip")
+        remedy = f"raise {job.params.answering_key}.reward_clip"
+        if share >= LEAST_TOLD and remedy not in self.told:
+            self.told.add(remedy)
+            job.say(f"step {step}: {share:.0%} of the rewards are cut at ±{clip:g}; {remedy}")
 
     def seconds(self) -> dict[str, float]:
         """What each entry took since this was last asked, for the log alone."""
